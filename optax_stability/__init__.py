@@ -1,0 +1,22 @@
+"""Gradient transformations that keep large-model training from collapsing.
+
+See the README for the table *need → function → place in the chain*.
+"""
+
+from importlib.metadata import version as _version
+
+from optax_stability import thresholds as thresholds
+from optax_stability._adam import scale_by_safe_adam as scale_by_safe_adam
+from optax_stability._adam_state import SafeAdamState as SafeAdamState
+from optax_stability._adam_state import from_optax_adam_state as from_optax_adam_state
+from optax_stability._adam_state import to_optax_adam_state as to_optax_adam_state
+from optax_stability._adamw import safe_adamw as safe_adamw
+from optax_stability._clipping import ClipByThresholdState as ClipByThresholdState
+from optax_stability._clipping import clip_by_threshold as clip_by_threshold
+from optax_stability._clipping import clip_by_zscore as clip_by_zscore
+from optax_stability._metrics import metrics as metrics
+from optax_stability._recording import RecordState as RecordState
+from optax_stability._recording import record as record
+from optax_stability._tree import leaf_names as leaf_names
+
+__version__ = _version("optax_stability")

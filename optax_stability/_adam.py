@@ -1,0 +1,265 @@
+"""Adam that needs no ε: keeps √v instead of v and defines 0/0.
+
+*Problem*: Adam's ε is compared with √v̂, whose size depends on loss scale, batch and
+depth. Where it dominates, layers stop learning and later move all at once (Molybog et
+al. 2023); without it, g² underflows below |g| ≈ 1e-19 and m/√v is 0/0 or m/0. The state
+here is r = √v, updated by a hypot that never forms g², so ε can be 0.
+
+*Where in the chain*: where ``optax.scale_by_adam`` stands, after clipping.
+
+*Cost*: state 2× the parameters (m and r) and the same passes over memory as optax. One
+reduction per leaf with ``update_rms_max``, else none; no collectives.
+
+*Source*: Kingma & Ba, "Adam", 2015, arXiv:1412.6980, Algorithm 1.
+"""
+
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_stability import _rounding, _validate
+from optax_stability._adam_state import SafeAdamState, hold_to_bound, update_bound
+
+# 1.27·atan2(m, m) ≈ 1 (4/π = 1.273): the same step as m/r where m = r.
+_ATAN2_SLOPE = 1.27
+
+
+def _hypot(a, b):
+    """√(a² + b²) for a, b ≥ 0, without a square that could over- or underflow."""
+    high, low = lax.max(a, b), lax.min(a, b)
+    ratio = low / lax.max(high, jnp.full_like(high, jnp.finfo(high.dtype).tiny))
+    return high * lax.sqrt(1 + ratio * ratio)
+
+
+def _root(x):
+    """√x, in double precision where x is a plain number."""
+    return math.sqrt(x) if _validate.is_concrete(x) else jnp.sqrt(x)
+
+
+def _clip_spikes(g, rms, limit):
+    """Holds |g| to limit·r, except where r = 0: nothing is known there yet."""
+    rms = rms.astype(jnp.float32)
+    known = (rms > 0) & jnp.isfinite(g)
+    return jnp.where(known, jnp.clip(g, -limit * rms, limit * rms), g)
+
+
+def _next_mu(g, mu, b1):
+    """Next mean: m ← β₁·m + (1 − β₁)·g, where g is finite."""
+    old = mu.astype(jnp.float32)
+    new = jnp.where(jnp.isfinite(g), b1 * old + (1 - b1) * g, old)
+    return _rounding.round_to_range(new, mu.dtype)
+
+
+def _next_rms(g, rms, b2, step):
+    """Next root: r ← hypot(√β₂·r, √(1 − β₂)·g), where g is finite."""
+    old = rms.astype(jnp.float32)
+    new = _hypot(_root(b2) * old, _root(1 - b2) * jnp.abs(g))
+    new = jnp.where(jnp.isfinite(g), new, old)
+    return _rounding.round_at_random(new, step, rms.dtype)
+
+
+def _divide(mu, rms, eps, eps_mode: str):
+    """The update from m and r on a common scale; 0/0 is 0."""
+    if eps_mode == "atan2":
+        return _ATAN2_SLOPE * lax.atan2(mu, rms)
+    divisor = rms + eps if eps_mode == "add" else jnp.maximum(rms, eps)
+    return mu / jnp.where(divisor > 0, divisor, 1.0)
+
+
+def _rms_excess(g, rms, eps):
+    """RMS of g/max(r, ε) over a leaf: how far this gradient exceeds the past ones."""
+    divisor = jnp.maximum(rms.astype(jnp.float32), eps)
+    usable = jnp.isfinite(g) & (divisor > 0)
+    ratio = jnp.where(usable, g, 0.0) / jnp.where(usable, divisor, 1.0)
+    return jnp.sqrt(jnp.mean(jnp.square(ratio)))
+
+
+def _nonzero(x):
+    return jnp.where(x > 0, x, 1.0)
+
+
+def _check_decays(b1, b2):
+    _validate.check_interval("b1", b1, "[0, 1)", "0.9 is usual")
+    _validate.check_interval("b2", b2, "(0, 1)", "0.95 to 0.999 is usual")
+    if _validate.is_concrete(b1) and _validate.is_concrete(b2) and b1 * b1 >= b2:
+        warnings.warn(
+            f"b1={b1!r} and b2={b2!r}: with b1² ≥ b2 Adam's update has no bound; raise "
+            "b2 or lower b1.",
+            stacklevel=3,
+        )
+
+
+def _check_eps(eps, eps_mode):
+    _validate.check_choice("eps_mode", eps_mode, ("add", "max", "atan2"))
+    if callable(eps):
+        return
+    _validate.check_interval("eps", eps, "[0, inf)", "0 is safe here")
+    if eps_mode == "atan2" and _validate.is_concrete(eps) and eps != 0:
+        raise ValueError(f"eps={eps!r} has no place in eps_mode='atan2'; leave it 0.")
+
+
+def _check_limits(update_rms_max, spike_ratio):
+    if update_rms_max is not None:
+        _validate.check_interval(
+            "update_rms_max", update_rms_max, "(0, inf)", "StableAdamW uses 1"
+        )
+    if spike_ratio is not None:
+        _validate.check_interval(
+            "spike_ratio", spike_ratio, "(0, inf)", "SPAM uses 5000"
+        )
+
+
+def scale_by_safe_adam(
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array | optax.Schedule = 0.0,
+    *,
+    eps_mode: str = "add",
+    second_moment: str = "mean",
+    update_rms_max: float | jax.Array | None = None,
+    spike_ratio: float | jax.Array | None = None,
+    mu_dtype: Any = None,
+    rms_dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam with ε = 0 by default, safe for any scale of the gradient.
+
+    **Rule**, per coordinate, g the gradient in float32, r = √v::
+
+      m ← β₁·m + (1 − β₁)·g            m̂ = m/(1 − β₁ᵗ)
+      r ← hypot(√β₂·r, √(1 − β₂)·g)    r̂ = r/√(1 − β₂ᵗ)
+      u = m̂/(r̂ + ε)                    eps_mode "add": Adam as published
+      u = m̂/max(r̂, ε)                  eps_mode "max"
+      u = 1.27·atan2(m̂, r̂)             eps_mode "atan2": no ε at all
+      0/0 is 0, and |m̂| is held to B·r̂, with B = (1−β₁)/√((1−β₂)(1−β₁²/β₂))
+
+    **Guarantees**
+
+    * ε = 0: multiplying every gradient by 2ᵏ changes no bit of the update, as long as
+      neither g nor √(1−β₂)·g leaves the normal numbers: 1e-36 < |g| < 1e36.
+    * A coordinate that has never had a gradient gets the update 0.
+    * |u| ≤ B (7.27 at 0.9/0.999, 1.165 at 0.9/0.95) while the βs are constant and
+      β₁² < β₂. Exact arithmetic never reaches B; only rounding and underflow of narrow
+      storage would, so the bound changes nothing else.
+    * A gradient that is not finite leaves m and r of its coordinate as they were; the
+      update is finite.
+    * Bias correction is exact when β₁ or β₂ change from step to step.
+
+    **Edge cases**: with rms_dtype float16 nothing is stored below 6e-8, which then acts
+    like a floor under r. Gradients below 1e-37 count as 0.
+
+    Args:
+      b1: β₁, decay of the mean, in [0, 1).
+      b2: β₂, decay of the mean square, in (0, 1).
+      eps: ε ≥ 0, in the unit of the gradient, or a schedule from the step (0 first) to
+        it.
+      eps_mode: ``"add"``, ``"max"`` or ``"atan2"``, see above.
+      second_moment: ``"mean"`` – v from the square of the gradient that arrives, as
+        everyone runs Adam.
+      update_rms_max: per leaf, divide u by max(1, RMS(g/max(r̂, ε))/update_rms_max), as
+        in StableAdamW, where it is 1. None switches it off. Under ``shard_map`` the RMS
+        is that of the local shard.
+      spike_ratio: per coordinate, hold g² to spike_ratio·v̂ of the steps before, as in
+        SPAM, where it is 5000. None switches it off.
+      mu_dtype: storage of m; None for the dtype of the parameter, as in optax.
+      rms_dtype: storage of r. bfloat16 and float16 are rounded at random, so that they
+        decay as they should, without a key.
+
+    Returns:
+      A transformation with state :class:`SafeAdamState` and metrics ``adam/update_rms``
+      (of m̂/r̂; 0.229 for independent gradients at β₁ = 0.9), ``adam/correlation`` (ρ̂,
+      lag-1 correlation of successive gradients: with R = mean(u²) and
+      c = (1−β₁)/(1+β₁), ρ̂ = (R−c)/(β₁(R+c)) for gradients that follow AR(1)),
+      ``adam/eps_share`` (mean of ε/(r̂+ε); 0.5 means ε = r̂) and ``adam/zero_fraction``
+      (coordinates that never had a gradient), each also with ``/per_leaf``.
+
+    Raises:
+      TypeError: an argument is not a number.
+      ValueError: an argument is outside its range.
+
+    Warns:
+      UserWarning: β₁² ≥ β₂, where the update has no bound.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_safe_adam()
+      >>> grads = {"w": jnp.array([1e-30, -3.0, 0.0])}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates["w"].round(3))
+      [ 1. -1.  0.]
+
+    References:
+      Kingma & Ba, "Adam", 2015, arXiv:1412.6980, Algorithm 1. Molybog et al., "A Theory
+      on Adam Instability in Large-Scale Machine Learning", 2023, arXiv:2304.09871, §7
+      (ε = 0 with 0/0 defined). Everett et al., 2024, arXiv:2407.05872 (atan2).
+      Wortsman et al., 2023, arXiv:2304.13013 (StableAdamW; deviation: the RMS does not
+      replace the clip before it). Huang et al., "SPAM", 2025, arXiv:2501.06842
+      (deviations: v is bias-corrected, so the rule needs no warm-up; m and v are not
+      reset).
+    """
+    _check_decays(b1, b2)
+    _check_eps(eps, eps_mode)
+    _check_limits(update_rms_max, spike_ratio)
+    _validate.check_choice("second_moment", second_moment, ("mean",))
+    _validate.check_float_dtype("rms_dtype", rms_dtype)
+    b1, b2 = _validate.as_float32(b1), _validate.as_float32(b2)
+
+    def init_fn(params):
+        scalar = jnp.zeros((), jnp.float32)
+        return SafeAdamState(
+            step=jnp.zeros((), jnp.int32),
+            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
+            rms=optax.tree.zeros_like(params, dtype=rms_dtype),
+            mu_unit=scalar,
+            rms_unit=scalar,
+            b1=scalar,
+            b2=scalar,
+            eps=scalar,
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
+        if spike_ratio is not None:
+            limit = _root(spike_ratio) / _nonzero(state.rms_unit)
+            grads = jax.tree.map(
+                lambda g, rms: _clip_spikes(g, rms, limit), grads, state.rms
+            )
+        mu = jax.tree.map(lambda g, mu: _next_mu(g, mu, b1), grads, state.mu)
+        rms = jax.tree.map(
+            lambda g, rms: _next_rms(g, rms, b2, state.step), grads, state.rms
+        )
+
+        # m̂ = m/mu_unit and r̂ = r/rms_unit; times rms_unit, r stays as it is stored.
+        mu_unit = b1 * state.mu_unit + (1 - b1)
+        rms_unit = _hypot(_root(b2) * state.rms_unit, jnp.float32(_root(1 - b2)))
+        eps_now = jnp.asarray(eps(state.step) if callable(eps) else eps, jnp.float32)
+        bound = update_bound(jnp.float32(b1), jnp.float32(b2))
+
+        def direction(g, mu, rms):
+            rms = rms.astype(jnp.float32)
+            mu = mu.astype(jnp.float32) * (rms_unit / mu_unit)
+            mu = hold_to_bound(mu, rms, bound)
+            u = _divide(mu, rms, eps_now * rms_unit, eps_mode)
+            if update_rms_max is not None:
+                excess = _rms_excess(g * rms_unit, rms, eps_now * rms_unit)
+                u = u / jnp.maximum(excess / update_rms_max, 1.0)
+            return u
+
+        directions = jax.tree.map(direction, grads, mu, rms)
+        return optax.tree.cast_like(directions, updates), SafeAdamState(
+            step=optax.safe_increment(state.step),
+            mu=mu,
+            rms=rms,
+            mu_unit=mu_unit,
+            rms_unit=rms_unit,
+            b1=jnp.asarray(b1, jnp.float32),
+            b2=jnp.asarray(b2, jnp.float32),
+            eps=eps_now,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,218 @@
+"""What safe Adam carries, what may be read from it, and the way from and to optax.
+
+*Cost*: nothing while training. ``metrics`` reads μ and r once, when it is asked for.
+
+*Source*: the correlation is derived in the docstring of ``scale_by_safe_adam``.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_stability import _tree, _validate
+
+
+class SafeAdamState(NamedTuple):
+    """State of :func:`scale_by_safe_adam`.
+
+    Attributes:
+      step: int32[] – calls of ``update``.
+      mu: tree like the parameters, ``mu_dtype`` – m, mean of the gradients.
+      rms: tree like the parameters, ``rms_dtype`` – r = √v, root mean square of the
+        gradients.
+      mu_unit: float32[] – what ``mu`` would be had every gradient been 1; m̂ is
+        ``mu / mu_unit``. Equals 1 − Πβ₁, whatever β₁ did.
+      rms_unit: float32[] – the same for ``rms``: r̂ is ``rms / rms_unit``. Equals
+        √(1 − Πβ₂).
+      b1: float32[] – β₁ of the last step, for the metrics.
+      b2: float32[] – β₂ of the last step, for the metrics.
+      eps: float32[] – ε of the last step, for the metrics.
+    """
+
+    step: jax.Array
+    mu: Any
+    rms: Any
+    mu_unit: jax.Array
+    rms_unit: jax.Array
+    b1: jax.Array
+    b2: jax.Array
+    eps: jax.Array
+
+    @property
+    def leaves(self) -> Any:
+        """Marks that name the entries of the per-leaf metrics."""
+        return _tree.mark_leaves(self.mu)
+
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """``adam/…``: how the update is distributed, from the moments as they are."""
+        return _metrics(self)
+
+
+def update_bound(b1, b2):
+    """Greatest possible |m̂/r̂|: (1−β₁)/√((1−β₂)(1−β₁²/β₂)), by Cauchy–Schwarz.
+
+    It holds at every step t, because (1−(β₁²/β₂)ᵗ)(1−β₂ᵗ) ≤ (1−β₁ᵗ)² by the inequality
+    of the means. Where β₁² ≥ β₂ there is no bound: the largest float32.
+    """
+    room = 1 - b1 * b1 / b2
+    bound = (1 - b1) / jnp.sqrt((1 - b2) * jnp.where(room > 0, room, 1.0))
+    return jnp.where(room > 0, bound, jnp.finfo(jnp.float32).max)
+
+
+def hold_to_bound(mu, rms, bound):
+    """Holds m to ±bound·r, so that m/r is at most the bound; 0 where r = 0."""
+    return jnp.clip(mu, -bound * rms, bound * rms)
+
+
+def _ratio(x, y):
+    """x/y, or 0 where y is not positive."""
+    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1.0), 0.0)
+
+
+def _leaf_sums(mu, rms, scale, bound, eps):
+    """Σu², Σ ε/(r̂+ε) and the number of zeros of one leaf; u = m̂/r̂."""
+    mu, rms = mu.astype(jnp.float32) * scale, rms.astype(jnp.float32)
+    u = _ratio(hold_to_bound(mu, rms, bound), rms)
+    zeros = jnp.sum(rms == 0, dtype=jnp.float32)
+    return jnp.stack([jnp.sum(u * u), jnp.sum(_ratio(eps, rms + eps)), zeros])
+
+
+def _correlation(mean_square, b1, mu_unit):
+    """Lag-1 correlation of the gradients, from the mean square of the update."""
+    # c is what independent gradients give; 2/w − 1 is its correction for few steps.
+    c = (1 - b1) / (1 + b1) * (_ratio(2.0, mu_unit) - 1)
+    return _ratio(mean_square - c, b1 * (mean_square + c))
+
+
+@jax.jit
+def _metrics(state: SafeAdamState) -> dict[str, jax.Array]:
+    """All ``adam/…`` metrics; under ``jit`` what is not used is not computed."""
+    mus, rmss = jax.tree.leaves(state.mu), jax.tree.leaves(state.rms)
+    scale = _ratio(state.rms_unit, state.mu_unit)
+    bound, eps = update_bound(state.b1, state.b2), state.eps * state.rms_unit
+    sums = [
+        _leaf_sums(mu, rms, scale, bound, eps)
+        for mu, rms in zip(mus, rmss, strict=True)
+    ]
+    sums = jnp.stack(sums) if sums else jnp.zeros((0, 3), jnp.float32)
+    sizes = jnp.array([mu.size for mu in mus], jnp.float32)
+
+    per_leaf = sums / jnp.maximum(sizes, 1.0)[:, None]
+    overall = jnp.sum(sums, axis=0) / jnp.maximum(jnp.sum(sizes), 1.0)
+
+    def name(means, suffix=""):
+        mean_square, eps_share, zero_fraction = jnp.moveaxis(means, -1, 0)
+        return {
+            f"adam/update_rms{suffix}": jnp.sqrt(mean_square),
+            f"adam/correlation{suffix}": _correlation(
+                mean_square, state.b1, state.mu_unit
+            ),
+            f"adam/eps_share{suffix}": eps_share,
+            f"adam/zero_fraction{suffix}": zero_fraction,
+        }
+
+    return name(overall) | name(per_leaf, "/per_leaf")
+
+
+def from_optax_adam_state(
+    state: Any,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    *,
+    eps: float = 0.0,
+    rms_dtype: Any = jnp.float32,
+) -> Any:
+    """Turns the state of optax's Adam into that of safe Adam, to switch a running job.
+
+    **Rule**: rms = √nu; mu and the count stay; the units are 1 − b1ᵗ and √(1 − b2ᵗ).
+
+    **Guarantees**: the next update is that of optax's Adam with the same β and ε, to
+    float32 rounding; every part of the state that is not Adam's comes back unchanged.
+
+    Args:
+      state: an ``optax.ScaleByAdamState``, or any optimizer state that holds some: of a
+        chain, masked, MultiSteps ….
+      b1: β₁ that the state was made with, in [0, 1).
+      b2: β₂ that the state was made with, in (0, 1).
+      eps: ε to show in the metrics until the next step.
+      rms_dtype: storage of ``rms``, as in ``scale_by_safe_adam``.
+
+    Returns:
+      The same tree, with a :class:`SafeAdamState` for every ``ScaleByAdamState``.
+
+    Raises:
+      ValueError: there is no Adam state in ``state``, or a β is outside its range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> old = optax.adamw(1e-3).init({"w": jnp.ones(3)})
+      >>> new = from_optax_adam_state(old)
+      >>> print(type(new[0]).__name__)
+      SafeAdamState
+    """
+    _validate.check_interval("b1", b1, "[0, 1)", "0.9 is usual")
+    _validate.check_interval("b2", b2, "(0, 1)", "0.999 is usual")
+
+    def convert(adam: optax.ScaleByAdamState) -> SafeAdamState:
+        steps = adam.count.astype(jnp.float32)
+        rms = jax.tree.map(
+            lambda nu: jnp.sqrt(nu.astype(jnp.float32)).astype(rms_dtype), adam.nu
+        )
+        # 1 − βᵗ without cancellation; with b1 = 0 the logarithm is −∞ and the unit 1.
+        log_b1 = math.log(b1) if b1 > 0 else -math.inf
+        mu_unit = jnp.where(steps > 0, -jnp.expm1(steps * log_b1), 0.0)
+        return SafeAdamState(
+            step=adam.count,
+            mu=adam.mu,
+            rms=rms,
+            mu_unit=mu_unit.astype(jnp.float32),
+            rms_unit=jnp.sqrt(-jnp.expm1(steps * math.log(b2))),
+            b1=jnp.asarray(b1, jnp.float32),
+            b2=jnp.asarray(b2, jnp.float32),
+            eps=jnp.asarray(eps, jnp.float32),
+        )
+
+    return _replace(state, optax.ScaleByAdamState, convert)
+
+
+def to_optax_adam_state(state: Any) -> Any:
+    """Turns the state of safe Adam into that of ``optax.scale_by_adam``.
+
+    **Rule**: nu = rms²; mu and the count stay. ``nu`` underflows where |g| < 1e-19.
+
+    Args:
+      state: a :class:`SafeAdamState`, or any optimizer state that holds some.
+
+    Returns:
+      The same tree with every :class:`SafeAdamState` replaced by an
+      ``optax.ScaleByAdamState``.
+
+    Raises:
+      ValueError: there is no safe Adam state in ``state``.
+    """
+
+    def convert(safe: SafeAdamState) -> optax.ScaleByAdamState:
+        nu = jax.tree.map(lambda rms: jnp.square(rms.astype(jnp.float32)), safe.rms)
+        nu = jax.tree.map(lambda nu, mu: nu.astype(mu.dtype), nu, safe.mu)
+        return optax.ScaleByAdamState(count=safe.step, mu=safe.mu, nu=nu)
+
+    return _replace(state, SafeAdamState, convert)
+
+
+def _replace(state: Any, kind: type, convert) -> Any:
+    """Applies ``convert`` to every ``kind`` in a tree, which must hold at least one."""
+    nodes, treedef = jax.tree.flatten(
+        _tree.pure(state), is_leaf=lambda node: isinstance(node, kind)
+    )
+    if not any(isinstance(node, kind) for node in nodes):
+        raise ValueError(
+            f"state={type(state).__name__} holds no {kind.__name__}; pass the state of "
+            "an optimizer built on it."
+        )
+    return jax.tree.unflatten(
+        treedef, [convert(node) if isinstance(node, kind) else node for node in nodes]
+    )

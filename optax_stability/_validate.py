@@ -1,0 +1,72 @@
+"""Argument checks, in one place: every message shows name, value and remedy.
+
+Only *concrete* numbers are checked. A traced value (``optax.inject_hyperparams``) or an
+array passes, because its value is unknown while the transformation is being built.
+"""
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether ``value`` is a plain number whose value can be looked at now."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is a number, an array or a tracer."""
+    if not is_concrete(value) and not isinstance(value, jax.Array | np.ndarray):
+        raise TypeError(f"{name} must be a number, got {name}={value!r}.")
+
+
+def check_interval(
+    name: str,
+    value: Any,
+    interval: str,
+    remedy: str,
+) -> None:
+    """Raises unless ``value`` lies in ``interval``, written ``"[0, 1)"``."""
+    check_number(name, value)
+    if not is_concrete(value):
+        return
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise ValueError(f"{name}={value!r} is outside {interval}; {remedy}.")
+
+
+def check_count(name: str, value: Any, minimum: int, remedy: str) -> None:
+    """Raises unless ``value`` is an integer of at least ``minimum``."""
+    check_number(name, value)
+    if not is_concrete(value):
+        return
+    if not isinstance(value, numbers.Integral) or value < minimum:
+        raise ValueError(
+            f"{name}={value!r} must be an integer of at least {minimum}; {remedy}."
+        )
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {listed}.")
+
+
+def check_float_dtype(name: str, dtype: Any) -> None:
+    """Raises unless ``dtype`` is a floating-point dtype."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"{name}={dtype!r} must be a floating-point dtype, such as jnp.float32."
+        )
+
+
+def as_float32(value: Any) -> Any:
+    """An array as float32 (``inject_hyperparams`` may hold bfloat16); numbers stay."""
+    return value if is_concrete(value) else jnp.asarray(value, jnp.float32)

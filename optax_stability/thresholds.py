@@ -1,0 +1,291 @@
+"""What is normal for this stream of numbers? One small object answers.
+
+*Problem*: "clip at 1.0" fits one model at one moment. A norm is large or small only in
+comparison with what it was before.
+
+A :class:`Threshold` watches a stream of float32 scalars x ≥ 0 (a gradient norm) and
+gives a limit; ``x > limit`` means "not normal". It does not know what is done about it:
+``clip_by_threshold`` scales the gradient down.
+
+Rules that every threshold here keeps:
+
+* The limit comes from *past* values (where the published rule makes it depend on the
+  present one, the docstring says so); only then the present value is learned.
+* A value that is not finite is neither normal nor learned: the state stays as it was.
+* State is O(1), float32 and int32, with a structure that never changes. Every function
+  can be jitted, scanned and vmapped (one stream per leaf or group).
+
+*Source*: each function names its paper and every deviation from it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_stability import _validate
+
+# A constant stream has no spread at all; this share of the mean stands in, so that
+# rounding alone is never abnormal.
+_MIN_RELATIVE_STD = 1e-6
+
+
+class Threshold(NamedTuple):
+    """Decides from the past of a stream what is normal.
+
+    Attributes:
+      init: ``init() -> state``.
+      update: ``update(x, state) -> (limit, state)`` – the limit that the past sets for
+        ``x`` (float32[]), and the state with ``x`` learned. The caller decides whether
+        to keep that state.
+      rebase: ``rebase(x, state) -> state`` – starts again from the present level ``x``.
+
+    Example:
+      >>> threshold = zscore(warmup=2)
+      >>> state = threshold.init()
+      >>> for norm in (1.0, 1.2, 50.0):
+      ...     limit, state = threshold.update(norm, state)
+      >>> print(f"{limit:.2f}")
+      1.10
+    """
+
+    init: Callable[[], Any]
+    update: Callable[[Any, Any], tuple[jax.Array, Any]]
+    rebase: Callable[[Any, Any], Any]
+
+
+def constant(limit: float | jax.Array) -> Threshold:
+    """A fixed limit, as in ``optax.clip_by_global_norm``.
+
+    **Rule**: limit_t = ``limit``. Nothing is learned; ``rebase`` does nothing.
+
+    Args:
+      limit: greatest normal value, > 0, in the unit of the stream.
+
+    Returns:
+      A :class:`Threshold` with an empty state.
+
+    Raises:
+      ValueError: ``limit`` is not positive.
+
+    Example:
+      >>> limit, _ = constant(1.0).update(3.0, ())
+      >>> print(limit)
+      1.0
+    """
+    _validate.check_interval(
+        "limit", limit, "(0, inf]", "a limit must be positive, such as 1.0"
+    )
+
+    def update(x, state):
+        del x
+        return jnp.asarray(limit, jnp.float32), state
+
+    return Threshold(lambda: (), update, lambda x, state: state)
+
+
+class ZScoreState(NamedTuple):
+    """State of :func:`zscore`.
+
+    Attributes:
+      step: int32[] – values learned.
+      mean: float32[] – μ, mean of the learned values, in the unit of the stream.
+      std: float32[] – σ, their standard deviation, same unit.
+    """
+
+    step: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+
+def _zscore_limit(x, mean, std, z_max, mode: str):
+    """The limit of an armed z-score threshold."""
+    std = jnp.maximum(std, _MIN_RELATIVE_STD * mean)
+    boundary = mean + z_max * std
+    if mode == "max":
+        return boundary
+    if mode == "mean":
+        return jnp.where(x > boundary, mean, boundary)
+    # z_max²σ/z with z = (x − μ)/σ; the guard only keeps the unused branch finite.
+    excess = jnp.where(x > boundary, x - mean, 1.0)
+    return jnp.where(
+        x > boundary, mean + z_max * std * (z_max * std / excess), boundary
+    )
+
+
+def _average_in(x, state: ZScoreState, n) -> ZScoreState:
+    """Adds the n-th value to the plain mean and population standard deviation."""
+    n = n.astype(jnp.float32)
+    mean = state.mean + (x - state.mean) / n
+    spread = jnp.hypot(state.std, (x - state.mean) / jnp.sqrt(n))
+    return ZScoreState(state.step, mean, jnp.sqrt((n - 1) / n) * spread)
+
+
+def _blend_in(x, state: ZScoreState, decay) -> ZScoreState:
+    """Moves the exponential averages towards x; σ² uses the mean already moved."""
+    mean = state.mean + (1 - decay) * (x - state.mean)
+    std = jnp.hypot(jnp.sqrt(decay) * state.std, jnp.sqrt(1 - decay) * (x - mean))
+    return ZScoreState(state.step, mean, std)
+
+
+def zscore(
+    z_max: float | jax.Array = 2.5,
+    *,
+    decay: float | jax.Array = 0.97,
+    warmup: int | jax.Array = 25,
+    mode: str = "adaptive",
+) -> Threshold:
+    """Exponential mean and deviation of the stream: ZClip.
+
+    **Rule**, with z = (x − μ)/σ from the values before::
+
+      t ≤ warmup:   limit = ∞;  μ, σ = plain mean, population deviation of all values
+      z ≤ z_max:    limit = μ + z_max·σ
+      z > z_max:    limit = μ + z_max²·σ/z    mode "adaptive"
+                    limit = μ                 mode "mean"
+                    limit = μ + z_max·σ       mode "max"
+      then          x' = min(x, limit)
+                    μ ← decay·μ + (1 − decay)·x'
+                    σ² ← decay·σ² + (1 − decay)·(x' − μ)²   with the new μ
+
+    **Guarantees**
+
+    * On finite, positive values it equals the paper's rule to rounding.
+    * One outlier of any size moves μ by at most (1 − decay)·z_max·σ once armed.
+    * Values that are not finite, or zero, leave the state as it was (a zero norm means
+      "no gradient"; learned, it would forbid the next one).
+    * Multiplying the stream by 2ᵏ multiplies every limit by 2ᵏ.
+
+    **Edge cases**: as published, a lasting rise is never accepted: limit and learned
+    value feed each other and stay near the old mean. Adaptation time to a level shift
+    of ×10 or ×50 is therefore *unbounded*; wrap it in :func:`relearn`. An outlier in the
+    warm-up is learned raw and leaves the limit too high for several 1/(1 − decay)
+    steps; put ``clip_by_threshold(constant(max_norm))`` before it if that matters.
+
+    Args:
+      z_max: deviations above the mean that are still normal, > 0.
+      decay: share of the average kept per value, in [0, 1).
+      warmup: values averaged before the first limit, ≥ 1.
+      mode: what an abnormal value is held to, see above.
+
+    Returns:
+      A :class:`Threshold`. ``rebase(x)`` sets μ = x and σ = x/z_max, so that the limit
+      starts again at 2x.
+
+    Raises:
+      ValueError: an argument is outside its range.
+
+    References:
+      Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025,
+      arXiv:2504.02507. Deviations: σ is at least 1e-6·μ where the official code adds
+      1e-6 to it; no fixed ``max_grad_norm`` on top; non-finite and zero values are not
+      learned.
+    """
+    _validate.check_interval(
+        "z_max", z_max, "(0, inf)", "2.5 is the published value, 2 is stricter"
+    )
+    _validate.check_interval("decay", decay, "[0, 1)", "0.97 averages about 33 values")
+    _validate.check_count("warmup", warmup, 1, "25 is the published value")
+    _validate.check_choice("mode", mode, ("adaptive", "mean", "max"))
+    z_max, decay = _validate.as_float32(z_max), _validate.as_float32(decay)
+
+    def init():
+        zero = jnp.zeros((), jnp.float32)
+        return ZScoreState(jnp.zeros((), jnp.int32), zero, zero)
+
+    def update(x, state):
+        x = jnp.asarray(x, jnp.float32)
+        armed = state.step >= warmup
+        limit = _zscore_limit(x, state.mean, state.std, z_max, mode)
+        limit = jnp.where(armed, limit, jnp.inf)
+        step = optax.safe_increment(state.step)
+        averaged = _average_in(x, state, step)
+        blended = _blend_in(jnp.minimum(x, limit), state, decay)
+        learned = optax.tree.where(armed, blended, averaged)._replace(step=step)
+        return limit, optax.tree.where(_is_level(x), learned, state)
+
+    def rebase(x, state):
+        x = jnp.asarray(x, jnp.float32)
+        step = jnp.maximum(state.step, jnp.asarray(warmup, jnp.int32))
+        fresh = ZScoreState(step, x, x / z_max)
+        return optax.tree.where(_is_level(x), fresh, state)
+
+    return Threshold(init, update, rebase)
+
+
+def _is_level(x):
+    """Whether x can be learned as a level: finite and not zero."""
+    return jnp.isfinite(x) & (x > 0)
+
+
+class RelearnState(NamedTuple):
+    """State of :func:`relearn`.
+
+    Attributes:
+      above: int32[] – values in a row above the limit.
+      inner: state of the wrapped threshold.
+    """
+
+    above: jax.Array
+    inner: Any
+
+
+def relearn(threshold: Threshold, *, after: int) -> Threshold:
+    """Accepts a new level once ``after`` values in a row were above the limit.
+
+    A spike is short. What stays above the limit is the new normal (a harder data mix, a
+    longer batch, a higher learning rate), and a threshold that learns only clipped
+    values would never accept it.
+
+    **Rule**::
+
+      above ← above + 1  if x > limit,  0 otherwise
+      above = after  ⇒  state ← threshold.rebase(x, state), above ← 0
+
+    **Guarantees**
+
+    * A level shift of any size, ×10 or ×50 alike, is accepted after ``after`` values:
+      the value number ``after`` + 1 is judged by the new level.
+    * Until then limit and state are those of ``threshold``.
+    * A value that is not finite neither counts nor ends a row.
+
+    Args:
+      threshold: the threshold to wrap.
+      after: values in a row, ≥ 1. It is a trade: the length of a disturbance that is
+        held down, and the delay after a lasting change.
+
+    Returns:
+      A :class:`Threshold`.
+
+    Raises:
+      ValueError: ``after`` is less than 1.
+
+    Example:
+      >>> threshold = relearn(zscore(warmup=2), after=3)
+      >>> state = threshold.init()
+      >>> for norm in (1.0, 1.2, 10.0, 10.0, 10.0, 10.0):
+      ...     limit, state = threshold.update(norm, state)
+      >>> print(limit)
+      20.0
+    """
+    _validate.check_count("after", after, 1, "25 follows a change within 25 steps")
+
+    def init():
+        return RelearnState(jnp.zeros((), jnp.int32), threshold.init())
+
+    def update(x, state):
+        limit, inner = threshold.update(x, state.inner)
+        counted = jnp.where(x > limit, optax.safe_increment(state.above), 0)
+        above = jnp.where(jnp.isfinite(x), counted, state.above)
+        accept = above >= after
+        inner = optax.tree.where(accept, threshold.rebase(x, inner), inner)
+        return limit, RelearnState(jnp.where(accept, 0, above), inner)
+
+    def rebase(x, state):
+        return RelearnState(
+            jnp.zeros_like(state.above), threshold.rebase(x, state.inner)
+        )
+
+    return Threshold(init, update, rebase)
