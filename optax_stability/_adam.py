@@ -22,18 +22,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_stability import _rounding, _validate
-from optax_stability._adam_state import SafeAdamState, hold_to_bound, update_bound
+from optax_stability import _numerics, _validate
+from optax_stability._adam_state import SafeAdamState, update_bound
 
 # 1.27·atan2(m, m) ≈ 1 (4/π = 1.273): the same step as m/r where m = r.
 _ATAN2_SLOPE = 1.27
-
-
-def _hypot(a, b):
-    """√(a² + b²) for a, b ≥ 0, without a square that could over- or underflow."""
-    high, low = lax.max(a, b), lax.min(a, b)
-    ratio = low / lax.max(high, jnp.full_like(high, jnp.finfo(high.dtype).tiny))
-    return high * lax.sqrt(1 + ratio * ratio)
 
 
 def _root(x):
@@ -52,23 +45,24 @@ def _next_mu(g, mu, b1):
     """Next mean: m ← β₁·m + (1 − β₁)·g, where g is finite."""
     old = mu.astype(jnp.float32)
     new = jnp.where(jnp.isfinite(g), b1 * old + (1 - b1) * g, old)
-    return _rounding.round_to_range(new, mu.dtype)
+    return _numerics.round_to_range(new, mu.dtype)
 
 
 def _next_rms(g, rms, b2, step):
     """Next root: r ← hypot(√β₂·r, √(1 − β₂)·g), where g is finite."""
     old = rms.astype(jnp.float32)
-    new = _hypot(_root(b2) * old, _root(1 - b2) * jnp.abs(g))
+    new = _numerics.hypot(_root(b2) * old, _root(1 - b2) * jnp.abs(g))
     new = jnp.where(jnp.isfinite(g), new, old)
-    return _rounding.round_at_random(new, step, rms.dtype)
+    return _numerics.round_at_random(new, step, rms.dtype)
 
 
-def _divide(mu, rms, eps, eps_mode: str):
+def _divide(mu, rms, eps, bound, eps_mode: str):
     """The update from m and r on a common scale; 0/0 is 0."""
     if eps_mode == "atan2":
         return _ATAN2_SLOPE * lax.atan2(mu, rms)
     divisor = rms + eps if eps_mode == "add" else jnp.maximum(rms, eps)
-    return mu / jnp.where(divisor > 0, divisor, 1.0)
+    # Where r underflowed, so did m·r_unit/m_unit ≤ B·r: the floor only replaces 0/0.
+    return lax.clamp(-bound, mu / jnp.maximum(divisor, _numerics.TINY), bound)
 
 
 def _rms_excess(g, rms, eps):
@@ -135,7 +129,7 @@ def scale_by_safe_adam(
       u = m̂/(r̂ + ε)                    eps_mode "add": Adam as published
       u = m̂/max(r̂, ε)                  eps_mode "max"
       u = 1.27·atan2(m̂, r̂)             eps_mode "atan2": no ε at all
-      0/0 is 0, and |m̂| is held to B·r̂, with B = (1−β₁)/√((1−β₂)(1−β₁²/β₂))
+      0/0 is 0, and |u| is held to B = (1−β₁)/√((1−β₂)(1−β₁²/β₂)), or with atan2 to 2
 
     **Guarantees**
 
@@ -207,6 +201,8 @@ def scale_by_safe_adam(
     _validate.check_choice("second_moment", second_moment, ("mean",))
     _validate.check_float_dtype("rms_dtype", rms_dtype)
     b1, b2 = _validate.as_float32(b1), _validate.as_float32(b2)
+    if spike_ratio is not None:
+        spike_ratio = _validate.as_float32(spike_ratio)
 
     def init_fn(params):
         scalar = jnp.zeros((), jnp.float32)
@@ -236,15 +232,14 @@ def scale_by_safe_adam(
 
         # m̂ = m/mu_unit and r̂ = r/rms_unit; times rms_unit, r stays as it is stored.
         mu_unit = b1 * state.mu_unit + (1 - b1)
-        rms_unit = _hypot(_root(b2) * state.rms_unit, jnp.float32(_root(1 - b2)))
+        rms_unit = _numerics.hypot(_root(b2) * state.rms_unit, _root(1 - b2))
         eps_now = jnp.asarray(eps(state.step) if callable(eps) else eps, jnp.float32)
         bound = update_bound(jnp.float32(b1), jnp.float32(b2))
 
         def direction(g, mu, rms):
             rms = rms.astype(jnp.float32)
             mu = mu.astype(jnp.float32) * (rms_unit / mu_unit)
-            mu = hold_to_bound(mu, rms, bound)
-            u = _divide(mu, rms, eps_now * rms_unit, eps_mode)
+            u = _divide(mu, rms, eps_now * rms_unit, bound, eps_mode)
             if update_rms_max is not None:
                 excess = _rms_excess(g * rms_unit, rms, eps_now * rms_unit)
                 u = u / jnp.maximum(excess / update_rms_max, 1.0)

@@ -63,11 +63,6 @@ def update_bound(b1, b2):
     return jnp.where(room > 0, bound, jnp.finfo(jnp.float32).max)
 
 
-def hold_to_bound(mu, rms, bound):
-    """Holds m to ±bound·r, so that m/r is at most the bound; 0 where r = 0."""
-    return jnp.clip(mu, -bound * rms, bound * rms)
-
-
 def _ratio(x, y):
     """x/y, or 0 where y is not positive."""
     return jnp.where(y > 0, x / jnp.where(y > 0, y, 1.0), 0.0)
@@ -76,7 +71,7 @@ def _ratio(x, y):
 def _leaf_sums(mu, rms, scale, bound, eps):
     """Σu², Σ ε/(r̂+ε) and the number of zeros of one leaf; u = m̂/r̂."""
     mu, rms = mu.astype(jnp.float32) * scale, rms.astype(jnp.float32)
-    u = _ratio(hold_to_bound(mu, rms, bound), rms)
+    u = jnp.clip(_ratio(mu, rms), -bound, bound)
     zeros = jnp.sum(rms == 0, dtype=jnp.float32)
     return jnp.stack([jnp.sum(u * u), jnp.sum(_ratio(eps, rms + eps)), zeros])
 

@@ -84,6 +84,15 @@ def _num_groups(groups: np.ndarray) -> int:
     return int(groups.max()) + 1 if groups.size else 1
 
 
+def _scope_norms(tree, groups, axis_name):
+    """The norm of each scope, float32[n_scopes]."""
+    num_groups = _num_groups(groups)
+    if num_groups == 1:
+        return _tree.global_norm(tree, axis_name)[None]
+    leaf_norms = _tree.leaf_norms(tree, axis_name)
+    return _tree.join_norms_by_group(leaf_norms, groups, num_groups)
+
+
 def _scale_leaf(leaf, factor, finite):
     """``leaf·factor`` in float32, or zero where the norm was not finite."""
     scaled = (leaf.astype(jnp.float32) * factor).astype(leaf.dtype)
@@ -172,8 +181,7 @@ def clip_by_threshold(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         groups = _groups(updates, scope)
-        leaf_norm = _tree.leaf_norms(updates, axis_name)
-        norm = _tree.group_norms(leaf_norm, groups, _num_groups(groups))
+        norm = _scope_norms(updates, groups, axis_name)
         limit, learned = jax.vmap(threshold.update)(norm, state.threshold)
 
         finite, above = jnp.isfinite(norm), norm > limit
@@ -189,8 +197,8 @@ def clip_by_threshold(
             step=optax.safe_increment(state.step),
             clipped_total=_count(state.clipped_total, finite & above),
             nonfinite_total=_count(state.nonfinite_total, ~finite),
-            norm=_tree.global_norm(norm),
-            limit=_tree.global_norm(limit),
+            norm=_tree.join_norms(norm) if per_leaf else norm[0],
+            limit=_tree.join_norms(limit) if per_leaf else limit[0],
             leaf_norm=norm[groups] if per_leaf else None,
             leaf_limit=limit[groups] if per_leaf else None,
             threshold=learned,

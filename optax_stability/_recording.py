@@ -50,7 +50,7 @@ def _measure(tree, axis_name: _tree.AxisName) -> dict[str, tuple[jax.Array, jax.
     """Each quantity as (global, per leaf)."""
     leaves = jax.tree.leaves(tree)
     norms, sizes = _tree.leaf_norms(tree, axis_name), _sizes(leaves, axis_name)
-    largest, norm = _largest_entries(leaves, axis_name), _tree.global_norm(norms)
+    largest, norm = _largest_entries(leaves, axis_name), _tree.join_norms(norms)
     return {
         "norm": (norm, norms),
         "rms": (

@@ -1,25 +1,25 @@
 """What the library needs to know of a parameter tree: leaf names and safe norms.
 
 *Cost*: a norm is one pass over the leaves and one reduction per leaf; a second pass
-runs only when a square leaves the range of float32. No buffer the size of a parameter.
+runs only when a norm is above 4e9. No buffer the size of a parameter.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 AxisName = str | tuple[str, ...] | None
+Join = Callable[[list], jax.Array]
 
-# A float32 square is exact enough while the sum lies above _SMALL_SUM: what flushes to
-# zero (below 2⁻¹²⁶) is then less than 2⁻⁶⁰ of the sum per element. Outside, the leaves
-# are scaled by a power of two, which changes no mantissa.
-_SMALL_SUM = 2.0**-66
-_SCALE_UP = 2.0**64
-_SCALE_DOWN = 2.0**-80
+# Before leaves are squared they are scaled by a power of two: no mantissa changes. At
+# the first scale squares of norms from 1e-20 to 4e9 fit float32, at the second those
+# from there to 3e38: what flushes to zero (below 2⁻¹²⁶) is < 2⁻⁵⁸ of the sum.
+_SCALE = 2.0**32
+_RESCALE = 2.0**-98
 
 
 class Leaf(NamedTuple):
@@ -95,58 +95,49 @@ def _sum_over_axes(values, axis_name: AxisName):
     return values if axis_name is None else lax.psum(values, axis_name)
 
 
-def _sums_of_squares(leaves, scales, axis_name: AxisName):
-    """Σ(scale·x)² for each leaf, float32[n_leaves]."""
+def _sums_of_squares(leaves, scales, join: Join, axis_name: AxisName):
+    """Σ(scale·x)² of each leaf, joined into a vector or a total."""
     sums = [
         jnp.sum(jnp.square(x.astype(jnp.float32) * scale))
         for x, scale in zip(leaves, scales, strict=True)
     ]
-    return _sum_over_axes(jnp.stack(sums), axis_name)
+    return _sum_over_axes(join(sums), axis_name)
 
 
-def _rescale(sums):
-    """The factor at which squares fit float32; 1 where they fit as they are."""
-    up = jnp.where(jnp.sum(sums) < _SMALL_SUM, _SCALE_UP, 1.0)
-    return jnp.where(jnp.any(jnp.isinf(sums)), _SCALE_DOWN, up)
-
-
-def _measure_norms(leaves, axis_name: AxisName):
-    """Measures at scale 1 and, if float32 could not hold the squares, once more."""
+def _measure_norms(leaves, join: Join, axis_name: AxisName):
+    """Measures at one scale and, if a square overflowed, once more at the other."""
 
     def measure(carry):
         _, scales, norms = carry
-        sums, scale = _sums_of_squares(leaves, scales, axis_name), scales[0]
-        # Beside an overflow, what was finite at scale 1 stays as it was measured.
-        measured_now = jnp.isinf(norms) | (scale > 1)
-        norms = jnp.where(measured_now, jnp.sqrt(sums) / scale, norms)
-        factor = _rescale(sums)
-        again = (scale == 1) & (factor != 1)
-        return again, [scale * factor for scale in scales], norms
+        sums, scale = _sums_of_squares(leaves, scales, join, axis_name), scales[0]
+        # The second time, what was finite the first time stays as it was measured.
+        norms = jnp.where(jnp.isinf(norms), jnp.sqrt(sums) / scale, norms)
+        again = (scale == _SCALE) & jnp.any(jnp.isinf(sums))
+        return again, [scale * _RESCALE for scale in scales], norms
 
     # One scale per leaf, though all are equal: shared by two leaves of one shape, XLA
-    # would write it out as a buffer of that shape. full_like gives the carry the leaves'
-    # own type under shard_map.
-    scales = [lax.full_like(x, 1.0, jnp.float32, shape=()) for x in leaves]
-    norms = _sum_over_axes(jnp.stack(scales), axis_name) * jnp.inf
-    return lax.while_loop(
-        lambda carry: carry[0], measure, (norms[0] > 0, scales, norms)
-    )[2]
+    # would write it out as a buffer of that shape. full_like gives the carry the type
+    # of the leaves under shard_map.
+    scales = [lax.full_like(x, _SCALE, jnp.float32, shape=()) for x in leaves]
+    norms = _sum_over_axes(join(scales), axis_name) * jnp.inf
+    carry = jnp.any(norms > 0), scales, norms
+    return lax.while_loop(lambda carry: carry[0], measure, carry)[2]
 
 
-_leaf_norms = jax.custom_jvp(_measure_norms, nondiff_argnums=(1,))
+_norms = jax.custom_jvp(_measure_norms, nondiff_argnums=(1, 2))
 
 
-@_leaf_norms.defjvp
-def _leaf_norms_jvp(axis_name: AxisName, primals, tangents):
+@_norms.defjvp
+def _norms_jvp(join: Join, axis_name: AxisName, primals, tangents):
     """d‖x‖ = ⟨x/‖x‖, dx⟩, and 0 where x = 0."""
     (leaves,), (tangent_leaves,) = primals, tangents
-    norms = _leaf_norms(leaves, axis_name)
-    divisors = jnp.where(norms > 0, norms, 1.0)
+    norms = _norms(leaves, join, axis_name)
+    divisors = jnp.broadcast_to(jnp.where(norms > 0, norms, 1.0), len(leaves))
     dots = [
-        jnp.sum(x.astype(jnp.float32) / divisors[i] * dx.astype(jnp.float32))
-        for i, (x, dx) in enumerate(zip(leaves, tangent_leaves, strict=True))
+        jnp.sum(x.astype(jnp.float32) / divisor * dx.astype(jnp.float32))
+        for x, dx, divisor in zip(leaves, tangent_leaves, divisors, strict=True)
     ]
-    return norms, _sum_over_axes(jnp.stack(dots), axis_name)
+    return norms, _sum_over_axes(join(dots), axis_name)
 
 
 def leaf_norms(tree: Any, axis_name: AxisName = None) -> jax.Array:
@@ -157,35 +148,51 @@ def leaf_norms(tree: Any, axis_name: AxisName = None) -> jax.Array:
     element has a non-finite norm and does not disturb the others; differentiable, with
     derivative 0 at a zero leaf.
 
-    **Edge cases**: beside leaves of ordinary size, a leaf whose norm is below 1e-19 may
-    read 0. A tree that is that small as a whole is measured exactly, down to 1e-37.
+    **Edge cases**: a norm below 1e-20 loses the entries that are below 1e-28; it may
+    read 0.
 
     Args:
       tree: arrays of any float dtype.
       axis_name: mesh axes to sum over under ``shard_map``.
     """
     leaves = jax.tree.leaves(tree)
-    return _leaf_norms(leaves, axis_name) if leaves else jnp.zeros((0,), jnp.float32)
+    if not leaves:
+        return jnp.zeros((0,), jnp.float32)
+    return _norms(leaves, jnp.stack, axis_name)
 
 
-def group_norms(norms, groups, num_groups: int) -> jax.Array:
-    """Joins leaf norms into one norm per group, float32[num_groups].
+def global_norm(tree: Any, axis_name: AxisName = None) -> jax.Array:
+    """L2 norm of the whole tree, float32[], with the guarantees of :func:`leaf_norms`.
 
-    Args:
-      norms: float32[n_leaves], as :func:`leaf_norms` gives them.
-      groups: int[n_leaves] – the group of each leaf, from 0 to ``num_groups`` − 1.
-      num_groups: how many groups there are; an empty one has norm 0.
+    An empty tree has norm 0.
     """
-    groups = np.asarray(groups, np.int32)
-    largest = jnp.zeros((num_groups,), jnp.float32).at[groups].max(norms)
-    # Relative to the largest of its group no square can overflow, and the sum is at
-    # least 1, or 0 in a group of zeros.
-    ratios = norms / jnp.where(largest > 0, largest, 1.0)[groups]
-    squares = jnp.zeros((num_groups,), jnp.float32).at[groups].add(jnp.square(ratios))
-    joined = largest * jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
+    leaves = jax.tree.leaves(tree)
+    return _norms(leaves, sum, axis_name) if leaves else jnp.zeros((), jnp.float32)
+
+
+def join_norms(norms) -> jax.Array:
+    """Joins the norms of parts into the norm of the whole, float32[]."""
+    largest = jnp.max(norms, initial=0.0)
+    # Relative to the largest, no square can overflow.
+    ratios = norms / jnp.where(largest > 0, largest, 1.0)
+    joined = largest * _root(jnp.sum(jnp.square(ratios)))
     return jnp.where(jnp.isfinite(largest), joined, largest)
 
 
-def global_norm(norms) -> jax.Array:
-    """Joins the norms of all leaves into the norm of the tree, float32[]."""
-    return group_norms(norms, np.zeros(norms.shape, np.int32), 1)[0]
+def join_norms_by_group(norms, groups, num_groups: int) -> jax.Array:
+    """Joins the norms of parts into one norm per group, float32[num_groups].
+
+    Args:
+      norms: float32[n] – norms of the parts.
+      groups: int[n] – the group of each part, from 0 to ``num_groups`` − 1.
+      num_groups: how many groups there are; an empty one has norm 0.
+    """
+    largest = jnp.zeros((num_groups,), jnp.float32).at[groups].max(norms)
+    ratios = norms / jnp.where(largest > 0, largest, 1.0)[groups]
+    squares = jnp.zeros((num_groups,), jnp.float32).at[groups].add(jnp.square(ratios))
+    return jnp.where(jnp.isfinite(largest), largest * _root(squares), largest)
+
+
+def _root(squares):
+    """√x with a finite derivative at 0, where the caller multiplies by 0."""
+    return jnp.sqrt(jnp.where(squares > 0, squares, 1.0))

@@ -68,5 +68,5 @@ def check_float_dtype(name: str, dtype: Any) -> None:
 
 
 def as_float32(value: Any) -> Any:
-    """An array as float32 (``inject_hyperparams`` may hold bfloat16); numbers stay."""
-    return value if is_concrete(value) else jnp.asarray(value, jnp.float32)
+    """A plain float, or an array as float32 (``inject_hyperparams`` may hold bf16)."""
+    return float(value) if is_concrete(value) else jnp.asarray(value, jnp.float32)

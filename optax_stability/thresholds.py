@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _validate
+from optax_stability import _numerics, _validate
 
 # A constant stream has no spread at all; this share of the mean stands in, so that
 # rounding alone is never abnormal.
@@ -103,31 +103,28 @@ class ZScoreState(NamedTuple):
 def _zscore_limit(x, mean, std, z_max, mode: str):
     """The limit of an armed z-score threshold."""
     std = jnp.maximum(std, _MIN_RELATIVE_STD * mean)
-    boundary = mean + z_max * std
+    margin = jnp.minimum(z_max * std, _numerics.HUGE)
+    boundary = mean + margin
     if mode == "max":
         return boundary
     if mode == "mean":
         return jnp.where(x > boundary, mean, boundary)
-    # z_max²σ/z with z = (x − μ)/σ; the guard only keeps the unused branch finite.
-    excess = jnp.where(x > boundary, x - mean, 1.0)
-    return jnp.where(
-        x > boundary, mean + z_max * std * (z_max * std / excess), boundary
-    )
+    # With z = (x − μ)/σ this is μ + z_max²·σ/z; below the boundary it is the boundary.
+    excess = jnp.where(x > boundary, x - mean, margin)
+    return mean + margin * (margin / jnp.maximum(excess, _numerics.TINY))
 
 
-def _average_in(x, state: ZScoreState, n) -> ZScoreState:
-    """Adds the n-th value to the plain mean and population standard deviation."""
-    n = n.astype(jnp.float32)
-    mean = state.mean + (x - state.mean) / n
-    spread = jnp.hypot(state.std, (x - state.mean) / jnp.sqrt(n))
-    return ZScoreState(state.step, mean, jnp.sqrt((n - 1) / n) * spread)
+def _learn(x, state: ZScoreState, share, shrink) -> tuple[jax.Array, jax.Array]:
+    """μ and σ after a value that enters with this share.
 
-
-def _blend_in(x, state: ZScoreState, decay) -> ZScoreState:
-    """Moves the exponential averages towards x; σ² uses the mean already moved."""
-    mean = state.mean + (1 - decay) * (x - state.mean)
-    std = jnp.hypot(jnp.sqrt(decay) * state.std, jnp.sqrt(1 - decay) * (x - mean))
-    return ZScoreState(state.step, mean, std)
+    With d = x − μ: μ ← μ + share·d and σ² ← (1 − share)·(σ² + share·shrink·d²).
+    shrink = 1 is the variance of a plain average (Welford); shrink = 1 − share takes
+    the distance to the mean already moved, as ZClip's exponential average does.
+    """
+    distance = x - state.mean
+    spread = jnp.sqrt(share * shrink) * jnp.abs(distance)
+    std = jnp.sqrt(1 - share) * _numerics.hypot(state.std, spread)
+    return state.mean + share * distance, jnp.minimum(std, _numerics.HUGE)
 
 
 def zscore(
@@ -160,8 +157,8 @@ def zscore(
 
     **Edge cases**: as published, a lasting rise is never accepted: limit and learned
     value feed each other and stay near the old mean. Adaptation time to a level shift
-    of ×10 or ×50 is therefore *unbounded*; wrap it in :func:`relearn`. An outlier in the
-    warm-up is learned raw and leaves the limit too high for several 1/(1 − decay)
+    of ×10 or ×50 is therefore *unbounded*; wrap it in :func:`relearn`. An outlier in
+    the warm-up is learned raw and leaves the limit too high for several 1/(1 − decay)
     steps; put ``clip_by_threshold(constant(max_norm))`` before it if that matters.
 
     Args:
@@ -201,15 +198,16 @@ def zscore(
         limit = _zscore_limit(x, state.mean, state.std, z_max, mode)
         limit = jnp.where(armed, limit, jnp.inf)
         step = optax.safe_increment(state.step)
-        averaged = _average_in(x, state, step)
-        blended = _blend_in(jnp.minimum(x, limit), state, decay)
-        learned = optax.tree.where(armed, blended, averaged)._replace(step=step)
+        share = jnp.where(armed, 1 - decay, 1 / step.astype(jnp.float32))
+        shrink = jnp.where(armed, decay, 1.0)
+        mean, std = _learn(jnp.minimum(x, limit), state, share, shrink)
+        learned = ZScoreState(step, mean, std)
         return limit, optax.tree.where(_is_level(x), learned, state)
 
     def rebase(x, state):
         x = jnp.asarray(x, jnp.float32)
         step = jnp.maximum(state.step, jnp.asarray(warmup, jnp.int32))
-        fresh = ZScoreState(step, x, x / z_max)
+        fresh = ZScoreState(step, x, jnp.minimum(x / z_max, _numerics.HUGE))
         return optax.tree.where(_is_level(x), fresh, state)
 
     return Threshold(init, update, rebase)

@@ -1,7 +1,8 @@
-"""Stores float32 statistics in narrow dtypes without freezing or poisoning them.
+"""Arithmetic that neither overflows, nor underflows, nor freezes.
 
-*Problem*: at β₂ = 0.999 a second-moment root moves by 0.05 % a step, less than half a
-bfloat16 spacing: rounded to nearest it would never decay.
+*Problem*: the square of 1e20 overflows float32 and that of 1e-23 vanishes. And at
+β₂ = 0.999 a second-moment root moves by 0.05 % a step, less than half a bfloat16
+spacing: stored to nearest it would never decay.
 
 *Cost*: element-wise; nothing where the dtype is as wide as the arithmetic.
 
@@ -13,20 +14,30 @@ value and the step, so no key is needed and a step can be repeated exactly.
 import jax.numpy as jnp
 from jax import lax
 
+TINY = float(jnp.finfo(jnp.float32).tiny)
+HUGE = float(jnp.finfo(jnp.float32).max)
+
 _MANTISSA_BITS = 0x007FFFFF
 _EXPONENT_BITS = 0x7F800000
+
+
+def hypot(a, b):
+    """√(a² + b²) for float32 a, b ≥ 0, without forming either square."""
+    high, low = jnp.maximum(a, b), jnp.minimum(a, b)
+    ratio = low / jnp.maximum(high, TINY)
+    return high * jnp.sqrt(1 + ratio * ratio)
 
 
 def _narrower(dtype, than) -> bool:
     return jnp.finfo(dtype).nmant < jnp.finfo(than).nmant
 
 
-def _noise(bits):
-    """Uniform numbers in [−½, ½) from integer bits (the finaliser of MurmurHash3)."""
+def _uniform(bits):
+    """Uniform numbers in [0, 1) from integer bits (the finaliser of MurmurHash3)."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     bits = (bits ^ (bits >> 16)) >> 8
-    return bits.astype(jnp.float32) * 2.0**-24 - 0.5
+    return bits.astype(jnp.float32) * 2.0**-24
 
 
 def round_at_random(x, step, dtype):
@@ -44,14 +55,17 @@ def round_at_random(x, step, dtype):
     if not _narrower(dtype, x.dtype):
         return x.astype(dtype)
     info = jnp.finfo(dtype)
-    smallest = max(float(info.smallest_subnormal), float(jnp.finfo(x.dtype).tiny))
+    smallest = max(float(info.smallest_subnormal), TINY)
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     power = lax.bitcast_convert_type(bits & jnp.uint32(_EXPONENT_BITS), jnp.float32)
     spacing = jnp.maximum(power * float(info.eps), smallest)
     salt = (step.astype(jnp.uint32) + 1) * jnp.uint32(0x9E3779B9)
     # Only mantissa bits enter: the choice is the same at every scale.
-    dithered = x + _noise((bits & jnp.uint32(_MANTISSA_BITS)) + salt) * spacing
-    kept = jnp.clip(dithered, smallest, float(info.max))
+    chance = _uniform((bits & jnp.uint32(_MANTISSA_BITS)) + salt)
+    steps = x / spacing
+    below = jnp.floor(steps)
+    rounded = jnp.where(chance < steps - below, below + 1, below) * spacing
+    kept = jnp.clip(rounded, smallest, float(info.max))
     return jnp.where(x > 0, kept, 0.0).astype(dtype)
 
 

@@ -1,0 +1,136 @@
+"""A GPT in Flax NNX, in the shape of GPT-2.
+
+Pre-norm blocks, learned positions, GELU, causal attention, and an output head that
+shares its matrix with the token embedding.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.typing import DTypeLike
+
+INIT_STD = 0.02
+# Tokens enter louder than everything else, so that the first, large steps of Adam do
+# not wash out which token is which.
+TOKEN_STD = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How large a model is, and the peak learning rate that suits it.
+
+    Attributes:
+      layers: number of blocks.
+      width: size of the residual stream.
+      heads: attention heads per block; divides ``width``.
+      context: longest sequence, in tokens.
+      vocabulary: smallest number of token ids; data with more ids gets more.
+      learning_rate: peak learning rate unless the user gives one.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    context: int
+    vocabulary: int
+    learning_rate: float
+
+
+SIZES = {
+    "tiny": Size(4, 128, 4, 128, 256, 3e-3),
+    "small": Size(6, 384, 6, 256, 256, 1e-3),
+    "gpt2": Size(12, 768, 12, 1024, 50304, 6e-4),
+}
+
+
+def _linear(
+    fan_in: int, fan_out: int, std: float, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Linear:
+    init = nnx.initializers.normal(std)
+    return nnx.Linear(fan_in, fan_out, kernel_init=init, dtype=dtype, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """Attention, then a two-layer perceptron, each added to the residual stream."""
+
+    def __init__(self, size: Size, dtype: DTypeLike, rngs: nnx.Rngs):
+        """Initialises as GPT-2 does; computes in ``dtype`` on float32 parameters."""
+        width = size.width
+        # 2·layers branches add up in the residual stream; this keeps its size.
+        residual_std = INIT_STD / (2 * size.layers) ** 0.5
+        self.heads = size.heads
+        self.attention_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.query_key_value = _linear(width, 3 * width, INIT_STD, dtype, rngs)
+        self.attention_out = _linear(width, width, residual_std, dtype, rngs)
+        self.mlp_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.mlp_in = _linear(width, 4 * width, INIT_STD, dtype, rngs)
+        self.mlp_out = _linear(4 * width, width, residual_std, dtype, rngs)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Mixes every position with those before it."""
+        batch, length, width = x.shape
+        split = (batch, length, 3, self.heads, width // self.heads)
+        query, key, value = jnp.moveaxis(self.query_key_value(x).reshape(split), 2, 0)
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return self.attention_out(mixed.reshape(x.shape))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Adds both branches to the residual stream ``x[batch, length, width]``."""
+        x = x + self.attend(self.attention_norm(x))
+        return x + self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x))))
+
+
+class GPT(nnx.Module):
+    """Predicts the next token at every position."""
+
+    def __init__(self, size: Size, vocabulary: int, dtype: DTypeLike, rngs: nnx.Rngs):
+        """Initialises so that all tokens are about as likely: loss ≈ ln(vocabulary).
+
+        Args:
+          size: shape of the model.
+          vocabulary: number of token ids.
+          dtype: precision of the computation; parameters are float32.
+          rngs: source of the initial values.
+        """
+        width, normal = size.width, nnx.initializers.normal
+        self.tokens = nnx.Embed(
+            vocabulary, width, embedding_init=normal(TOKEN_STD), dtype=dtype, rngs=rngs
+        )
+        self.positions = nnx.Embed(
+            size.context, width, embedding_init=normal(INIT_STD), dtype=dtype, rngs=rngs
+        )
+        self.blocks = nnx.List([Block(size, dtype, rngs) for _ in range(size.layers)])
+        # The normalised stream still points along the embedding of the token just
+        # read, and the head shares that embedding: at scale 1 the model would start
+        # out sure that every token repeats itself. This makes that logit 0.025.
+        quiet = nnx.initializers.constant(0.025 / (TOKEN_STD * width))
+        self.final_norm = nnx.LayerNorm(width, scale_init=quiet, dtype=dtype, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps int[batch, length] to logits, float32[batch, length, vocabulary]."""
+        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.tokens.attend(self.final_norm(x)).astype(jnp.float32)
+
+
+def next_token_loss(model: GPT, windows: jax.Array) -> jax.Array:
+    """Mean cross-entropy, in nats per token.
+
+    Args:
+      model: what predicts.
+      windows: int[batch, context + 1]; each token but the first is a target.
+
+    Returns:
+      float32[].
+    """
+    logits, targets = model(windows[:, :-1]), windows[:, 1:]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+def count_parameters(model: nnx.Module) -> int:
+    """The number of trainable values."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

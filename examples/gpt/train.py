@@ -1,0 +1,340 @@
+"""Trains a GPT through a stability chain, on whatever this computer has.
+
+    python examples/gpt/train.py                       # tiny, two CPU cores, 2 minutes
+    python examples/gpt/train.py --data my_book.txt    # your own text
+    python examples/gpt/train.py --size gpt2 --bf16 --data train.bin   # nanoGPT's data
+
+A small GPT learns to write, byte by byte, from the sources of Python's standard
+library. The library is in one place, ``make_optimizer``; the rest is a trainer.
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import data
+import display
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from data import InputError
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from model import GPT, SIZES, count_parameters, next_token_loss
+
+import optax_stability as ost
+
+Metrics = dict[str, jax.Array]
+Row = dict[str, float]
+
+TEMPERATURE = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains a GPT on text, through a chain that keeps it stable."""
+
+    size: Annotated[str, tyro.conf.arg(metavar="{tiny,small,gpt2}")] = "tiny"
+    """Shape of the model: about 1, 11 or 124 million parameters."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """A text file, a folder (every UTF-8 file under it), or a .bin file of uint16
+    tokens as nanoGPT writes them. By default the sources of Python's standard
+    library."""
+    steps: int = 500
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Windows of text per step; a multiple of the number of devices."""
+    learning_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Peak of the schedule. By default what suits the size: 3e-3, 1e-3 or 6e-4."""
+    min_learning_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Where the cosine ends. By default a tenth of the peak."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises to its peak."""
+    weight_decay: float = 0.1
+    """Decay of the matrices; vectors do not decay."""
+    clip_after_warmup: bool = False
+    """Clip gradients only once the warm-up is over."""
+    bf16: bool = False
+    """Compute in bfloat16; parameters and their statistics stay float32."""
+    eval_every: int = 100
+    """Steps from one evaluation on held-out text to the next."""
+    eval_batches: int = 8
+    """Batches per evaluation, the same ones every time."""
+    log_every: int = 10
+    """Steps between log lines, where the output is not a terminal."""
+    sample_tokens: int = 300
+    """Length of the text that the model writes at the end; 0 for none."""
+    seed: int = 0
+    """Decides the initial parameters, the order of the data and the sample."""
+    out: Path = Path("runs/gpt")
+    """Folder for log.jsonl and training.png."""
+
+
+def check(config: Config) -> None:
+    """Raises InputError for a setting that cannot work, before any work is done."""
+
+    def require(holds: bool, field: str, remedy: str) -> None:
+        if not holds:
+            flag, value = field.replace("_", "-"), getattr(config, field)
+            raise InputError(f"--{flag}: {value} {remedy}")
+
+    require(config.size in SIZES, "size", f"is no size; choose from {', '.join(SIZES)}")
+    for field in ("steps", "batch_size", "eval_every", "eval_batches", "log_every"):
+        require(getattr(config, field) > 0, field, "is too small; give 1 or more")
+    for field in ("warmup_steps", "weight_decay", "sample_tokens", "seed"):
+        require(getattr(config, field) >= 0, field, "is negative; give 0 or more")
+    steps, devices, peak = config.steps, jax.device_count(), config.learning_rate
+    remedy = f"leaves no step to train; give fewer than the {steps} of --steps"
+    require(config.warmup_steps < steps, "warmup_steps", remedy)
+    remedy = f"cannot be shared by {devices} devices; give a multiple of {devices}"
+    require(config.batch_size % devices == 0, "batch_size", remedy)
+    require(peak is None or peak > 0, "learning_rate", "must be above 0")
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """A linear rise to the peak, then a cosine down to the floor."""
+    peak, floor = config.learning_rate, config.min_learning_rate
+    if peak is None:
+        peak = SIZES[config.size].learning_rate
+    return optax.schedules.warmup_cosine_decay_schedule(
+        init_value=peak / max(1, config.warmup_steps),  # 0 would waste the first step
+        peak_value=peak,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.steps,
+        end_value=peak / 10 if floor is None else floor,
+    )
+
+
+def make_optimizer(
+    config: Config, schedule: optax.Schedule
+) -> optax.GradientTransformationExtraArgs:
+    """The stability chain: look at the gradient, clip it, step.
+
+    The parts have names, so that a checkpoint survives when one is added or removed.
+    """
+    clip = ost.clip_by_zscore()
+    if config.clip_after_warmup:
+        clip = optax.conditionally_transform(
+            clip, lambda step, **_: jnp.asarray(step) >= config.warmup_steps
+        )
+    adamw = ost.safe_adamw(
+        schedule,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=config.weight_decay,
+        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
+    )
+    return optax.named_chain(
+        ("record", ost.record("grad")), ("clip", clip), ("adamw", adamw)
+    )
+
+
+def create(
+    config: Config, vocabulary: int, schedule: optax.Schedule
+) -> tuple[GPT, nnx.Optimizer]:
+    """A new model and its optimizer."""
+    model = GPT(
+        SIZES[config.size],
+        vocabulary,
+        dtype=jnp.bfloat16 if config.bf16 else jnp.float32,
+        rngs=nnx.Rngs(config.seed),
+    )
+    tx = make_optimizer(config, schedule)
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+def train_step(
+    graphdef: Any, schedule: optax.Schedule, state: Any, windows: jax.Array
+) -> tuple[Any, Metrics]:
+    """One step of training, as a pure function of the state."""
+    model, optimizer = nnx.merge(graphdef, state)
+    learning_rate = schedule(optimizer.step[...])
+    loss, grads = nnx.value_and_grad(next_token_loss)(model, windows)
+    optimizer.update(model, grads, value=loss)
+    measured = ost.metrics(optimizer.opt_state)
+    limit = measured["clip/limit"]
+    metrics = {
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "grad/norm": measured["grad/norm"],
+        # A clip that is not yet switched on has seen no gradient, and says 0.
+        "clip/limit": jnp.where(limit > 0, limit, jnp.inf),
+        "clip/fraction": measured["clip/fraction"],
+    }
+    # The donated state comes first and in the order it came in: XLA hands buffers on
+    # in order of appearance, and would have to copy if they were out of order.
+    return nnx.state((model, optimizer)), metrics
+
+
+def eval_step(graphdef: Any, state: Any, windows: jax.Array) -> jax.Array:
+    """Loss on held-out windows."""
+    model, _ = nnx.merge(graphdef, state)
+    return next_token_loss(model, windows)
+
+
+def update_rms(graphdef: Any, state: Any) -> jax.Array:
+    """Size of Adam's last step: a pass over its moments, so not read at every step."""
+    _, optimizer = nnx.merge(graphdef, state)
+    return ost.metrics(optimizer.opt_state)["adam/update_rms"]
+
+
+def write_on(graphdef: Any, length: int, state: Any, prompt: jax.Array, key: jax.Array):
+    """Continues a prompt that fills the context by ``length`` tokens.
+
+    The window slides and is read anew for every token: slow, but short.
+    """
+    model, _ = nnx.merge(graphdef, state)
+
+    def append(i, carry):
+        window, written = carry
+        logits = model(window[None])[0, -1] / TEMPERATURE
+        token = jax.random.categorical(jax.random.fold_in(key, i), logits)
+        return jnp.append(window[1:], token), written.at[i].set(token)
+
+    nothing = jnp.zeros(length, prompt.dtype)
+    return jax.lax.fori_loop(0, length, append, (prompt, nothing))[1]
+
+
+class Run:
+    """The state of a run, and the compiled functions that use it.
+
+    Every device holds the whole state and computes its share of each batch.
+    """
+
+    def __init__(self, config: Config, corpus: data.Corpus):
+        """Initialises the model for a checked configuration."""
+        size, schedule = SIZES[config.size], make_schedule(config)
+        vocabulary = max(size.vocabulary, corpus.vocabulary)
+        mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._shared_out = NamedSharding(mesh, PartitionSpec("data"))
+
+        # Compiled, which is faster than op by op, and because the leaves of the result
+        # then own their buffers: a buffer that two leaves share cannot be donated.
+        model, optimizer = nnx.jit(lambda: create(config, vocabulary, schedule))()
+        self.parameters = count_parameters(model)
+        graphdef, state = nnx.split((model, optimizer))
+        self.state = jax.device_put(state, everywhere)
+
+        self._train_step = jax.jit(
+            functools.partial(train_step, graphdef, schedule),
+            donate_argnums=0,
+            out_shardings=everywhere,
+        )
+        self._eval_step = jax.jit(functools.partial(eval_step, graphdef))
+        self._update_rms = jax.jit(functools.partial(update_rms, graphdef))
+        self._write_on = jax.jit(
+            functools.partial(write_on, graphdef, config.sample_tokens)
+        )
+
+        shape = size.context, config.batch_size
+        self._batch = data.batches(corpus.train, *shape, config.seed)
+        held_out = data.batches(corpus.held_out, *shape, seed=0)
+        self._held_out = [held_out(i) for i in range(config.eval_batches)]
+        self._prompt = corpus.held_out[: size.context].astype(np.int32)
+        self._sample_key = jax.random.key(config.seed)
+
+    def step(self, step: int) -> Metrics:
+        """Trains on batch ``step``; the metrics may still be on their way."""
+        windows = jax.device_put(self._batch(step), self._shared_out)
+        self.state, metrics = self._train_step(self.state, windows)
+        return metrics
+
+    def evaluate(self) -> Row:
+        """Measures the model as it is now."""
+        windows = jax.device_put(self._held_out, self._shared_out)
+        losses = [self._eval_step(self.state, each) for each in windows]
+        loss = float(np.mean(jax.device_get(losses)))
+        return {
+            "eval/loss": loss,
+            "eval/bits": loss / math.log(2),
+            "adam/update_rms": float(self._update_rms(self.state)),
+        }
+
+    def sample(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first held-out window, and how the model goes on from it."""
+        written = self._write_on(self.state, self._prompt, self._sample_key)
+        return self._prompt, np.asarray(written)
+
+
+def _loop(config: Config, run: Run, log: Path, screen: display.Screen) -> Row:
+    """Trains to the last step; returns what it and the last evaluation said."""
+
+    def report(step: int, metrics: Metrics) -> Row:
+        numbers = {key: float(x) for key, x in jax.device_get(metrics).items()}
+        row = {"step": step, "tokens": step * screen.tokens_per_step} | numbers
+        display.append(log, row)
+        screen.step(row)
+        return row
+
+    row: Row = {}
+    pending: tuple[int, Metrics] | None = None
+    for step in range(1, config.steps + 1):
+        metrics = run.step(step - 1)
+        # One step late: the device has its next step before the host waits for it.
+        if pending is not None:
+            report(*pending)
+        pending = step, metrics
+        if step % config.eval_every == 0 or step == config.steps:
+            row, pending = report(*pending), None
+            evaluation = run.evaluate()
+            display.append(log, {"step": step, "tokens": row["tokens"]} | evaluation)
+            row |= evaluation
+            screen.evaluation(row)
+    return row
+
+
+def _title(config: Config, corpus: data.Corpus, run: Run) -> str:
+    count, devices = display.count, jax.device_count()
+    return (
+        f"GPT {config.size}, {count(run.parameters)} parameters · {corpus.name}, "
+        f"{count(len(corpus.train))} {corpus.unit}s · {devices} {jax.default_backend()}"
+    )
+
+
+def train(config: Config) -> Row:
+    """Trains as the settings say, showing and logging what happens.
+
+    Args:
+      config: the settings.
+
+    Returns:
+      What the last step and the last evaluation measured, by name.
+
+    Raises:
+      InputError: a setting, the data or the output folder cannot be used.
+    """
+    check(config)
+    context = SIZES[config.size].context
+    corpus = data.load(config.data, context)
+    log, picture = display.start_log(config.out), config.out / "training.png"
+    tokens, unit = config.batch_size * context, corpus.unit
+    with display.Screen(config.steps, tokens, config.log_every, unit) as screen:
+        run = Run(config, corpus)
+        title = _title(config, corpus, run)
+        screen.say(title, "bold")
+        row = _loop(config, run, log, screen)
+    if config.sample_tokens:
+        prompt, written = (corpus.decode(part.tolist()) for part in run.sample())
+        screen.sample(prompt, written)
+    display.draw(log, picture, title)
+    screen.say(f"log {log}   picture {picture}")
+    return row
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        train(tyro.cli(Config))
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Leaf names and norms of trees: one name per leaf, no overflow, no contagion."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.test_util import check_grads
+
+import optax_stability as ost
+from optax_stability import _tree
+
+# A float32 sum of a few hundred squares, and its root.
+ROUNDING = 1e-6
+# Central differences in float32: at step 1e-2 rounding leaves 1e-5 of a norm of 5 per
+# difference, and the curvature 1/norm adds step²; a factor of 10 is kept.
+DIFFERENCES = 1e-3
+
+
+class Layer(NamedTuple):
+    kernel: Any
+    bias: Any
+
+
+class Block(nnx.Module):
+    """Two layers in a list, and a statistic that is no parameter."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(2, 3, rngs=rngs) for _ in range(2)])
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+
+norms_of = jax.jit(_tree.leaf_norms)
+
+
+def random_tree(seed=0, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    shapes = {"a": (), "b": (7,), "c": (3, 5), "d": (2, 3, 4)}
+    return {name: rng.standard_normal(s).astype(dtype) for name, s in shapes.items()}
+
+
+def reference(tree):
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
+    return np.array([np.sqrt(np.sum(x * x)) for x in leaves])
+
+
+# --- leaf_norms ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32])
+def test_norms_of_leaves_equal_float64_for_every_dtype(dtype):
+    tree = jax.tree.map(lambda x: jnp.asarray(10 * x, dtype), random_tree())
+    norms = norms_of(tree)
+    assert norms.dtype == jnp.float32
+    np.testing.assert_allclose(norms, reference(tree), rtol=ROUNDING)
+
+
+def test_norms_are_in_leaf_order():
+    tree = {"z": jnp.ones(1), "a": [jnp.ones(4), jnp.ones(9)]}
+    np.testing.assert_array_equal(norms_of(tree), [2.0, 3.0, 1.0])
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-20, 1e-10, 1e10, 1e20, 1e30, 1e37])
+def test_a_tree_of_any_size_is_measured(scale):
+    tree = jax.tree.map(lambda x: np.float32(scale) * (1 + np.abs(x)), random_tree())
+    np.testing.assert_allclose(norms_of(tree), reference(tree), rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("exponent", [-100, -61, -1, 1, 61, 100])
+def test_a_power_of_two_scales_the_norms_bit_for_bit(exponent):
+    tree, factor = random_tree(), np.float32(2.0**exponent)
+    scaled = norms_of(jax.tree.map(lambda x: x * factor, tree))
+    np.testing.assert_array_equal(scaled, np.asarray(norms_of(tree)) * factor)
+
+
+@pytest.mark.parametrize("huge", [1e20, 3e38])
+def test_an_entry_whose_square_overflows_leaves_other_leaves_as_they_were(huge):
+    tree = random_tree()
+    tree["b"][3] = huge
+    norms = norms_of(tree)
+    np.testing.assert_allclose(norms, reference(tree), rtol=ROUNDING)
+    np.testing.assert_array_equal(norms[2:], norms_of(random_tree())[2:])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_leaf_that_is_not_finite_is_seen_and_disturbs_no_other(bad):
+    tree = random_tree()
+    tree["c"][1, 1] = bad
+    norms = np.asarray(norms_of(tree))
+    assert not np.isfinite(norms[2])
+    others = np.array([0, 1, 3])
+    np.testing.assert_array_equal(norms[others], norms_of(random_tree())[others])
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_leaf_that_is_not_finite_disturbs_no_other_of_an_unusual_size(bad, scale):
+    tree = jax.tree.map(lambda x: (x * scale).astype(np.float32), random_tree())
+    expected = norms_of(tree)
+    tree["c"][1, 1] = bad
+    norms = np.asarray(norms_of(tree))
+    assert not np.isfinite(norms[2])
+    others = np.array([0, 1, 3])
+    np.testing.assert_allclose(norms[others], expected[others], rtol=ROUNDING)
+
+
+def test_zero_and_empty_leaves_have_norm_zero():
+    tree = {"zero": jnp.zeros(3), "none": jnp.zeros((0, 4)), "one": jnp.ones(1)}
+    np.testing.assert_array_equal(norms_of(tree), [0.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("tree", [{}, (), None, {"a": None}])
+def test_a_tree_without_leaves_has_no_norms(tree):
+    norms = norms_of(tree)
+    assert (norms.shape, norms.dtype) == ((0,), jnp.float32)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-15, 1e25])
+def test_the_derivative_is_the_direction_of_each_leaf(scale):
+    tree = jax.tree.map(lambda x: (x * scale).astype(np.float32), random_tree())
+    weights = np.array([1.0, -2.0, 3.0, 0.5], np.float32)
+    found = jax.jit(jax.grad(lambda tree: weights @ _tree.leaf_norms(tree)))(tree)
+    norms = dict(zip(tree, reference(tree), strict=True))
+    expected = {
+        name: weight * np.asarray(tree[name], np.float64) / norms[name]
+        for name, weight in zip(tree, weights, strict=True)
+    }
+    chex.assert_trees_all_close(found, expected, rtol=ROUNDING)
+
+
+def test_the_derivative_agrees_with_differences_forwards_and_backwards():
+    check_grads(
+        norms_of,
+        (random_tree(),),
+        order=1,
+        atol=DIFFERENCES,
+        rtol=DIFFERENCES,
+        eps=1e-2,
+    )
+
+
+def test_the_derivative_is_zero_at_a_zero_leaf():
+    tree = {"zero": jnp.zeros(3), "one": jnp.array([3.0, 4.0])}
+    found = jax.grad(lambda tree: jnp.sum(_tree.leaf_norms(tree)))(tree)
+    expected = {"zero": jnp.zeros(3), "one": jnp.array([0.6, 0.8])}
+    chex.assert_trees_all_close(found, expected, rtol=ROUNDING)
+    _, tangent = jax.jvp(
+        _tree.leaf_norms, (tree,), (jax.tree.map(jnp.ones_like, tree),)
+    )
+    np.testing.assert_allclose(tangent, [1.4, 0.0], rtol=ROUNDING)
+
+
+def test_vmap_equals_a_loop_whatever_size_each_tree_has():
+    scales = [1e-15, 1.0, 1e20, 1e37]
+    trees = [
+        jax.tree.map(lambda x, s=s, i=i: (x * s).astype(np.float32), random_tree(i))
+        for i, s in enumerate(scales)
+    ]
+    trees[1]["b"][2] = np.nan
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), *trees)
+    together = jax.jit(jax.vmap(_tree.leaf_norms))(stacked)
+    one_by_one = np.stack([norms_of(tree) for tree in trees])
+    np.testing.assert_allclose(together, one_by_one, rtol=ROUNDING)
+
+
+def test_a_named_axis_is_summed_over():
+    shards = {"a": jnp.arange(12.0).reshape(4, 3), "b": jnp.full((4, 2), 1e25)}
+    norms = jax.vmap(lambda x: _tree.leaf_norms(x, "shard"), axis_name="shard")(shards)
+    expected = np.broadcast_to(reference(shards), (4, 2))
+    np.testing.assert_allclose(norms, expected, rtol=ROUNDING)
+
+
+# --- global_norm and groups ------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_the_global_norm_is_the_norm_of_everything(scale):
+    tree = jax.tree.map(lambda x: np.float32(scale) * (1 + np.abs(x)), random_tree())
+    norm = jax.jit(_tree.global_norm)(tree)
+    assert (norm.shape, norm.dtype) == ((), jnp.float32)
+    assert float(norm) == pytest.approx(np.hypot.reduce(reference(tree)), rel=ROUNDING)
+
+
+@pytest.mark.parametrize("tree", [{}, {"a": jnp.zeros(3)}, {"a": jnp.zeros((0, 2))}])
+def test_the_global_norm_of_nothing_is_zero(tree):
+    assert float(_tree.global_norm(tree)) == 0.0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_global_norm_is_not_finite_if_one_entry_is_not(bad):
+    tree = random_tree()
+    tree["c"][1, 1] = bad
+    assert not np.isfinite(jax.jit(_tree.global_norm)(tree))
+
+
+def test_the_global_norm_of_zeros_has_derivative_zero():
+    tree = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
+    chex.assert_trees_all_equal(jax.grad(_tree.global_norm)(tree), tree)
+
+
+# --- leaf_names ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tree", "names"),
+    [
+        ({"dense": {"kernel": 1.0, "bias": 2.0}}, ["dense/bias", "dense/kernel"]),
+        ({"blocks": [{"w": 1.0}, {"w": 2.0}]}, ["blocks/0/w", "blocks/1/w"]),
+        ((1.0, [2.0]), ["0", "1/0"]),
+        (Layer(1.0, {"scale": 2.0}), ["kernel", "bias/scale"]),
+        (1.0, ["params"]),
+        ({"a": None, "b": 1.0, "c": {"d": None}}, ["b"]),
+        ({}, []),
+        (None, []),
+        ({"a": {}, "b": ()}, []),
+        ({1: 1.0, 2: 2.0}, ["1", "2"]),
+        ({"a/b": 1.0, "c": 2.0}, ["a/b", "c"]),
+        (
+            {"a/b": 1.0, "a": {"b": 2.0}, "c": 3.0},
+            ["['a']['b']", "['a/b']", "['c']"],
+        ),
+        ({"": 1.0, "params": 2.0}, ["['']", "['params']"]),
+    ],
+    ids=[
+        "dict",
+        "list",
+        "tuple",
+        "NamedTuple",
+        "bare array",
+        "None has no name",
+        "empty dict",
+        "None",
+        "empty containers",
+        "integer keys",
+        "a slash that is no trouble",
+        "a slash that would give one name twice",
+        "an empty key beside the name of a bare array",
+    ],
+)
+def test_leaves_are_named_by_their_path_in_leaf_order(tree, names):
+    tree = jax.tree.map(jnp.asarray, tree)
+    assert ost.leaf_names(tree) == names
+    assert len(names) == len(jax.tree.leaves(tree))
+    shapes = jax.eval_shape(lambda: tree)
+    assert ost.leaf_names(shapes) == names
+
+
+def test_an_nnx_state_its_pure_copy_and_its_shapes_have_the_same_names():
+    model = Block(nnx.Rngs(0))
+    names = [
+        "layers/0/bias",
+        "layers/0/kernel",
+        "layers/1/bias",
+        "layers/1/kernel",
+        "norm/bias",
+        "norm/scale",
+    ]
+    state = nnx.state(model, nnx.Param)
+    assert ost.leaf_names(state) == names
+    assert ost.leaf_names(nnx.to_pure_dict(state)) == names
+    assert ost.leaf_names(nnx.eval_shape(lambda: nnx.state(model, nnx.Param))) == names
+
+
+def test_an_nnx_module_has_the_names_of_all_its_variables():
+    names = ost.leaf_names(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    assert names == ["bias", "kernel"]
+
+
+def test_marks_keep_the_names_and_no_arrays():
+    tree = {"a": [jnp.ones(3), jnp.ones(2)], "b": None, "c": Layer(jnp.ones(1), None)}
+    marks = _tree.mark_leaves(tree)
+    assert jax.tree.leaves(marks) == []
+    assert (
+        _tree.names_of_marks(marks)
+        == ost.leaf_names(tree)
+        == ["a/0", "a/1", "c/kernel"]
+    )
+
+
+def test_marks_survive_jit_and_a_change_of_structure_is_seen():
+    tree = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    marks = jax.jit(_tree.mark_leaves)(tree)
+    assert _tree.names_of_marks(marks) == ["a", "b"]
+    chex.assert_trees_all_equal_structs(marks, _tree.mark_leaves(tree))
+    other = _tree.mark_leaves({"a": jnp.ones(3)})
+    assert jax.tree.structure(marks) != jax.tree.structure(other)
+
+
+# --- pure ------------------------------------------------------------------------
+
+
+def test_pure_takes_the_values_out_of_variables_at_any_depth():
+    variable = nnx.Param(jnp.arange(3.0))
+    tree = {"a": variable, "b": [jnp.ones(2), nnx.BatchStat(jnp.zeros(1))]}
+    expected = {"a": jnp.arange(3.0), "b": [jnp.ones(2), jnp.zeros(1)]}
+    found = _tree.pure(tree)
+    chex.assert_trees_all_equal(found, expected)
+    assert not any(
+        _tree.is_variable(leaf)
+        for leaf in jax.tree.leaves(found, is_leaf=_tree.is_variable)
+    )
+
+
+def test_pure_leaves_other_trees_alone():
+    tree = {"a": jnp.ones(3), "b": (jnp.zeros(2), None)}
+    found = _tree.pure(tree)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    assert found["a"] is tree["a"]
+    assert found["b"][0] is tree["b"][0]
