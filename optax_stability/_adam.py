@@ -28,6 +28,9 @@ from optax_stability._adam_state import SafeAdamState, update_bound
 # 1.27·atan2(m, m) ≈ 1 (4/π = 1.273): the same step as m/r where m = r.
 _ATAN2_SLOPE = 1.27
 
+# Not jnp.float32, which is callable: inject_hyperparams would call it as a schedule.
+FLOAT32 = jnp.dtype("float32")
+
 
 def _root(x):
     """√x, in double precision where x is a plain number."""
@@ -118,7 +121,7 @@ def scale_by_safe_adam(
     update_rms_max: float | jax.Array | None = None,
     spike_ratio: float | jax.Array | None = None,
     mu_dtype: Any = None,
-    rms_dtype: Any = jnp.float32,
+    rms_dtype: Any = FLOAT32,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with ε = 0 by default, safe for any scale of the gradient.
 
@@ -161,7 +164,8 @@ def scale_by_safe_adam(
         SPAM, where it is 5000. None switches it off.
       mu_dtype: storage of m; None for the dtype of the parameter, as in optax.
       rms_dtype: storage of r. bfloat16 and float16 are rounded at random, so that they
-        decay as they should, without a key.
+        decay as they should, without a key. ``optax.inject_hyperparams`` takes dtypes
+        for schedules: name them in its ``static_args``.
 
     Returns:
       A transformation with state :class:`SafeAdamState` and metrics ``adam/update_rms``
@@ -205,16 +209,15 @@ def scale_by_safe_adam(
         spike_ratio = _validate.as_float32(spike_ratio)
 
     def init_fn(params):
-        scalar = jnp.zeros((), jnp.float32)
         return SafeAdamState(
             step=jnp.zeros((), jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
             rms=optax.tree.zeros_like(params, dtype=rms_dtype),
-            mu_unit=scalar,
-            rms_unit=scalar,
-            b1=scalar,
-            b2=scalar,
-            eps=scalar,
+            mu_unit=jnp.zeros((), jnp.float32),
+            rms_unit=jnp.zeros((), jnp.float32),
+            b1=jnp.zeros((), jnp.float32),
+            b2=jnp.zeros((), jnp.float32),
+            eps=jnp.zeros((), jnp.float32),
         )
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -164,18 +164,17 @@ def clip_by_threshold(
     def init_fn(params):
         groups = _groups(_tree.pure(params), scope)
         streams = jnp.zeros((_num_groups(groups),), jnp.float32)
-        count, scalar = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-        vector = None if scope == "global" else jnp.zeros(groups.shape, jnp.float32)
+        per_leaf = scope != "global"
         return ClipByThresholdState(
-            step=count,
-            clipped_total=count,
-            nonfinite_total=count,
-            norm=scalar,
-            limit=scalar,
-            leaf_norm=vector,
-            leaf_limit=vector,
+            step=jnp.zeros((), jnp.int32),
+            clipped_total=jnp.zeros((), jnp.int32),
+            nonfinite_total=jnp.zeros((), jnp.int32),
+            norm=jnp.zeros((), jnp.float32),
+            limit=jnp.zeros((), jnp.float32),
+            leaf_norm=jnp.zeros(groups.shape, jnp.float32) if per_leaf else None,
+            leaf_limit=jnp.zeros(groups.shape, jnp.float32) if per_leaf else None,
             threshold=jax.vmap(lambda _: threshold.init())(streams),
-            leaves=None if scope == "global" else _tree.mark_leaves(params),
+            leaves=_tree.mark_leaves(params) if per_leaf else None,
         )
 
     def update_fn(updates, state, params=None, **extra_args):

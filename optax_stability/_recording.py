@@ -112,10 +112,13 @@ def record(
         return scalars | vectors
 
     def init_fn(params):
-        vector = jnp.zeros((len(jax.tree.leaves(params)),), jnp.float32)
-        nothing = (jnp.zeros((), jnp.float32), vector)
+        size = len(jax.tree.leaves(params))
+        measured = {
+            key: (jnp.zeros((), jnp.float32), jnp.zeros((size,), jnp.float32))
+            for key in ("norm", "rms", "max_abs")
+        }
         return RecordState(
-            metrics=named(dict.fromkeys(("norm", "rms", "max_abs"), nothing)),
+            metrics=named(measured),
             leaves=_tree.mark_leaves(params) if per_leaf else None,
         )
 

@@ -116,10 +116,11 @@ def _measure_norms(leaves, join: Join, axis_name: AxisName):
         return again, [scale * _RESCALE for scale in scales], norms
 
     # One scale per leaf, though all are equal: shared by two leaves of one shape, XLA
-    # would write it out as a buffer of that shape. full_like gives the carry the type
-    # of the leaves under shard_map.
-    scales = [lax.full_like(x, _SCALE, jnp.float32, shape=()) for x in leaves]
-    norms = _sum_over_axes(join(scales), axis_name) * jnp.inf
+    # would write it out as a buffer of that shape.
+    scales = [jnp.float32(_SCALE)] * len(leaves)
+    # full_like gives the carry the type of the leaves under shard_map.
+    start = [lax.full_like(x, jnp.inf, jnp.float32, shape=()) for x in leaves]
+    norms = _sum_over_axes(join(start), axis_name)
     carry = jnp.any(norms > 0), scales, norms
     return lax.while_loop(lambda carry: carry[0], measure, carry)[2]
 

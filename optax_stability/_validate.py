@@ -61,6 +61,11 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def check_float_dtype(name: str, dtype: Any) -> None:
     """Raises unless ``dtype`` is a floating-point dtype."""
+    if isinstance(dtype, jax.Array):
+        raise TypeError(
+            f"{name} must be a dtype, got an array; under optax.inject_hyperparams add "
+            f"static_args={name!r}."
+        )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"{name}={dtype!r} must be a floating-point dtype, such as jnp.float32."

@@ -189,8 +189,11 @@ def zscore(
     z_max, decay = _validate.as_float32(z_max), _validate.as_float32(decay)
 
     def init():
-        zero = jnp.zeros((), jnp.float32)
-        return ZScoreState(jnp.zeros((), jnp.int32), zero, zero)
+        return ZScoreState(
+            step=jnp.zeros((), jnp.int32),
+            mean=jnp.zeros((), jnp.float32),
+            std=jnp.zeros((), jnp.float32),
+        )
 
     def update(x, state):
         x = jnp.asarray(x, jnp.float32)

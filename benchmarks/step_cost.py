@@ -1,0 +1,259 @@
+"""What one optimizer step costs: stability chain against optax's own.
+
+Both sides of a pair run in one process, alternating, and are compared as a ratio of
+medians: that survives a noisy machine. Bytes and buffers come from XLA's own analysis
+of the compiled program and do not drift.
+
+    python benchmarks/step_cost.py            # prints a table, writes results/*.json
+    python benchmarks/step_cost.py --quick    # a tenth of the parameters, fewer rounds
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_stability as ost
+
+RESULTS = Path(__file__).parent / "results"
+LEARNING_RATE = 1e-3
+
+
+class Program(NamedTuple):
+    """One side of a comparison, compiled.
+
+    Attributes:
+      step: the compiled step, ``(params, state, grads) -> (params, state)``.
+      arguments: its donated arguments; replaced after each call.
+      bytes_accessed: what XLA counts, in bytes per parameter.
+      temp: temporary memory, in bytes per parameter.
+      compile_seconds: time to compile, measured once per round.
+    """
+
+    step: Callable
+    arguments: list
+    bytes_accessed: float
+    temp: float
+    compile_seconds: list[float]
+
+
+def plain_adamw() -> optax.GradientTransformation:
+    """AdamW without clipping, with ε as usual."""
+    return optax.adamw(LEARNING_RATE)
+
+
+def optax_chain() -> optax.GradientTransformation:
+    """What most training code uses today."""
+    return optax.chain(optax.clip_by_global_norm(1.0), plain_adamw())
+
+
+def stability_chain() -> optax.GradientTransformation:
+    """The same with this library."""
+    return optax.chain(ost.clip_by_zscore(), ost.safe_adamw(LEARNING_RATE))
+
+
+def safe_adamw() -> optax.GradientTransformation:
+    """AdamW on √v, without clipping."""
+    return ost.safe_adamw(LEARNING_RATE)
+
+
+def transformer_shapes(width: int, layers: int, vocabulary: int) -> dict[str, Any]:
+    """The parameter shapes of a GPT: 34M with width 512, 9 layers, vocabulary 8192."""
+    block = {
+        "attention": {"qkv": (width, 3 * width), "out": (width, width)},
+        "mlp": {"up": (width, 4 * width), "down": (4 * width, width)},
+        "norm_1": {"scale": (width,), "bias": (width,)},
+        "norm_2": {"scale": (width,), "bias": (width,)},
+    }
+    shapes = {f"block_{i}": block for i in range(layers)}
+    return shapes | {"tokens": (vocabulary, width), "positions": (2048, width)}
+
+
+def draw(shapes: Any, key: jax.Array, scale: float) -> Any:
+    """Normal numbers of the given shapes."""
+    leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        treedef,
+        [
+            scale * jax.random.normal(k, shape)
+            for k, shape in zip(keys, leaves, strict=True)
+        ],
+    )
+
+
+def count(tree: Any) -> int:
+    """Number of entries of a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def make_step(tx: optax.GradientTransformation) -> Callable:
+    """One step as a trainer writes it: parameters and state donated and returned."""
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def build(tx: optax.GradientTransformation, params: Any, grads: Any) -> Program:
+    """Compiles a step and reads XLA's analysis of it."""
+    # Copies, because the step donates its arguments.
+    arguments = [jax.tree.map(jnp.copy, params), tx.init(params)]
+    lowered = jax.jit(make_step(tx), donate_argnums=(0, 1)).lower(*arguments, grads)
+    compiled = lowered.compile()
+    size = count(params)
+    costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    return Program(
+        step=compiled,
+        arguments=arguments,
+        bytes_accessed=costs["bytes accessed"] / size,
+        temp=memory.temp_size_in_bytes / size,
+        compile_seconds=[],
+    )
+
+
+def compile_once(tx: optax.GradientTransformation, params: Any, grads: Any) -> float:
+    """Seconds to compile a step that is already lowered, nothing cached."""
+    jax.clear_caches()
+    state = tx.init(params)
+    lowered = jax.jit(make_step(tx), donate_argnums=(0, 1)).lower(params, state, grads)
+    start = time.perf_counter()
+    lowered.compile()
+    return time.perf_counter() - start
+
+
+def run_once(program: Program, grads: Any) -> float:
+    """Seconds for one step."""
+    start = time.perf_counter()
+    program.arguments[:] = program.step(*program.arguments, grads)
+    jax.block_until_ready(program.arguments)
+    return time.perf_counter() - start
+
+
+def measure(
+    sides: dict[str, Callable[[], optax.GradientTransformation]],
+    shapes: Any,
+    *,
+    rounds: int,
+    compile_rounds: int,
+) -> dict[str, dict[str, Any]]:
+    """Runs all sides alternately and summarises each."""
+    params = draw(shapes, jax.random.key(0), 0.1)
+    grads = draw(shapes, jax.random.key(1), 0.01)
+    programs = {name: build(make(), params, grads) for name, make in sides.items()}
+    for program in programs.values():
+        run_once(program, grads)
+    seconds = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            seconds[name].append(run_once(program, grads))
+    for _ in range(compile_rounds):
+        for name, make in sides.items():
+            elapsed = compile_once(make(), params, grads)
+            programs[name].compile_seconds.append(elapsed)
+    return {
+        name: {
+            "parameters": count(params),
+            "leaves": len(jax.tree.leaves(params)),
+            "bytes_per_parameter": round(program.bytes_accessed, 3),
+            "temp_bytes_per_parameter": round(program.temp, 4),
+            "ms": summary(seconds[name], 1e3),
+            "compile_s": summary(program.compile_seconds, 1.0),
+        }
+        for name, program in programs.items()
+    }
+
+
+def summary(values: list[float], unit: float) -> dict[str, float]:
+    """Median and quartiles, in the given unit."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {
+        "median": round(middle * unit, 3),
+        "low": round(low * unit, 3),
+        "high": round(high * unit, 3),
+    }
+
+
+def add_ratios(rows: dict[str, dict[str, Any]], baseline: str) -> None:
+    """Adds time and compile time as ratios to the baseline's medians."""
+    base = rows[baseline]
+    for row in rows.values():
+        row["time_ratio"] = round(row["ms"]["median"] / base["ms"]["median"], 3)
+        compile_ratio = row["compile_s"]["median"] / base["compile_s"]["median"]
+        row["compile_ratio"] = round(compile_ratio, 3)
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| step | bytes/param | temp/param | ms (quartiles) | time | compile |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in rows.items():
+        ms = row["ms"]
+        lines.append(
+            f"| {name} | {row['bytes_per_parameter']:.1f} "
+            f"| {row['temp_bytes_per_parameter']:.2f} "
+            f"| {ms['median']:.1f} ({ms['low']:.1f}–{ms['high']:.1f}) "
+            f"| {row['time_ratio']:.2f} | {row['compile_ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures every case, prints the tables and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="smaller and shorter")
+    quick = parser.parse_args().quick
+    width, rounds, compile_rounds = (160, 11, 2) if quick else (512, 41, 7)
+    baseline = "clip_by_global_norm + adamw"
+    sides = {
+        baseline: optax_chain,
+        "clip_by_zscore + safe_adamw": stability_chain,
+        "adamw": plain_adamw,
+        "safe_adamw": safe_adamw,
+    }
+    many = {f"leaf_{i}": (64, 64) for i in range(100 if quick else 1000)}
+    cases = {
+        "GPT-shaped": (transformer_shapes(width, 9, 8192), rounds, compile_rounds),
+        "many small leaves": (many, rounds, 2),
+    }
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "platform": platform.machine(),
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "python": platform.python_version(),
+        "quick": quick,
+        "cases": {},
+    }
+    for case, (shapes, case_rounds, case_compile_rounds) in cases.items():
+        rows = measure(
+            sides, shapes, rounds=case_rounds, compile_rounds=case_compile_rounds
+        )
+        add_ratios(rows, baseline)
+        report["cases"][case] = rows
+        first = rows[baseline]
+        sys.stdout.write(
+            f"\n{case}: {first['parameters'] / 1e6:.1f}M float32 parameters in "
+            f"{first['leaves']} leaves\n\n{table(rows)}\n"
+        )
+    if not quick:
+        RESULTS.mkdir(exist_ok=True)
+        name = f"step_cost_{jax.devices()[0].platform}.json"
+        (RESULTS / name).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

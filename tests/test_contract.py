@@ -1,0 +1,530 @@
+"""Every public transformation against every rule that holds for all of them.
+
+A new export without a row in ``CASES`` fails ``test_every_factory_has_a_row``.
+"""
+
+import functools
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.training import train_state
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import optax_stability as ost
+
+# Another order of adding: a few ulps of float32 are all that may differ.
+REORDERED = 1e-5
+
+
+class Case(NamedTuple):
+    """One row: a factory and which of the rules apply to it in which form."""
+
+    factory: Callable
+    make: Callable[..., optax.GradientTransformation]
+    passes_nonfinite: bool = False  # It reports and never touches the updates.
+    can_be_inactive: bool = True
+    hyperparameters: Mapping[str, float] = types.MappingProxyType({})
+    takes_axis_name: bool = True
+    tolerance: float = REORDERED
+
+
+QUICK_ZSCORE = ost.thresholds.zscore(warmup=2)
+
+CASES = {
+    "clip_by_threshold": Case(
+        ost.clip_by_threshold,
+        lambda **kw: ost.clip_by_threshold(ost.thresholds.constant(1e3), **kw),
+    ),
+    "clip_by_threshold leaf": Case(
+        ost.clip_by_threshold,
+        lambda **kw: ost.clip_by_threshold(QUICK_ZSCORE, scope="leaf", **kw),
+    ),
+    "clip_by_threshold groups": Case(
+        ost.clip_by_threshold,
+        lambda **kw: ost.clip_by_threshold(
+            QUICK_ZSCORE,
+            scope=functools.partial(jax.tree.map, lambda x: f"{x.ndim}-D"),
+            **kw,
+        ),
+    ),
+    "clip_by_zscore": Case(
+        ost.clip_by_zscore,
+        lambda **kw: ost.clip_by_zscore(**{"warmup": 2, **kw}),
+        hyperparameters={"z_max": 2.0, "decay": 0.9},
+    ),
+    "scale_by_safe_adam": Case(
+        ost.scale_by_safe_adam,
+        ost.scale_by_safe_adam,
+        can_be_inactive=False,
+        hyperparameters={"b1": 0.9, "b2": 0.99, "eps": 1e-8},
+        takes_axis_name=False,
+    ),
+    "scale_by_safe_adam bf16": Case(
+        ost.scale_by_safe_adam,
+        lambda: ost.scale_by_safe_adam(
+            mu_dtype=jnp.bfloat16,
+            rms_dtype=jnp.bfloat16,
+            update_rms_max=1.0,
+            spike_ratio=50.0,
+        ),
+        can_be_inactive=False,
+        takes_axis_name=False,
+        tolerance=2.0**-6,  # An ulp of float32 may tip two roundings to bfloat16.
+    ),
+    "safe_adamw": Case(
+        ost.safe_adamw,
+        lambda **kw: ost.safe_adamw(**{"learning_rate": 0.1, **kw}),
+        can_be_inactive=False,
+        hyperparameters={"learning_rate": 0.1, "weight_decay": 0.01},
+        takes_axis_name=False,
+    ),
+    "record": Case(
+        ost.record, lambda **kw: ost.record("grad", **kw), passes_nonfinite=True
+    ),
+}
+NOT_FACTORIES = {
+    "from_optax_adam_state",
+    "leaf_names",
+    "metrics",
+    "to_optax_adam_state",
+}
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def make_params(dtype=jnp.float32):
+    return {
+        "dense": {"bias": jnp.ones(8, dtype), "kernel": jnp.ones((16, 8), dtype)},
+        "scale": jnp.ones((), dtype),
+    }
+
+
+def make_grads(seed, params):
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [
+        0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, drawn)
+
+
+def run(tx, params, steps=4, **extra_args):
+    """A few jitted steps; returns updates and state of the last."""
+
+    @jax.jit
+    def step(grads, state):
+        return tx.update(grads, state, params, **extra_args)
+
+    state, updates = tx.init(params), None
+    for seed in range(steps):
+        updates, state = step(make_grads(seed, params), state)
+    return updates, state
+
+
+def signature(tree):
+    """Structure, shapes, dtypes and weak types of a tree of arrays."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves]
+
+
+def public_functions():
+    return {
+        name: value
+        for name, value in vars(ost).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    }
+
+
+def named_tuples(tree):
+    """All NamedTuple classes of this library in a state."""
+    found = set()
+
+    def visit(node):
+        if isinstance(node, tuple) and hasattr(node, "_fields"):
+            if type(node).__module__.startswith("optax_stability"):
+                found.add(type(node))
+            for child in node:
+                visit(child)
+        elif isinstance(node, tuple | list):
+            for child in node:
+                visit(child)
+
+    visit(tree)
+    return found
+
+
+def test_every_factory_has_a_row():
+    covered = {case.factory for case in CASES.values()}
+    missing = {
+        name
+        for name, function in public_functions().items()
+        if name not in NOT_FACTORIES and function not in covered
+    }
+    assert not missing, f"add a row to CASES for {sorted(missing)}"
+
+
+def test_no_public_name_is_a_name_of_optax():
+    names = {name for name in vars(ost) if not name.startswith("_")}
+    assert not names & set(vars(optax))
+
+
+@every_case
+def test_takes_and_ignores_extra_args(case):
+    tx = case.make()
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    params = make_params()
+    expected = run(tx, params)
+    given = run(tx, params, value=jnp.float32(3.0), unheard_of="x")
+    chex.assert_trees_all_equal(given, expected)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_state_never_changes_its_signature(case, dtype):
+    tx, params = case.make(), make_params(dtype)
+    fresh = jax.eval_shape(tx.init, params)
+    _, updated = jax.eval_shape(tx.update, params, fresh, params)
+    assert signature(updated) == signature(fresh)
+
+
+@every_case
+def test_init_works_on_shapes(case):
+    tx, params = case.make(), make_params()
+    shapes = jax.eval_shape(lambda: params)
+    assert signature(tx.init(shapes)) == signature(tx.init(params))
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_updates_keep_structure_shapes_and_dtypes(case, dtype):
+    params = make_params(dtype)
+    updates, _ = run(case.make(), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+@every_case
+def test_every_field_of_the_state_is_documented(case):
+    for kind in named_tuples(case.make().init(make_params())):
+        attributes = inspect.getdoc(kind).partition("Attributes:")[2]
+        documented = re.findall(r"^  (\w+): ", attributes, re.MULTILINE)
+        assert documented == list(kind._fields), kind.__name__
+
+
+@every_case
+def test_metric_keys_and_shapes_are_fixed_at_init(case):
+    tx, params = case.make(), make_params()
+    fresh, later = ost.metrics(tx.init(params)), ost.metrics(run(tx, params)[1])
+    assert fresh.keys() == later.keys()
+    for key, value in later.items():
+        assert value.shape == ((3,) if key.endswith("/per_leaf") else ()), key
+        assert value.dtype == fresh[key].dtype
+        assert np.isfinite(fresh[key]).all(), key
+
+
+@every_case
+def test_three_steps_are_one_trace(case):
+    tx, params = case.make(), make_params()
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(n=1)(lambda g, s: tx.update(g, s, params)))
+    state = tx.init(params)
+    for seed in range(3):
+        _, state = step(make_grads(seed, params), state)
+
+
+@every_case
+def test_a_fresh_state_can_be_donated(case):
+    tx, params = case.make(), make_params()
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    state = tx.init(params)
+    for seed in range(2):
+        _, state = step(make_grads(seed, params), state, params)
+
+
+@every_case
+def test_a_scan_equals_a_loop(case):
+    tx, params = case.make(), make_params()
+    grads = [make_grads(seed, params) for seed in range(4)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
+
+    def body(state, grads):
+        updates, state = tx.update(grads, state, params)
+        return state, updates
+
+    state, updates = jax.jit(lambda s, g: jax.lax.scan(body, s, g))(
+        tx.init(params), stacked
+    )
+    expected_updates, expected_state = run(tx, params)
+    last = jax.tree.map(lambda x: x[-1], updates)
+    chex.assert_trees_all_close(last, expected_updates, rtol=REORDERED)
+    chex.assert_trees_all_close(state, expected_state, rtol=REORDERED)
+
+
+@every_case
+def test_a_vmap_equals_a_loop(case):
+    tx, params = case.make(), make_params()
+    grads = [make_grads(seed, params) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
+
+    def once(grads):
+        return tx.update(grads, tx.init(params), params)[0]
+
+    updates = jax.jit(jax.vmap(once))(stacked)
+    for i, each in enumerate(grads):
+        chosen = jax.tree.map(lambda x, i=i: x[i], updates)
+        chex.assert_trees_all_close(chosen, jax.jit(once)(each), rtol=REORDERED)
+
+
+@every_case
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_a_nonfinite_gradient_poisons_nothing(case, bad, at):
+    tx, params = case.make(), make_params()
+    step = jax.jit(lambda g, s: tx.update(g, s, params))
+    state = tx.init(params)
+    for seed in range(8):
+        grads = make_grads(seed, params)
+        if seed == at:
+            grads["dense"]["kernel"] = grads["dense"]["kernel"].at[3, 3].set(bad)
+        updates, state = step(grads, state)
+        if not (case.passes_nonfinite and seed == at):
+            chex.assert_tree_all_finite(updates)
+    # Before a threshold is armed its limit is infinite: that is no poison.
+    reported = {key for key in ost.metrics(state) if "limit" not in key}
+    chex.assert_tree_all_finite({k: ost.metrics(state)[k] for k in reported})
+    moved = jax.tree.map(lambda x: np.abs(x).max() > 0, updates)
+    assert all(jax.tree.leaves(moved))
+
+
+@every_case
+def test_a_lasting_shift_freezes_nothing(case):
+    tx, params = case.make(), make_params()
+    step = jax.jit(lambda g, s: tx.update(g, s, params))
+    state = tx.init(params)
+    for seed in range(60):
+        factor = 1.0 if seed < 20 else 50.0
+        grads = jax.tree.map(lambda x, f=factor: f * x, make_grads(seed, params))
+        updates, state = step(grads, state)
+        moved = jax.tree.map(lambda x: np.abs(x).max() > 0, updates)
+        assert all(jax.tree.leaves(moved)), seed
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_inactive_means_bitwise_identity(case, dtype):
+    if not case.can_be_inactive:
+        return
+    tx, params = case.make(), make_params(dtype)
+    grads = make_grads(0, params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    chex.assert_trees_all_equal(updates, grads)
+
+
+@every_case
+def test_an_empty_tree_passes(case):
+    tx = case.make()
+    updates, state = jax.jit(tx.update)({}, tx.init({}), {})
+    assert updates == {}
+    for key, value in ost.metrics(state).items():
+        assert np.isfinite(value).all() or "limit" in key, key
+
+
+def label(params):
+    return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", params)
+
+
+def is_matrix(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+WRAPPERS = {
+    "chain": lambda make: optax.chain(make(), optax.scale(-1.0)),
+    "named_chain": lambda make: optax.named_chain(
+        ("ours", make()), ("lr", optax.scale(-1.0))
+    ),
+    "masked": lambda make: optax.masked(make(), is_matrix),
+    "partition": lambda make: optax.partition(
+        {"matrix": make(), "vector": make()}, label
+    ),
+    "MultiSteps": lambda make: optax.MultiSteps(make(), 2),
+    "apply_if_finite": lambda make: optax.apply_if_finite(make(), 3),
+    "conditionally_transform": lambda make: optax.conditionally_transform(
+        make(), lambda step: step >= 1
+    ),
+}
+
+
+@every_case
+@pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_works_and_is_read_inside_every_wrapper(case, wrapper):
+    tx, params = wrapper(case.make), make_params()
+    updates, state = run(tx, params)
+    chex.assert_tree_all_finite(updates)
+    bare = ost.metrics(case.make().init(params))
+    found = ost.metrics(state, params=params)
+    scalars = {key for key in bare if not key.endswith("/per_leaf")}
+    stripped = {re.sub("^(matrix|vector)/", "", key) for key in found}
+    assert scalars <= stripped
+    for key in bare.keys() - scalars:
+        stem = key.removesuffix("per_leaf")
+        assert f"{stem}dense/kernel" in stripped
+        assert all(value.shape == () for value in found.values())
+
+
+@every_case
+def test_hyperparameters_can_be_injected(case):
+    if not case.hyperparameters:
+        return
+    tx = optax.inject_hyperparams(case.factory)(**case.hyperparameters)
+    params = make_params()
+    updates, state = run(tx, params)
+    expected, _ = run(case.factory(**case.hyperparameters), params)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-3)
+    assert ost.metrics(state)
+
+
+class Model(nnx.Module):
+    """Two layers, to have a nested state."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@every_case
+def test_works_and_is_read_in_an_nnx_optimizer(case):
+    model = Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, case.make(), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss, grads = nnx.value_and_grad(lambda model: jnp.mean(model(x) ** 2))(model)
+        optimizer.update(model, grads, value=loss)
+        return ost.metrics(optimizer, params=nnx.state(model, nnx.Param))
+
+    structure = jax.tree.structure(nnx.state(optimizer))
+    for _ in range(3):
+        inside = step(model, optimizer, jnp.ones((2, 4)))
+    assert jax.tree.structure(nnx.state(optimizer)) == structure
+    outside = ost.metrics(optimizer, params=nnx.state(model, nnx.Param))
+    chex.assert_trees_all_close(inside, outside, rtol=REORDERED)
+    vectors = [k for k in ost.metrics(optimizer) if k.endswith("/per_leaf")]
+    for key in vectors:
+        assert key.replace("per_leaf", "layers/1/kernel") in inside
+    chex.assert_tree_all_finite(nnx.state(model))
+
+
+@every_case
+def test_works_and_is_read_in_a_linen_train_state(case):
+    params = make_params()
+    state = train_state.TrainState.create(apply_fn=None, params=params, tx=case.make())
+    state = jax.jit(lambda s, g: s.apply_gradients(grads=g))(
+        state, make_grads(0, params)
+    )
+    assert ost.metrics(state).keys() == ost.metrics(state.opt_state).keys() != set()
+
+
+@every_case
+def test_orbax_restores_the_state(case, tmp_path):
+    tx, params = case.make(), make_params()
+    _, state = run(tx, params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", tx.init(params))
+    chex.assert_trees_all_equal(restored, state)
+    assert ost.metrics(restored).keys() == ost.metrics(state).keys()
+
+
+def shard(tree, mesh):
+    """Kernels over both axes, vectors over one, scalars replicated."""
+    specs = {0: (), 1: ("model",), 2: ("data", "model")}
+    return jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*specs[x.ndim]))),
+        tree,
+    )
+
+
+@every_case
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_parameters_give_the_same_and_keep_their_sharding(case, axis_type):
+    tx, params = case.make(), make_params()
+    expected, expected_state = run(tx, params)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        sharded = shard(params, mesh)
+        step = jax.jit(lambda g, s, p: tx.update(g, s, p))
+        state, updates = tx.init(sharded), None
+        for seed in range(4):
+            grads = shard(make_grads(seed, params), mesh)
+            updates, state = step(grads, state, sharded)
+    close = functools.partial(
+        chex.assert_trees_all_close, rtol=case.tolerance, atol=case.tolerance / 100
+    )
+    close(updates, expected)
+    close(state, expected_state)
+    for tree in (updates, *(f for f in state if jax.tree.structure(f) == PARAMS)):
+        for leaf, like in zip(*map(jax.tree.leaves, (tree, sharded)), strict=True):
+            assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+
+
+PARAMS = jax.tree.structure(make_params())
+
+
+@every_case
+def test_norms_are_summed_over_the_axes_of_shard_map(case):
+    if not case.takes_axis_name:
+        return
+    params = make_params()
+    del params["scale"]  # Replicated leaves are told apart by a later issue's rule.
+    expected, expected_state = run(case.make(), params)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    tx = case.make(axis_name="data")
+    sharded, replicated = PartitionSpec("data"), PartitionSpec()
+    step = jax.jit(
+        jax.shard_map(
+            tx.update,
+            mesh=mesh,
+            in_specs=(sharded, replicated),
+            out_specs=(sharded, replicated),
+        )
+    )
+    state = case.make().init(params)
+    for seed in range(4):
+        updates, state = step(make_grads(seed, params), state)
+    chex.assert_trees_all_close(updates, expected, rtol=REORDERED)
+    chex.assert_trees_all_close(state, expected_state, rtol=REORDERED)
+
+
+@every_case
+def test_every_argument_is_documented(case):
+    documented = inspect.getdoc(case.factory)
+    for name in inspect.signature(case.factory).parameters:
+        assert re.search(rf"^  {name}: ", documented, re.MULTILINE), name
+    for section in ("Args:", "Returns:", "Raises:", "Example:"):
+        assert section in documented
+
+
+def annotated(value: Any) -> bool:
+    hints = inspect.get_annotations(value)
+    return set(inspect.signature(value).parameters) | {"return"} == set(hints)
+
+
+@pytest.mark.parametrize("name", sorted(public_functions()))
+def test_every_public_function_is_annotated(name):
+    assert annotated(public_functions()[name])
