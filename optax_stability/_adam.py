@@ -204,6 +204,8 @@ def scale_by_safe_adam(
     _check_limits(update_rms_max, spike_ratio)
     _validate.check_choice("second_moment", second_moment, ("mean",))
     _validate.check_float_dtype("rms_dtype", rms_dtype)
+    if mu_dtype is not None:
+        _validate.check_float_dtype("mu_dtype", mu_dtype)
     b1, b2 = _validate.as_float32(b1), _validate.as_float32(b2)
     if spike_ratio is not None:
         spike_ratio = _validate.as_float32(spike_ratio)

@@ -55,16 +55,18 @@ def round_at_random(x, step, dtype):
     if not _narrower(dtype, x.dtype):
         return x.astype(dtype)
     info = jnp.finfo(dtype)
-    smallest = max(float(info.smallest_subnormal), TINY)
+    eps, smallest_normal = float(info.eps), float(info.smallest_normal)
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     power = lax.bitcast_convert_type(bits & jnp.uint32(_EXPONENT_BITS), jnp.float32)
-    spacing = jnp.maximum(power * float(info.eps), smallest)
+    power = jnp.maximum(power, smallest_normal)
     salt = (step.astype(jnp.uint32) + 1) * jnp.uint32(0x9E3779B9)
     # Only mantissa bits enter: the choice is the same at every scale.
     chance = _uniform((bits & jnp.uint32(_MANTISSA_BITS)) + salt)
-    steps = x / spacing
+    # In units of the spacing eps·power, which itself may be subnormal.
+    steps = x / power * (1 / eps)
     below = jnp.floor(steps)
-    rounded = jnp.where(chance < steps - below, below + 1, below) * spacing
+    rounded = jnp.where(chance < steps - below, below + 1, below) * eps * power
+    smallest = max(float(info.smallest_subnormal), TINY)
     kept = jnp.clip(rounded, smallest, float(info.max))
     return jnp.where(x > 0, kept, 0.0).astype(dtype)
 

@@ -21,6 +21,9 @@ ROUNDING = 1e-6
 # Half a spacing of the dtype per entry, and ROUNDING.
 SLACK = {jnp.float32: 2e-6, jnp.bfloat16: 4e-3, jnp.float16: 1e-3}
 
+# Statistics of a few steps: rounding of the norms over a deviation of a tenth of them.
+STATISTICS = 1e-4
+
 SCOPES = {
     "global": "global",
     "leaf": "leaf",
@@ -31,35 +34,34 @@ SCOPES = {
 }
 
 
-def random_tree(seed=0, scale=1.0, dtype=jnp.float32):
+def random_tree(seed=0, scale=1.0, dtype=np.float32):
     rng = np.random.default_rng(seed)
 
     def leaf(*shape):
-        return jnp.asarray((scale * rng.standard_normal(shape)).astype("f4"), dtype)
+        return np.asarray(scale * rng.standard_normal(shape), np.float32).astype(dtype)
 
     body = {"w": leaf(4, 3), "b": leaf(3), "layers": [leaf(2, 2, 2), leaf()]}
     return {"head": {"w": leaf(3, 5)}, "body": body}
 
 
-@functools.cache
-def compiled(tx):
-    return jax.jit(tx.update)
-
-
-def clip(tx, grads, state=None):
-    return compiled(tx)(grads, tx.init(grads) if state is None else state)
+@functools.partial(jax.jit, static_argnames="scope")
+def clip_at(limit, grads, scope="global"):
+    """The first step with a constant limit."""
+    tx = ost.clip_by_threshold(thresholds.constant(limit), scope=SCOPES[scope])
+    return tx.update(grads, tx.init(grads))
 
 
 @functools.cache
-def clip_at(limit, scope="global"):
-    return ost.clip_by_threshold(thresholds.constant(limit), scope=SCOPES[scope])
+def compiled(function):
+    return jax.jit(function)
 
 
-def run(tx, trees):
+def run(tx, trees, state=None):
     """The updates and states of several steps."""
-    state, updates, states = tx.init(trees[0]), [], []
+    state = compiled(tx.init)(trees[0]) if state is None else state
+    updates, states = [], []
     for grads in trees:
-        update, state = clip(tx, grads, state)
+        update, state = compiled(tx.update)(grads, state)
         updates.append(update)
         states.append(state)
     return updates, states
@@ -96,14 +98,21 @@ def reference(tree, limit, scope):
     return jax.tree.unflatten(treedef, clipped), np.array(norms)
 
 
+QUICK = {
+    scope: ost.clip_by_zscore(warmup=2, relearn_after=3, scope=scope)
+    for scope in ("global", "leaf")
+}
+
+
 # --- the rule --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1.0, 4.0, 1e3])
 def test_a_constant_limit_equals_clip_by_global_norm_of_optax(limit):
     grads = random_tree()
-    expected, _ = clip(optax.clip_by_global_norm(limit), grads)
-    chex.assert_trees_all_close(clip(clip_at(limit), grads)[0], expected, rtol=ROUNDING)
+    expected, _ = optax.clip_by_global_norm(limit).update(grads, ())
+    updates, _ = clip_at(limit, grads)
+    chex.assert_trees_all_close(updates, expected, rtol=ROUNDING)
 
 
 @pytest.mark.parametrize("limit", [0.5, 2.0, 3.0, 100.0])
@@ -111,7 +120,7 @@ def test_a_constant_limit_equals_clip_by_global_norm_of_optax(limit):
 def test_each_scope_is_clipped_by_its_own_norm(scope, limit):
     grads = random_tree()
     expected, norms = reference(grads, limit, scope)
-    updates, state = clip(clip_at(limit, scope), grads)
+    updates, state = clip_at(limit, grads, scope)
     chex.assert_trees_all_close(updates, expected, rtol=ROUNDING)
     assert float(state.norm) == pytest.approx(norm_of(grads), rel=ROUNDING)
     if scope == "global":
@@ -125,79 +134,73 @@ def test_each_scope_is_clipped_by_its_own_norm(scope, limit):
 
 
 def test_each_scope_has_a_stream_of_its_own():
-    tx = ost.clip_by_threshold(thresholds.zscore(warmup=2), scope=SCOPES["labels"])
+    threshold = thresholds.zscore(warmup=2)
     trees = [random_tree(seed) for seed in range(6)]
+    tx = ost.clip_by_threshold(threshold, scope=SCOPES["labels"])
     _, states = run(tx, trees)
     labels = labels_of(trees[0], "labels")
     for number, label in enumerate(dict.fromkeys(labels)):
-        threshold = thresholds.zscore(warmup=2)
-        alone = threshold.init()
+        alone, place = threshold.init(), labels.index(label)
         for tree in trees:
-            norms = reference(tree, 1.0, "labels")[1]
-            norm = norms[labels.index(label)]
-            limit, alone = jax.jit(threshold.update)(norm, alone)
+            norm = reference(tree, 1.0, "labels")[1][place]
+            limit, alone = compiled(threshold.update)(norm, alone)
         found = jax.tree.map(lambda x, i=number: x[i], states[-1].threshold)
-        chex.assert_trees_all_close(found, alone, rtol=1e-4)
-        assert float(states[-1].leaf_limit[labels.index(label)]) == pytest.approx(
-            float(limit), rel=1e-4
-        )
+        chex.assert_trees_all_close(found, alone, rtol=STATISTICS)
+        found_limit = float(states[-1].leaf_limit[place])
+        assert found_limit == pytest.approx(float(limit), rel=STATISTICS)
 
 
 @hypothesis.settings(derandomize=True, max_examples=50, deadline=None)
 @hypothesis.given(
-    values=hnp.arrays(np.float32, 8, elements=st.floats(-2e37, 2e37, width=32)),
+    values=hnp.arrays(
+        np.float32, 8, elements=st.floats(-(2.0**123), 2.0**123, width=32)
+    ),
     exponent=st.integers(-30, 30),
     dtype=st.sampled_from(list(SLACK)),
 )
 def test_the_norm_after_clipping_is_at_most_the_limit(values, exponent, dtype):
     largest = float(jnp.finfo(dtype).max)
-    grads = jnp.asarray(np.clip(values, -largest, largest), dtype)
-    grads = {"a": grads[:3], "b": grads[3:]}
+    values = np.clip(values, -largest, largest).astype(dtype)
     limit = np.float32(2.0**exponent)
-    updates, _ = clip_at_any(limit, grads)
+    updates, _ = clip_at(limit, {"a": values[:3], "b": values[3:]})
     # Entries that the dtype holds as subnormal numbers are rounded to its smallest.
     smallest = np.sqrt(8) * float(jnp.finfo(dtype).smallest_subnormal)
     assert norm_of(updates) <= limit * (1 + SLACK[dtype]) + smallest
-    assert jax.tree.map(lambda x: x.dtype, updates) == {"a": dtype, "b": dtype}
-
-
-@jax.jit
-def clip_at_any(limit, grads):
-    tx = ost.clip_by_threshold(thresholds.constant(limit))
-    return tx.update(grads, tx.init(grads))
+    assert updates["a"].dtype == updates["b"].dtype == dtype
 
 
 # --- inactive is identity --------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("dtype", SLACK)
+@pytest.mark.parametrize(
+    ("dtype", "scope"),
+    [*((dtype, "global") for dtype in SLACK), *((jnp.float32, s) for s in SCOPES)],
+)
 def test_inactive_is_identity_bit_for_bit(dtype, scope):
     grads = random_tree(dtype=dtype)
-    grads["body"]["b"] = jnp.array([-0.0, 0.0, 1e-7], dtype)
-    updates, _ = clip(clip_at(100.0, scope), grads)
+    grads["body"]["b"] = np.array([-0.0, 0.0, 1e-7], np.float32).astype(dtype)
+    updates, _ = clip_at(100.0, grads, scope)
     chex.assert_trees_all_equal_dtypes(updates, grads)
     assert bits(updates) == bits(grads)
 
 
 def test_a_norm_at_the_limit_is_not_clipped():
-    grads = {"w": jnp.array([3.0, 4.0])}
-    updates, state = clip(clip_at(5.0), grads)
+    grads = {"w": np.array([3.0, 4.0], np.float32)}
+    updates, state = clip_at(5.0, grads)
     assert bits(updates) == bits(grads)
     assert int(state.clipped_total) == 0
 
 
 def test_inactive_is_identity_for_float64():
     with jax.enable_x64(True):
-        grads = {"w": jnp.array([0.1, -0.3], jnp.float64)}
-        updates, _ = clip(clip_at(100.0), grads)
+        grads = {"w": np.array([0.1, -0.3])}
+        updates, _ = clip_at(100.0, grads)
         assert bits(updates) == bits(grads)
 
 
 def test_nothing_finite_is_clipped_in_the_warm_up():
-    tx = ost.clip_by_zscore(warmup=4)
-    trees = [random_tree(seed, scale=10.0**seed) for seed in range(4)]
-    updates, states = run(tx, trees)
+    trees = [random_tree(seed, scale=10.0**seed) for seed in range(2)]
+    updates, states = run(QUICK["global"], trees)
     assert bits(updates) == bits(trees)
     assert int(states[-1].clipped_total) == 0
 
@@ -206,17 +209,18 @@ def test_nothing_finite_is_clipped_in_the_warm_up():
 
 
 def poison(tree, bad):
-    """Puts one bad number into the leaf body/w, which is in every second scope."""
-    body = tree["body"] | {"w": tree["body"]["w"].at[1, 2].set(bad)}
-    return tree | {"body": body}
+    """Puts one bad number into the leaf body/w."""
+    w = tree["body"]["w"].copy()
+    w[1, 2] = bad
+    return tree | {"body": tree["body"] | {"w": w}}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_gradient_that_is_not_finite_gives_zeros_for_its_scope_alone(scope, bad):
     grads = random_tree()
-    updates, state = clip(clip_at(2.0, scope), poison(grads, bad))
-    clean, _ = clip(clip_at(2.0, scope), grads)
+    updates, state = clip_at(2.0, poison(grads, bad), scope)
+    clean, _ = clip_at(2.0, grads, scope)
     labels = labels_of(grads, scope)
     hit = labels[ost.leaf_names(grads).index("body/w")]
     for label, found, expected in zip(
@@ -231,46 +235,26 @@ def test_a_gradient_that_is_not_finite_gives_zeros_for_its_scope_alone(scope, ba
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("scope", ["global", "leaf"])
 def test_a_gradient_that_is_not_finite_is_not_learned_at_any_step(scope, bad):
-    tx = ZSCORE_QUICK[scope]
-    state = tx.init(random_tree())
+    tx, state = QUICK[scope], QUICK[scope].init(random_tree())
     hit = ost.leaf_names(random_tree()).index("body/w") if scope == "leaf" else 0
-    for seed in range(6):
+    for seed in range(5):  # step 0, the warm-up and armed steps
         grads = random_tree(seed)
-        _, poisoned = clip(tx, poison(grads, bad), state)
-        _, clean = clip(tx, grads, state)
-        for before, with_bad, without in zip(
-            *map(jax.tree.leaves, (state, poisoned, clean)), strict=True
-        ):
-            if np.ndim(before) and before.shape == jnp.shape(
-                jax.tree.leaves(state.threshold)[0]
-            ):
-                continue
-        learned = jax.tree.map(np.array, clean.threshold)
+        _, (poisoned,) = run(tx, [poison(grads, bad)], state)
+        _, (clean,) = run(tx, [grads], state)
         expected = jax.tree.map(
             lambda new, old: np.where(np.arange(len(new)) == hit, old, new),
-            learned,
+            clean.threshold,
             state.threshold,
         )
         chex.assert_trees_all_equal(poisoned.threshold, expected)
         state = clean
 
 
-ZSCORE_QUICK = {
-    scope: ost.clip_by_zscore(warmup=2, relearn_after=3, scope=scope)
-    for scope in ("global", "leaf")
-}
-
-
 def test_training_goes_on_after_gradients_that_are_not_finite():
     trees = [random_tree(seed) for seed in range(8)]
-    with_bad = [
-        *trees[:4],
-        poison(trees[4], np.nan),
-        poison(trees[5], np.inf),
-        *trees[4:],
-    ]
-    updates, states = run(ZSCORE_QUICK["global"], with_bad)
-    expected, expected_states = run(ZSCORE_QUICK["global"], trees)
+    bad = [poison(trees[4], np.nan), poison(trees[5], np.inf)]
+    updates, states = run(QUICK["global"], [*trees[:4], *bad, *trees[4:]])
+    expected, expected_states = run(QUICK["global"], trees)
     chex.assert_trees_all_equal(updates[6:], expected[4:])
     chex.assert_trees_all_equal(states[-1].threshold, expected_states[-1].threshold)
 
@@ -281,10 +265,10 @@ def test_training_goes_on_after_gradients_that_are_not_finite():
 @pytest.mark.parametrize("scope", SCOPES)
 def test_an_entry_whose_square_overflows_is_clipped_like_any_other(scope):
     grads = random_tree()
-    grads["body"]["b"] = jnp.array([0.5, -1e20, 2.0])
-    updates, state = clip(clip_at(1.0, scope), grads)
+    grads["body"]["b"] = np.array([0.5, -1e20, 2.0], np.float32)
+    updates, state = clip_at(1.0, grads, scope)
     expected, _ = reference(grads, 1.0, scope)
-    chex.assert_trees_all_close(updates, expected, rtol=ROUNDING, atol=1e-30)
+    chex.assert_trees_all_close(updates, expected, rtol=ROUNDING, atol=0.0)
     assert float(state.norm) == pytest.approx(1e20, rel=ROUNDING)
     assert int(state.nonfinite_total) == 0
 
@@ -293,41 +277,30 @@ def test_an_entry_whose_square_overflows_is_clipped_like_any_other(scope):
 @pytest.mark.parametrize("scope", ["global", "leaf"])
 def test_a_gradient_of_any_size_is_clipped_to_a_limit_of_its_size(scope, scale):
     grads = random_tree(scale=scale)
-    updates, state = clip_scaled[scope](scale, grads)
-    expected, _ = reference(grads, 0.5 * np.float32(scale), scope)
+    limit = np.float32(0.5 * scale)
+    updates, state = clip_at(limit, grads, scope)
+    expected, _ = reference(grads, limit, scope)
     chex.assert_trees_all_close(updates, expected, rtol=ROUNDING, atol=0.0)
     assert float(state.norm) == pytest.approx(norm_of(grads), rel=ROUNDING)
 
 
-def _clip_scaled(scope):
-    @jax.jit
-    def update(scale, grads):
-        tx = ost.clip_by_threshold(thresholds.constant(0.5 * scale), scope=scope)
-        return tx.update(grads, tx.init(grads))
-
-    return update
-
-
-clip_scaled = {scope: _clip_scaled(scope) for scope in ("global", "leaf")}
-
-
 @pytest.mark.parametrize("largest", [1e30, 5e37, 3e38])
 def test_the_largest_finite_gradients_keep_their_direction(largest):
-    grads = {"w": jnp.array([largest, -0.5 * largest, 0.0], jnp.float32)}
-    updates, state = clip(clip_at(1.0), grads)
+    grads = {"w": np.array([largest, -0.5 * largest, 0.0], np.float32)}
+    updates, state = clip_at(1.0, grads)
     expected, _ = reference(grads, 1.0, "global")
-    chex.assert_trees_all_close(updates, expected, rtol=ROUNDING)
     assert float(state.norm) == pytest.approx(norm_of(grads), rel=ROUNDING)
+    chex.assert_trees_all_close(updates, expected, rtol=ROUNDING)
 
 
-@pytest.mark.parametrize("exponent", [-90, -60, 60])
+@pytest.mark.parametrize("exponent", [-90, -50, 60])
 @pytest.mark.parametrize("scope", ["global", "leaf"])
 def test_a_power_of_two_scales_every_clipped_update_bit_for_bit(scope, exponent):
     trees = [random_tree(seed) for seed in range(5)] + [random_tree(5, scale=30.0)] * 6
     factor = np.float32(2.0**exponent)
     scaled_trees = jax.tree.map(lambda x: x * factor, trees)
-    updates, states = run(ZSCORE_QUICK[scope], trees)
-    scaled, _ = run(ZSCORE_QUICK[scope], scaled_trees)
+    updates, states = run(QUICK[scope], trees)
+    scaled, _ = run(QUICK[scope], scaled_trees)
     assert int(states[-1].clipped_total) >= 3
     chex.assert_trees_all_equal(scaled, jax.tree.map(lambda x: x * factor, updates))
 
@@ -335,7 +308,7 @@ def test_a_power_of_two_scales_every_clipped_update_bit_for_bit(scope, exponent)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_leaves_whose_norm_exceeds_their_dtype_are_clipped(dtype):
     grads = {"w": jnp.full((50_000,), 300.0, dtype)}  # norm 67 082 > 65 504
-    updates, state = clip(clip_at(1.0), grads)
+    updates, state = clip_at(1.0, grads)
     assert updates["w"].dtype == dtype
     assert float(state.norm) == pytest.approx(300 * np.sqrt(50_000), rel=ROUNDING)
     assert norm_of(updates) == pytest.approx(1.0, rel=SLACK[dtype])
@@ -347,10 +320,12 @@ def test_leaves_of_several_dtypes_are_measured_together():
         "b": jnp.full((4,), 4.0, jnp.float16),
         "c": jnp.zeros((2,), jnp.float32),
     }
-    updates, state = clip(clip_at(1.0), grads)
+    updates, state = clip_at(1.0, grads)
     assert float(state.norm) == pytest.approx(10.0, rel=ROUNDING)
     chex.assert_trees_all_equal_dtypes(updates, grads)
-    chex.assert_trees_all_close(updates["a"].astype("f4"), jnp.full(4, 0.3), rtol=4e-3)
+    for name, expected in (("a", 0.3), ("b", 0.4)):
+        found = np.asarray(updates[name]).astype(np.float32)
+        np.testing.assert_allclose(found, expected, rtol=SLACK[jnp.bfloat16])
 
 
 # --- nothing to clip -------------------------------------------------------------
@@ -359,95 +334,93 @@ def test_leaves_of_several_dtypes_are_measured_together():
 @pytest.mark.parametrize("scope", ["global", "leaf"])
 @pytest.mark.parametrize(
     "grads",
-    [{}, (), {"a": None}, {"a": jnp.zeros((0, 3))}, {"a": jnp.zeros((2,)), "b": None}],
-    ids=["empty dict", "empty tuple", "None", "empty leaf", "zeros"],
+    [
+        {},
+        {"a": None},
+        {"a": np.zeros((0, 3), np.float32)},
+        {"a": np.zeros(2, np.float32), "b": None},
+    ],
+    ids=["empty dict", "None", "empty leaf", "zeros"],
 )
-def test_what_has_no_length_passes_and_has_norm_zero(grads, scope):
-    tx = ZSCORE_QUICK[scope]
-    updates, state = clip(tx, grads)
-    chex.assert_trees_all_equal(updates, grads)
+def test_what_has_no_length_passes_and_is_not_learned(grads, scope):
+    updates, (state,) = run(QUICK[scope], [grads])
+    chex.assert_trees_all_equal(updates, [grads])
     assert float(state.norm) == 0.0
     assert int(state.nonfinite_total) == int(state.clipped_total) == 0
-    chex.assert_trees_all_equal(state.threshold, tx.init(grads).threshold)
-    chex.assert_tree_all_finite(state.metrics["clip/fraction"])
+    chex.assert_trees_all_equal(state.threshold, QUICK[scope].init(grads).threshold)
 
 
 def test_an_empty_leaf_beside_others_changes_nothing():
-    grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.zeros((0, 2))}
-    updates, _ = clip(clip_at(1.0), grads)
-    chex.assert_trees_all_close(updates["a"], jnp.array([0.6, 0.8]), rtol=ROUNDING)
+    grads = {"a": np.array([3.0, 4.0], np.float32), "b": np.zeros((0, 2), np.float32)}
+    updates, _ = clip_at(1.0, grads)
+    np.testing.assert_allclose(updates["a"], [0.6, 0.8], rtol=ROUNDING)
     assert updates["b"].shape == (0, 2)
 
 
 # --- derivatives -----------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnames="scope")
+def derivative(weights, limit, grads, scope="global"):
+    """The derivative of Σ weight·update by the gradient."""
+
+    def loss(grads):
+        products = jax.tree.map(jnp.vdot, weights, clip_at(limit, grads, scope)[0])
+        return sum(jax.tree.leaves(products))
+
+    return jax.grad(loss)(grads)
+
+
 @pytest.mark.parametrize("limit", [1.0, 100.0], ids=["active", "inactive"])
 def test_the_derivative_is_that_of_the_rule(limit):
-    weights, grads = np.array([1.0, -2.0, 0.5]), np.array([2.0, 1.0, -2.0])
-    tx = clip_at(limit)
-
-    def loss(g):
-        return jnp.asarray(weights) @ tx.update({"g": g}, tx.init({"g": g}))[0]["g"]
-
-    found = jax.jit(jax.grad(loss))(jnp.asarray(grads))
+    weights, grads = np.array([1.0, -2.0, 0.5], "f4"), np.array([2.0, 1.0, -2.0], "f4")
     norm = 3.0
     expected = limit * (weights / norm - grads * (weights @ grads) / norm**3)
-    np.testing.assert_allclose(
-        found, expected if norm > limit else weights, rtol=1e-5, atol=ROUNDING
-    )
+    expected = expected if norm > limit else weights
+    found = derivative({"w": weights}, limit, {"w": grads})["w"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 1e20])
 def test_the_derivative_is_finite(scale, scope):
-    tx = clip_at(1.0, scope)
-
-    def loss(grads):
-        updates, _ = tx.update(grads, tx.init(grads))
-        return sum(jnp.sum(x) for x in jax.tree.leaves(updates))
-
-    found = jax.jit(jax.grad(loss))(random_tree(scale=scale))
+    grads = random_tree(scale=scale)
+    weights = jax.tree.map(np.ones_like, grads)
+    found = derivative(weights, 1.0, grads, scope)
     chex.assert_tree_all_finite(found)
+    if scale == 0:  # the gradient of the identity
+        chex.assert_trees_all_equal(found, weights)
 
 
 # --- metrics ---------------------------------------------------------------------
 
 
 def test_the_counts_of_several_steps():
-    values = [0.5, 2.0, np.nan, 3.0, np.inf, 0.1]
-    _, states = run(clip_at(1.0), [{"w": jnp.array([value])} for value in values])
-    found = [{k: float(v) for k, v in state.metrics.items()} for state in states]
-    np.testing.assert_array_equal([each["clip/norm"] for each in found], values)
-    np.testing.assert_array_equal([each["clip/limit"] for each in found], 1.0)
-    np.testing.assert_allclose(
-        [each["clip/fraction"] for each in found],
-        [0, 1 / 2, 1 / 3, 2 / 4, 2 / 5, 2 / 6],
-        rtol=ROUNDING,
-    )
-    np.testing.assert_array_equal(
-        [each["clip/nonfinite_total"] for each in found], [0, 0, 1, 1, 2, 2]
-    )
+    values = np.array([0.5, 2.0, np.nan, 3.0, np.inf, 0.1], np.float32)
+    tx = ost.clip_by_threshold(thresholds.constant(1.0))
+    _, states = run(tx, [{"w": value[None]} for value in values])
+    found = [state.metrics for state in states]
+    columns = {key: np.array([each[key] for each in found]) for key in found[0]}
+    np.testing.assert_array_equal(columns["clip/norm"], values)
+    np.testing.assert_array_equal(columns["clip/limit"], 1.0)
+    np.testing.assert_array_equal(columns["clip/nonfinite_total"], [0, 0, 1, 1, 2, 2])
+    shares = [0, 1 / 2, 1 / 3, 2 / 4, 2 / 5, 2 / 6]
+    np.testing.assert_allclose(columns["clip/fraction"], shares, rtol=ROUNDING)
     assert [int(state.step) for state in states] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_step_counts_once_however_many_scopes_are_clipped_or_not_finite():
-    grads = {name: jnp.array([5.0]) for name in "abc"}
-    bad = grads | {"a": jnp.array([np.nan]), "b": jnp.array([np.inf])}
-    _, states = run(clip_at(1.0, "leaf"), [grads, bad])
-    assert int(states[-1].clipped_total) == 2
-    assert int(states[-1].nonfinite_total) == 1
-
-
-def test_a_step_whose_only_event_is_not_finite_is_not_called_clipped():
-    _, states = run(clip_at(1.0), [{"w": jnp.array([np.inf])}])
-    assert int(states[-1].clipped_total) == 0
+    bad, large = np.array([np.nan], "f4"), np.array([5.0], "f4")
+    tx = ost.clip_by_threshold(thresholds.constant(1.0), scope="leaf")
+    trees = [dict.fromkeys("abc", large), dict.fromkeys("ab", bad) | {"c": large}]
+    _, states = run(tx, trees)
+    assert [int(state.clipped_total) for state in states] == [1, 2]
+    assert [int(state.nonfinite_total) for state in states] == [0, 1]
 
 
 def test_metrics_per_leaf_are_named_after_their_leaves():
     grads = random_tree()
-    _, state = clip(clip_at(1.0, "leaf"), grads)
-    found = ost.metrics(state, params=grads)
+    found = ost.metrics(clip_at(1.0, grads, "leaf")[1], params=grads)
     _, norms = reference(grads, 1.0, "leaf")
     for name, norm in zip(ost.leaf_names(grads), norms, strict=True):
         assert float(found[f"clip/norm/{name}"]) == pytest.approx(norm, rel=ROUNDING)
@@ -456,18 +429,27 @@ def test_metrics_per_leaf_are_named_after_their_leaves():
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_the_metric_keys_never_change(scope):
-    tx, grads = clip_at(1.0, scope), random_tree()
-    fresh = tx.init(grads).metrics
-    _, state = clip(tx, grads)
+    grads = random_tree()
+    tx = ost.clip_by_threshold(thresholds.constant(1.0), scope=SCOPES[scope])
+    fresh, updated = tx.init(grads).metrics, clip_at(1.0, grads, scope)[1].metrics
     names = {"clip/norm", "clip/limit", "clip/fraction", "clip/nonfinite_total"}
     if scope != "global":
         names |= {"clip/norm/per_leaf", "clip/limit/per_leaf"}
-    assert fresh.keys() == state.metrics.keys() == names
-    chex.assert_trees_all_equal_shapes_and_dtypes(fresh, state.metrics)
+    assert fresh.keys() == updated.keys() == names
+    chex.assert_trees_all_equal_shapes_and_dtypes(fresh, updated)
     chex.assert_tree_all_finite(fresh)
 
 
 # --- clip_by_zscore --------------------------------------------------------------
+
+
+def computation(tx):
+    """What init and update compute, as text."""
+    grads = random_tree()
+    state = jax.eval_shape(tx.init, grads)
+    return str(jax.make_jaxpr(tx.init)(grads)), str(
+        jax.make_jaxpr(tx.update)(grads, state)
+    )
 
 
 @pytest.mark.parametrize(
@@ -482,65 +464,54 @@ def test_the_metric_keys_never_change(scope):
         {"relearn_after": 2},
         {"relearn_after": None},
         {"scope": "leaf"},
+        {"scope": SCOPES["labels"]},
     ],
     ids=str,
 )
 def test_clip_by_zscore_is_the_composition(settings):
-    settings = {"warmup": 3} | settings
-    parts = {"relearn_after": 25, "scope": "global"} | settings
-    after, scope = parts.pop("relearn_after"), parts.pop("scope")
-    threshold = thresholds.zscore(**parts)
+    published = {"z_max": 2.5, "decay": 0.97, "warmup": 25, "mode": "adaptive"}
+    written_out = published | {"relearn_after": 25, "scope": "global"} | settings
+    after, scope = written_out.pop("relearn_after"), written_out.pop("scope")
+    threshold = thresholds.zscore(**written_out)
     if after is not None:
         threshold = thresholds.relearn(threshold, after=after)
-    composed = ost.clip_by_threshold(threshold, scope=scope)
-    trees = [random_tree(seed) for seed in range(6)] + [random_tree(6, scale=9.0)] * 5
-    chex.assert_trees_all_equal(
-        run(ost.clip_by_zscore(**settings), trees), run(composed, trees)
-    )
+    composed = computation(ost.clip_by_threshold(threshold, scope=scope))
+    assert computation(ost.clip_by_zscore(**settings)) == composed
+    if settings:
+        assert computation(ost.clip_by_zscore()) != composed
 
 
-def test_clip_by_zscore_defaults_are_zclip_with_a_way_out():
-    written_out = ost.clip_by_zscore(
-        2.5, decay=0.97, warmup=25, mode="adaptive", relearn_after=25, scope="global"
-    )
-    trees = [{"w": jnp.array([1 + 0.1 * (i % 7)])} for i in range(30)]
-    trees += [{"w": jnp.array([20.0])}] * 30
-    updates, states = run(ost.clip_by_zscore(), trees)
-    chex.assert_trees_all_equal((updates, states), run(written_out, trees))
-    values = np.array([float(update["w"][0]) for update in updates])
+def rising_norms():
+    """Thirty norms near 1, then many of 20."""
+    low = [{"w": np.array([1 + 0.1 * (i % 7)], np.float32)} for i in range(30)]
+    return low + [{"w": np.array([20.0], np.float32)}] * 60
+
+
+def test_a_lasting_rise_is_clipped_for_25_steps_and_then_accepted():
+    updates, _ = run(ost.clip_by_zscore(), rising_norms())
+    values = np.array([update["w"][0] for update in updates])
     assert (values[30:55] < 5).all()
-    assert (values[55:] == 20.0).all()
+    assert (values[55:] == 20).all()
 
 
 def test_without_relearning_a_lasting_rise_is_clipped_for_ever():
-    tx = ost.clip_by_zscore(warmup=5, relearn_after=None)
-    trees = [{"w": jnp.array([1 + 0.1 * (i % 7)])} for i in range(30)]
-    trees += [{"w": jnp.array([20.0])}] * 60
-    updates, states = run(tx, trees)
+    updates, states = run(ost.clip_by_zscore(relearn_after=None), rising_norms())
     assert isinstance(states[-1].threshold, thresholds.ZScoreState)
-    assert all(float(update["w"][0]) < 5 for update in updates[30:])
+    assert all(update["w"][0] < 5 for update in updates[30:])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_hyperparameters_can_be_injected(dtype):
-    params = random_tree(dtype=dtype)
-    injected = optax.inject_hyperparams(ost.clip_by_zscore)(z_max=2.0, decay=0.9375)
-    state = injected.init(params)
-
-    @jax.jit
-    def scan(state, trees):
-        return jax.lax.scan(lambda s, g: injected.update(g, s)[::-1], state, trees)
-
-    trees = [random_tree(seed, dtype=dtype) for seed in range(27)]
-    trees += [random_tree(27, scale=20.0, dtype=dtype)] * 3
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
-    final, _ = scan(state, stacked)
-    _, states = run(ost.clip_by_zscore(2.0, decay=0.9375), trees)
-    # Equal but for the rounding of other fusions.
+    settings = {"z_max": 2.0, "decay": 0.9375, "warmup": 3}  # exact in bfloat16
+    injected = optax.inject_hyperparams(ost.clip_by_zscore)(**settings)
+    trees = jax.tree.map(lambda x: x.astype(dtype), rising_norms()[:40])
+    updates, states = run(injected, trees)
+    expected, expected_states = run(ost.clip_by_zscore(**settings), trees)
+    chex.assert_trees_all_close(updates, expected, rtol=SLACK[dtype])
+    assert expected_states[-1].clipped_total > 5
     chex.assert_trees_all_close(
-        final.inner_state.metrics, states[-1].metrics, rtol=1e-4
+        states[-1].inner_state, expected_states[-1], rtol=STATISTICS
     )
-    assert int(final.inner_state.clipped_total) == 3
 
 
 # --- arguments -------------------------------------------------------------------
@@ -575,6 +546,5 @@ def test_an_unknown_scope_raises_and_lists_the_known_ones(scope):
     ],
 )
 def test_clip_by_zscore_names_the_argument_that_is_out_of_range(name, value):
-    with pytest.raises(ValueError, match=name) as raised:
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
         ost.clip_by_zscore(**{name: value})
-    assert f"{name}={value!r}" in str(raised.value)

@@ -125,9 +125,6 @@ def load(path: Path | None, context: int) -> Corpus:
         ``.bin`` file, or None for the sources of Python's standard library.
       context: tokens the model sees at once; both parts hold at least one window.
 
-    Returns:
-      The corpus.
-
     Raises:
       InputError: the path is missing, unreadable, malformed or too small.
     """
@@ -168,19 +165,10 @@ class _Windows:
 def batches(
     stream: np.ndarray, context: int, batch_size: int, seed: int
 ) -> Callable[[int], np.ndarray]:
-    """Endless batches of windows, shuffled anew in every epoch.
+    """Endless batches by step, int32[batch_size, context + 1], each epoch in new order.
 
-    Batch ``step`` depends on the arguments alone, so a run resumes by asking for the
-    step it stopped at; there is no iterator whose state could be lost.
-
-    Args:
-      stream: token ids.
-      context: tokens the model sees at once.
-      batch_size: windows per batch.
-      seed: decides the order.
-
-    Returns:
-      A function from the step to int32[batch_size, context + 1].
+    A batch depends on the arguments alone, so a run resumes by asking for the step it
+    stopped at: there is no iterator whose state must be saved.
     """
     windows = grain.MapDataset.source(_Windows(stream, context))
     shuffled = windows.shuffle(seed).repeat().batch(batch_size)

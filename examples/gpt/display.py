@@ -11,6 +11,7 @@ import numpy as np
 from data import InputError
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
@@ -121,7 +122,7 @@ class Screen:
         self.say(
             f"step {row['step']:>5}  held-out loss {row['eval/loss']:.3f} = "
             f"{row['eval/bits']:.3f} bits/{self._unit}  "
-            f"after {count(row['tokens'])} {self._unit}s  lr {row['learning_rate']:.1e}",
+            f"after {count(row['tokens'])} {self._unit}s",
             "bold",
         )
 
@@ -152,15 +153,8 @@ def _draw_loss(axes: Axes, rows: Sequence[dict], evaluations: Sequence[dict]) ->
     axes.plot(step, _smooth(loss), color=_BLUE, lw=1.8, label="training")
     at, held_out = _column(evaluations, "step"), _column(evaluations, "eval/loss")
     axes.plot(at, held_out, "o", color=_ORANGE, mec="white", ms=7, label="held out")
-    axes.annotate(
-        f"{held_out[-1]:.2f}",
-        (at[-1], held_out[-1]),
-        xytext=(0, 9),
-        textcoords="offset points",
-        ha="center",
-        color=_ORANGE,
-        weight="bold",
-    )
+    number = f"{held_out[-1]:.2f}\n"
+    axes.text(at[-1], held_out[-1], number, color=_ORANGE, ha="center", weight="bold")
 
 
 def _draw_norm(axes: Axes, rows: Sequence[dict]) -> None:
@@ -171,8 +165,9 @@ def _draw_norm(axes: Axes, rows: Sequence[dict]) -> None:
     axes.plot(step, limit, color=_INK, lw=0.8, label="clip limit")
     axes.plot(step[above], norm[above], "o", color=_ORANGE, ms=3, label="clipped")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def draw(log: Path, picture: Path, title: str) -> None:

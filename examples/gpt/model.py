@@ -1,7 +1,7 @@
 """A GPT in Flax NNX, in the shape of GPT-2.
 
 Pre-norm blocks, learned positions, GELU, causal attention, and an output head that
-shares its matrix with the token embedding.
+shares its matrix with the token embedding. Parameters are float32.
 """
 
 import dataclasses
@@ -20,23 +20,14 @@ TOKEN_STD = 0.3
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large a model is, and the peak learning rate that suits it.
-
-    Attributes:
-      layers: number of blocks.
-      width: size of the residual stream.
-      heads: attention heads per block; divides ``width``.
-      context: longest sequence, in tokens.
-      vocabulary: smallest number of token ids; data with more ids gets more.
-      learning_rate: peak learning rate unless the user gives one.
-    """
+    """How large a model is."""
 
     layers: int
-    width: int
-    heads: int
-    context: int
-    vocabulary: int
-    learning_rate: float
+    width: int  # of the residual stream
+    heads: int  # per block; divides width
+    context: int  # longest sequence, in tokens
+    vocabulary: int  # at least: data with more ids gets more
+    learning_rate: float  # peak that suits it
 
 
 SIZES = {
@@ -46,9 +37,7 @@ SIZES = {
 }
 
 
-def _linear(
-    fan_in: int, fan_out: int, std: float, dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.Linear:
+def _linear(fan_in: int, fan_out: int, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
     init = nnx.initializers.normal(std)
     return nnx.Linear(fan_in, fan_out, kernel_init=init, dtype=dtype, rngs=rngs)
 
@@ -87,14 +76,7 @@ class GPT(nnx.Module):
     """Predicts the next token at every position."""
 
     def __init__(self, size: Size, vocabulary: int, dtype: DTypeLike, rngs: nnx.Rngs):
-        """Initialises so that all tokens are about as likely: loss ≈ ln(vocabulary).
-
-        Args:
-          size: shape of the model.
-          vocabulary: number of token ids.
-          dtype: precision of the computation; parameters are float32.
-          rngs: source of the initial values.
-        """
+        """Initialises so that all tokens are equally likely: loss = ln(vocabulary)."""
         width, normal = size.width, nnx.initializers.normal
         self.tokens = nnx.Embed(
             vocabulary, width, embedding_init=normal(TOKEN_STD), dtype=dtype, rngs=rngs
@@ -103,11 +85,11 @@ class GPT(nnx.Module):
             size.context, width, embedding_init=normal(INIT_STD), dtype=dtype, rngs=rngs
         )
         self.blocks = nnx.List([Block(size, dtype, rngs) for _ in range(size.layers)])
-        # The normalised stream still points along the embedding of the token just
-        # read, and the head shares that embedding: at scale 1 the model would start
-        # out sure that every token repeats itself. This makes that logit 0.025.
-        quiet = nnx.initializers.constant(0.025 / (TOKEN_STD * width))
-        self.final_norm = nnx.LayerNorm(width, scale_init=quiet, dtype=dtype, rngs=rngs)
+        # The stream still points along the embedding of the token just read, which the
+        # head shares: at scale 1 the model would start out sure that every token
+        # repeats itself. At scale 0 it starts out with no opinion.
+        zeros = nnx.initializers.zeros
+        self.final_norm = nnx.LayerNorm(width, scale_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps int[batch, length] to logits, float32[batch, length, vocabulary]."""
@@ -118,19 +100,6 @@ class GPT(nnx.Module):
 
 
 def next_token_loss(model: GPT, windows: jax.Array) -> jax.Array:
-    """Mean cross-entropy, in nats per token.
-
-    Args:
-      model: what predicts.
-      windows: int[batch, context + 1]; each token but the first is a target.
-
-    Returns:
-      float32[].
-    """
+    """Mean cross-entropy, in nats per token, on int[batch, context + 1]."""
     logits, targets = model(windows[:, :-1]), windows[:, 1:]
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-
-def count_parameters(model: nnx.Module) -> int:
-    """The number of trainable values."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -25,7 +25,7 @@ import tyro
 from data import InputError
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from model import GPT, SIZES, count_parameters, next_token_loss
+from model import GPT, SIZES, next_token_loss
 
 import optax_stability as ost
 
@@ -42,12 +42,10 @@ class Config:
     size: Annotated[str, tyro.conf.arg(metavar="{tiny,small,gpt2}")] = "tiny"
     """Shape of the model: about 1, 11 or 124 million parameters."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """A text file, a folder (every UTF-8 file under it), or a .bin file of uint16
-    tokens as nanoGPT writes them. By default the sources of Python's standard
-    library."""
-    steps: int = 500
+    """Text file, folder of text, or nanoGPT's .bin; by default Python's own library."""
+    steps: int = 600
     """Optimizer steps."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Windows of text per step; a multiple of the number of devices."""
     learning_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Peak of the schedule. By default what suits the size: 3e-3, 1e-3 or 6e-4."""
@@ -63,7 +61,7 @@ class Config:
     """Compute in bfloat16; parameters and their statistics stay float32."""
     eval_every: int = 100
     """Steps from one evaluation on held-out text to the next."""
-    eval_batches: int = 8
+    eval_batches: int = 16
     """Batches per evaluation, the same ones every time."""
     log_every: int = 10
     """Steps between log lines, where the output is not a terminal."""
@@ -93,7 +91,7 @@ def check(config: Config) -> None:
     require(config.warmup_steps < steps, "warmup_steps", remedy)
     remedy = f"cannot be shared by {devices} devices; give a multiple of {devices}"
     require(config.batch_size % devices == 0, "batch_size", remedy)
-    require(peak is None or peak > 0, "learning_rate", "must be above 0")
+    require(peak is None or peak > 0, "learning_rate", "is no rate; give one above 0")
 
 
 def make_schedule(config: Config) -> optax.Schedule:
@@ -129,23 +127,18 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
     )
-    return optax.named_chain(
-        ("record", ost.record("grad")), ("clip", clip), ("adamw", adamw)
-    )
+    parts = ("record", ost.record("grad")), ("clip", clip), ("adamw", adamw)
+    return optax.named_chain(*parts)
 
 
 def create(
     config: Config, vocabulary: int, schedule: optax.Schedule
 ) -> tuple[GPT, nnx.Optimizer]:
     """A new model and its optimizer."""
-    model = GPT(
-        SIZES[config.size],
-        vocabulary,
-        dtype=jnp.bfloat16 if config.bf16 else jnp.float32,
-        rngs=nnx.Rngs(config.seed),
-    )
-    tx = make_optimizer(config, schedule)
-    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+    dtype = jnp.bfloat16 if config.bf16 else jnp.float32
+    model = GPT(SIZES[config.size], vocabulary, dtype, nnx.Rngs(config.seed))
+    optimizer = nnx.Optimizer(model, make_optimizer(config, schedule), wrt=nnx.Param)
+    return model, optimizer
 
 
 def train_step(
@@ -169,18 +162,6 @@ def train_step(
     # The donated state comes first and in the order it came in: XLA hands buffers on
     # in order of appearance, and would have to copy if they were out of order.
     return nnx.state((model, optimizer)), metrics
-
-
-def eval_step(graphdef: Any, state: Any, windows: jax.Array) -> jax.Array:
-    """Loss on held-out windows."""
-    model, _ = nnx.merge(graphdef, state)
-    return next_token_loss(model, windows)
-
-
-def update_rms(graphdef: Any, state: Any) -> jax.Array:
-    """Size of Adam's last step: a pass over its moments, so not read at every step."""
-    _, optimizer = nnx.merge(graphdef, state)
-    return ost.metrics(optimizer.opt_state)["adam/update_rms"]
 
 
 def write_on(graphdef: Any, length: int, state: Any, prompt: jax.Array, key: jax.Array):
@@ -217,7 +198,7 @@ class Run:
         # Compiled, which is faster than op by op, and because the leaves of the result
         # then own their buffers: a buffer that two leaves share cannot be donated.
         model, optimizer = nnx.jit(lambda: create(config, vocabulary, schedule))()
-        self.parameters = count_parameters(model)
+        self.parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
         graphdef, state = nnx.split((model, optimizer))
         self.state = jax.device_put(state, everywhere)
 
@@ -226,8 +207,11 @@ class Run:
             donate_argnums=0,
             out_shardings=everywhere,
         )
-        self._eval_step = jax.jit(functools.partial(eval_step, graphdef))
-        self._update_rms = jax.jit(functools.partial(update_rms, graphdef))
+        self._eval_step = jax.jit(
+            lambda state, windows: next_token_loss(
+                nnx.merge(graphdef, state)[0], windows
+            )
+        )
         self._write_on = jax.jit(
             functools.partial(write_on, graphdef, config.sample_tokens)
         )
@@ -250,11 +234,7 @@ class Run:
         windows = jax.device_put(self._held_out, self._shared_out)
         losses = [self._eval_step(self.state, each) for each in windows]
         loss = float(np.mean(jax.device_get(losses)))
-        return {
-            "eval/loss": loss,
-            "eval/bits": loss / math.log(2),
-            "adam/update_rms": float(self._update_rms(self.state)),
-        }
+        return {"eval/loss": loss, "eval/bits": loss / math.log(2)}
 
     def sample(self) -> tuple[np.ndarray, np.ndarray]:
         """The first held-out window, and how the model goes on from it."""
@@ -289,19 +269,8 @@ def _loop(config: Config, run: Run, log: Path, screen: display.Screen) -> Row:
     return row
 
 
-def _title(config: Config, corpus: data.Corpus, run: Run) -> str:
-    count, devices = display.count, jax.device_count()
-    return (
-        f"GPT {config.size}, {count(run.parameters)} parameters · {corpus.name}, "
-        f"{count(len(corpus.train))} {corpus.unit}s · {devices} {jax.default_backend()}"
-    )
-
-
 def train(config: Config) -> Row:
     """Trains as the settings say, showing and logging what happens.
-
-    Args:
-      config: the settings.
 
     Returns:
       What the last step and the last evaluation measured, by name.
@@ -316,7 +285,11 @@ def train(config: Config) -> Row:
     tokens, unit = config.batch_size * context, corpus.unit
     with display.Screen(config.steps, tokens, config.log_every, unit) as screen:
         run = Run(config, corpus)
-        title = _title(config, corpus, run)
+        title = (
+            f"GPT {config.size}, {display.count(run.parameters)} parameters · "
+            f"{corpus.name}, {display.count(len(corpus.train))} {unit}s · "
+            f"{jax.device_count()} {jax.default_backend()}"
+        )
         screen.say(title, "bold")
         row = _loop(config, run, log, screen)
     if config.sample_tokens:

@@ -1,0 +1,441 @@
+"""The state of safe Adam: what its metrics mean, and the way from and to optax."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_stability as ost
+from optax_stability._adam_state import update_bound
+
+# A mean of a few float32 quotients.
+ROUNDING = 1e-6
+# optax forms 1 − β₂ᵗ in float32, 6e-8 of 1e-3 off at the first steps and half of it in
+# the root; v and r then remember 20 to 40 steps of roundings.
+SWITCHED = 1e-4
+
+GLOBAL = ("adam/update_rms", "adam/correlation", "adam/eps_share", "adam/zero_fraction")
+SAFE = ost.scale_by_safe_adam()
+
+
+@functools.cache
+def compiled(tx):
+    return jax.jit(tx.update)
+
+
+def step(tx, grads, state=None):
+    return compiled(tx)(grads, tx.init(grads) if state is None else state)[1]
+
+
+# --- metrics ---------------------------------------------------------------------
+
+
+def test_the_keys_are_there_from_the_start_and_never_change():
+    params = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
+    fresh, updated = SAFE.init(params).metrics, step(SAFE, params).metrics
+    assert set(fresh) == {*GLOBAL, *(f"{key}/per_leaf" for key in GLOBAL)}
+    assert fresh.keys() == updated.keys()
+    chex.assert_trees_all_equal_shapes_and_dtypes(fresh, updated)
+    for key, value in fresh.items():
+        assert value.shape == ((2,) if key.endswith("/per_leaf") else ())
+        assert value.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "params", [{"a": np.ones(3, "f4")}, {}, {"a": np.ones((0,), "f4")}]
+)
+def test_the_metrics_of_a_fresh_state_are_finite(params):
+    found = SAFE.init(params).metrics
+    chex.assert_tree_all_finite(found)
+    assert float(found["adam/update_rms"]) == 0.0
+    assert float(found["adam/eps_share"]) == 0.0
+    assert float(found["adam/zero_fraction"]) == (
+        1.0 if len(params.get("a", ())) else 0.0
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_metrics_after_a_bad_first_gradient_are_finite(bad):
+    chex.assert_tree_all_finite(step(SAFE, {"a": np.array([1, bad], "f4")}).metrics)
+
+
+def test_the_metrics_of_two_steps_by_hand():
+    tx = ost.scale_by_safe_adam(0.5, 0.75, 0.5)
+    state = step(tx, {"w": np.array([1.0, 2.0, 0.0, 0.0], "f4")})
+    state = step(tx, {"w": np.array([1.0, -2.0, 3.0, 0.0], "f4")}, state)
+    # m̂ = (1, −.5/.75 …): m = (.75, −.5, 1.5, 0)/.75; v = (¼+¾·¼ …)/(1 − 9/16).
+    m = np.array([0.75, -0.5, 1.5, 0.0]) / 0.75
+    r = np.sqrt(np.array([0.4375, 1.75, 2.25, 0.0]) / 0.4375)
+    u = m[:3] / r[:3]
+    found = state.metrics
+    mean_square = np.sum(u**2) / 4
+    assert float(found["adam/update_rms"]) == pytest.approx(np.sqrt(mean_square))
+    eps_share = (np.sum(0.5 / (r[:3] + 0.5)) + 1.0) / 4
+    assert float(found["adam/eps_share"]) == pytest.approx(eps_share)
+    assert float(found["adam/zero_fraction"]) == 0.25
+
+
+def ar1_gradients(key, size, correlation):
+    """A scan body for a stationary AR(1) sequence of unit variance."""
+    kept, fresh = correlation, np.sqrt(1 - correlation**2)
+    return jax.random.normal(
+        key, (size,)
+    ), lambda g, key: kept * g + fresh * jax.random.normal(key, (size,))
+
+
+CORRELATIONS = (-0.5, 0.0, 0.5, 0.9)
+SIZE, STEPS = 16384, 300
+
+
+@functools.cache
+def after_ar1():
+    """The metrics after 300 steps; leaf i follows AR(1) with CORRELATIONS[i]."""
+    kept = jnp.array(CORRELATIONS)[:, None]
+
+    def advance(carry, key):
+        g, state = carry
+        g = kept * g + jnp.sqrt(1 - kept**2) * jax.random.normal(key, g.shape)
+        _, state = SAFE.update(list(g), state)
+        return (g, state), None
+
+    @jax.jit
+    def run(key):
+        first, *keys = jax.random.split(key, STEPS + 1)
+        g = jax.random.normal(first, (len(CORRELATIONS), SIZE))
+        return jax.lax.scan(advance, (g, SAFE.init(list(g))), jnp.stack(keys))[0][1]
+
+    return run(jax.random.key(0)).metrics
+
+
+# R = mean(u²) over 16384 coordinates has a deviation of √(2/16384) = 1.1 % of R, and
+# 1/v̂ of T effective squares exceeds 1/v by 2/T: T = 300·(1−ρ²)/(1+ρ²).
+def relative_error_of_mean_square(correlation):
+    effective = STEPS * (1 - correlation**2) / (1 + correlation**2)
+    return 3 * np.sqrt(2 / SIZE) + 2 / effective
+
+
+def test_independent_gradients_have_update_rms_0_229():
+    found = float(after_ar1()["adam/update_rms/per_leaf"][1])
+    expected = np.sqrt((1 - 0.9) / (1 + 0.9))
+    assert expected == pytest.approx(0.229, abs=5e-4)
+    assert found == pytest.approx(expected, rel=relative_error_of_mean_square(0.0) / 2)
+
+
+@pytest.mark.parametrize("correlation", CORRELATIONS)
+def test_the_correlation_of_ar1_gradients_is_recovered(correlation):
+    i = CORRELATIONS.index(correlation)
+    found = float(after_ar1()["adam/correlation/per_leaf"][i])
+    # ρ̂ = (R−c)/(β₁(R+c)), so δρ̂ = 2cR/(β₁(R+c)²)·δR/R with R = c(1+β₁ρ)/(1−β₁ρ).
+    c = 0.1 / 1.9
+    mean_square = c * (1 + 0.9 * correlation) / (1 - 0.9 * correlation)
+    slope = 2 * c * mean_square / (0.9 * (mean_square + c) ** 2)
+    error = slope * relative_error_of_mean_square(correlation)
+    assert error < 0.05
+    assert found == pytest.approx(correlation, abs=error)
+
+
+@pytest.mark.parametrize("b1", [0.0, 0.5, 0.9, 0.99])
+def test_the_correlation_is_zero_at_the_first_step(b1):
+    grads = {"w": np.random.default_rng(0).standard_normal(50).astype("f4")}
+    state = step(ost.scale_by_safe_adam(b1), grads)
+    # (2/w − 1)·(1−β₁)/(1+β₁) is 1 to the rounding of w = 1 − β₁.
+    found = float(state.metrics["adam/correlation"])
+    assert found == pytest.approx(0.0, abs=ROUNDING / (1 - b1))
+
+
+def test_the_correlation_of_a_constant_gradient_is_one():
+    grads, state = {"w": np.array([1.0, -2.0], "f4")}, None
+    for _ in range(200):
+        state = step(SAFE, grads, state)
+    assert float(state.metrics["adam/correlation"]) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_correlation_does_not_depend_on_coordinates_without_gradients():
+    grads = {"w": np.array([1.0, -2.0, 0.0, 0.0], "f4")}
+    found = float(step(SAFE, grads).metrics["adam/correlation"])
+    assert found == pytest.approx(0.0, abs=1e-5)
+
+
+def test_eps_share_is_one_half_where_eps_equals_the_root_mean_square():
+    tx = ost.scale_by_safe_adam(eps=0.25)
+    equal = step(tx, {"w": np.full(5, 0.25, "f4")}).metrics
+    assert float(equal["adam/eps_share"]) == pytest.approx(0.5, rel=ROUNDING)
+    mixed = step(tx, {"w": np.array([0.25, 0.0, 1e6, 0.75], "f4")}).metrics
+    expected = (0.5 + 1 + 0.25e-6 + 0.25) / 4
+    assert float(mixed["adam/eps_share"]) == pytest.approx(expected, rel=ROUNDING)
+    chex.assert_trees_all_equal(step(SAFE, {"w": np.ones(3, "f4")}).eps, jnp.float32(0))
+
+
+def test_eps_share_uses_the_schedule():
+    tx = ost.scale_by_safe_adam(eps=lambda step: jnp.where(step == 0, 1.0, 0.0))
+    grads = {"w": np.ones(2, "f4")}
+    first = step(tx, grads)
+    assert float(first.metrics["adam/eps_share"]) == pytest.approx(0.5, rel=ROUNDING)
+    assert float(step(tx, grads, first).metrics["adam/eps_share"]) == 0.0
+
+
+def test_zero_fraction_counts_coordinates_that_never_had_a_gradient():
+    grads = {"a": np.array([1, 0, 0, 0, 2], "f4"), "b": np.array([0, 0, 3], "f4")}
+    state = step(SAFE, grads)
+    found = state.metrics
+    assert float(found["adam/zero_fraction"]) == pytest.approx(5 / 8)
+    chex.assert_trees_all_close(
+        found["adam/zero_fraction/per_leaf"], jnp.array([3 / 5, 2 / 3]), rtol=ROUNDING
+    )
+    zeros = jax.tree.map(np.zeros_like, grads)
+    later = step(SAFE, zeros, state).metrics
+    assert float(later["adam/zero_fraction"]) == pytest.approx(5 / 8)
+
+
+def test_the_global_metric_weighs_every_coordinate_alike():
+    grads = {"a": np.ones(9, "f4"), "b": np.zeros(1, "f4")}
+    found = step(SAFE, grads).metrics
+    assert float(found["adam/zero_fraction"]) == pytest.approx(0.1)
+    assert float(found["adam/update_rms"]) == pytest.approx(np.sqrt(0.9))
+    per_leaf = jnp.array([1.0, 0.0])
+    chex.assert_trees_all_close(found["adam/update_rms/per_leaf"], per_leaf)
+
+
+def test_the_vectors_are_named_after_their_leaves():
+    params = {"b": [np.ones(2, "f4"), np.zeros(3, "f4")], "a": np.ones(1, "f4")}
+    state = step(SAFE, params)
+    found = ost.metrics(state, params=params)
+    names = {key.removeprefix("adam/zero_fraction") for key in found if "zero" in key}
+    assert names == {"", "/a", "/b/0", "/b/1"}
+    assert float(found["adam/zero_fraction/b/1"]) == 1.0
+    assert float(found["adam/zero_fraction/a"]) == 0.0
+
+
+def test_update_rms_is_that_of_the_update_without_eps_and_clipping():
+    grads = [{"w": g} for g in np.random.default_rng(0).standard_normal((20, 64), "f4")]
+    state, clipped, with_eps = None, None, None
+    for each in grads:
+        clipped = step(ost_clipped, each, clipped)
+        with_eps = step(ost_eps, each, with_eps)
+        updates, state = compiled(SAFE)(
+            each, SAFE.init(each) if state is None else state
+        )
+    expected = np.sqrt(np.mean(np.square(updates["w"])))
+    for each in (state, clipped, with_eps):
+        found = float(each.metrics["adam/update_rms"])
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+ost_clipped = ost.scale_by_safe_adam(update_rms_max=0.5)
+ost_eps = ost.scale_by_safe_adam(eps=0.1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rms_dtype": jnp.bfloat16}, {"mu_dtype": jnp.bfloat16}]
+)
+def test_the_metrics_of_narrow_storage_are_float32(options):
+    state = step(ost.scale_by_safe_adam(**options), {"w": np.ones(8, "f4")})
+    assert {value.dtype for value in state.metrics.values()} == {jnp.dtype("float32")}
+    assert float(state.metrics["adam/update_rms"]) == pytest.approx(1.0, rel=2**-7)
+
+
+# --- the bound -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("b1", "b2", "expected"),
+    [(0.9, 0.999, 7.2703), (0.9, 0.95, 1.1650), (0.9, 0.9, 1.0), (0.0, 0.75, 2.0)],
+)
+def test_the_bound_of_the_update(b1, b2, expected):
+    found = float(update_bound(jnp.float32(b1), jnp.float32(b2)))
+    assert found == pytest.approx(expected, rel=5e-5)
+
+
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.5), (0.99, 0.9)])
+def test_there_is_no_bound_where_the_mean_outlives_the_mean_square(b1, b2):
+    found = float(update_bound(jnp.float32(b1), jnp.float32(b2)))
+    assert found == float(np.finfo(np.float32).max)
+
+
+# --- from and to optax -----------------------------------------------------------
+
+
+def trees(steps, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "a": rng.standard_normal((3, 2), "f4"),
+            "b": 1e-3 * rng.standard_normal(4, "f4"),
+        }
+        for _ in range(steps)
+    ]
+
+
+CONTAINERS = {
+    "bare": lambda adam: adam,
+    "chain": lambda adam: optax.chain(
+        optax.clip_by_global_norm(1.0), adam, optax.scale_by_learning_rate(1e-2)
+    ),
+    "masked": lambda adam: optax.masked(adam, {"a": True, "b": False}),
+    "partition": lambda adam: optax.partition(
+        {"x": adam, "y": optax.sgd(0.1)}, {"a": "x", "b": "y"}
+    ),
+    "MultiSteps": lambda adam: optax.MultiSteps(
+        optax.chain(adam, optax.scale(-0.1)), every_k_schedule=3
+    ),
+}
+
+
+def advance(tx, grads, state):
+    """Twenty more steps: the last update, and every one of them."""
+    updates = []
+    for each in grads:
+        update, state = compiled(tx)(each, state)
+        updates.append(update)
+    return updates, state
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_running_job_switches_to_safe_adam_and_goes_on_the_same(name):
+    old = CONTAINERS[name](optax.scale_by_adam(b2=0.99, eps=1e-8))
+    new = CONTAINERS[name](ost.scale_by_safe_adam(b2=0.99, eps=1e-8))
+    _, state = advance(old, trees(20), old.init(trees(1)[0]))
+    expected, _ = advance(old, trees(20, seed=1), state)
+    converted = ost.from_optax_adam_state(state, b2=0.99, eps=1e-8)
+    fresh = new.init(trees(1)[0])
+    chex.assert_trees_all_equal_shapes_and_dtypes(converted, fresh)
+    chex.assert_trees_all_equal_structs(converted, fresh)
+    found, _ = advance(new, trees(20, seed=1), converted)
+    chex.assert_trees_all_close(found, expected, rtol=SWITCHED, atol=SWITCHED)
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_running_job_switches_back_to_optax_and_goes_on_the_same(name):
+    new = CONTAINERS[name](optax.scale_by_adam(b2=0.99, eps=1e-8))
+    old = CONTAINERS[name](ost.scale_by_safe_adam(b2=0.99, eps=1e-8))
+    _, state = advance(old, trees(20), old.init(trees(1)[0]))
+    expected, _ = advance(old, trees(20, seed=1), state)
+    converted = ost.to_optax_adam_state(state)
+    fresh = new.init(trees(1)[0])
+    chex.assert_trees_all_equal_shapes_and_dtypes(converted, fresh)
+    chex.assert_trees_all_equal_structs(converted, fresh)
+    found, _ = advance(new, trees(20, seed=1), converted)
+    chex.assert_trees_all_close(found, expected, rtol=SWITCHED, atol=SWITCHED)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 20])
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.0, 0.95)])
+def test_the_units_are_the_bias_corrections_of_the_count(b1, b2, steps):
+    state = optax.scale_by_adam().init(trees(1)[0])
+    found = ost.from_optax_adam_state(state._replace(count=jnp.int32(steps)), b1, b2)
+    assert int(found.step) == steps
+    assert float(found.mu_unit) == pytest.approx(1 - b1**steps, rel=ROUNDING)
+    assert float(found.rms_unit) == pytest.approx(np.sqrt(1 - b2**steps), rel=ROUNDING)
+    assert (float(found.b1), float(found.b2)) == pytest.approx((b1, b2), rel=ROUNDING)
+    chex.assert_tree_all_finite(found)
+
+
+def test_the_units_of_a_long_run_do_not_cancel():
+    state = optax.scale_by_adam().init(trees(1)[0])._replace(count=jnp.int32(3))
+    found = ost.from_optax_adam_state(state, 0.9999, 0.999999)
+    assert float(found.mu_unit) == pytest.approx(1 - 0.9999**3, rel=ROUNDING)
+    expected = np.sqrt(-np.expm1(3 * np.log(0.999999)))
+    assert float(found.rms_unit) == pytest.approx(expected, rel=ROUNDING)
+
+
+def test_every_part_that_is_not_of_adam_comes_back_unchanged():
+    tx = CONTAINERS["MultiSteps"](optax.scale_by_adam())
+    _, state = advance(tx, trees(5), tx.init(trees(1)[0]))
+    there = ost.from_optax_adam_state(state)
+    back = ost.to_optax_adam_state(there)
+    chex.assert_trees_all_equal_structs(back, state)
+    chex.assert_trees_all_close(back, state, rtol=ROUNDING)
+    assert isinstance(there.inner_opt_state[0], ost.SafeAdamState)
+    chex.assert_trees_all_equal(there.acc_grads, state.acc_grads)
+
+
+def test_several_states_are_all_converted():
+    tx = optax.partition(
+        {"x": optax.scale_by_adam(), "y": optax.adamw(0.1)}, {"a": "x", "b": "y"}
+    )
+    converted = ost.from_optax_adam_state(tx.init(trees(1)[0]))
+    keys = ost.metrics(converted)
+    assert sum(key.endswith("adam/update_rms") for key in keys) == 2
+    back = ost.to_optax_adam_state(converted)
+    chex.assert_trees_all_equal_structs(back, tx.init(trees(1)[0]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rms_may_be_stored_narrow_after_the_switch(dtype):
+    tx = optax.scale_by_adam()
+    _, state = advance(tx, trees(5), tx.init(trees(1)[0]))
+    found = ost.from_optax_adam_state(state, rms_dtype=dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found.rms)} == {jnp.dtype(dtype)}
+    expected = jax.tree.map(np.sqrt, state.nu)
+    narrow = jax.tree.map(lambda x: np.asarray(x).astype("f4"), found.rms)
+    chex.assert_trees_all_close(narrow, expected, rtol=2.0**-7)
+
+
+@pytest.mark.parametrize("nu", [1e16, 1e-16])
+def test_a_switch_to_float16_makes_no_root_infinite_and_none_zero(nu):
+    state = optax.scale_by_adam().init({"w": np.ones(2, "f4")})
+    state = state._replace(count=jnp.int32(9), nu={"w": jnp.array([nu, 1.0])})
+    rms = ost.from_optax_adam_state(state, rms_dtype=jnp.float16).rms["w"]
+    assert np.isfinite(rms).all()
+    assert (np.asarray(rms) > 0).all()
+
+
+@pytest.mark.parametrize("mu_dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_there_and_back_gives_the_dtypes_of_optax(dtype, mu_dtype):
+    tx = optax.scale_by_adam(mu_dtype=mu_dtype)
+    params = {"w": jnp.ones(3, dtype)}
+    state = compiled(tx)(params, tx.init(params))[1]
+    back = ost.to_optax_adam_state(ost.from_optax_adam_state(state))
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, state)
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda x: x.astype(jnp.float32), back),
+        jax.tree.map(lambda x: x.astype(jnp.float32), state),
+        rtol=ROUNDING,
+    )
+
+
+def test_the_switch_works_under_jit_and_on_shapes():
+    state = optax.adamw(0.1).init(trees(1)[0])
+    converted = jax.jit(ost.from_optax_adam_state)(state)
+    shapes = jax.eval_shape(ost.from_optax_adam_state, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(converted, shapes)
+    back = jax.jit(ost.to_optax_adam_state)(converted)
+    chex.assert_trees_all_equal_structs(back, state)
+
+
+@pytest.mark.parametrize(
+    ("convert", "name"),
+    [
+        (ost.from_optax_adam_state, "ScaleByAdamState"),
+        (ost.to_optax_adam_state, "SafeAdamState"),
+    ],
+)
+@pytest.mark.parametrize(
+    "state", [optax.EmptyState(), (), {"w": jnp.ones(2)}], ids=repr
+)
+def test_a_state_without_adam_raises_and_says_what_is_missing(convert, name, state):
+    with pytest.raises(ValueError, match=f"holds no {name}") as raised:
+        convert(state)
+    assert type(state).__name__ in str(raised.value)
+
+
+def test_each_direction_needs_the_other_state():
+    with pytest.raises(ValueError, match="holds no ScaleByAdamState"):
+        ost.from_optax_adam_state(SAFE.init(trees(1)[0]))
+    with pytest.raises(ValueError, match="holds no SafeAdamState"):
+        ost.to_optax_adam_state(optax.scale_by_adam().init(trees(1)[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("b1", 1.0), ("b1", -0.1), ("b2", 1.0), ("b2", 0)]
+)
+def test_a_beta_out_of_range_raises_with_its_name_and_value(name, value):
+    state = optax.scale_by_adam().init(trees(1)[0])
+    with pytest.raises(ValueError, match="is usual") as raised:
+        ost.from_optax_adam_state(state, **{name: value})
+    assert f"{name}={value!r}" in str(raised.value)

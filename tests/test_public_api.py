@@ -1,0 +1,75 @@
+"""Exports, README and docstrings agree."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import optax_stability as ost
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def exports(module):
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and not inspect.ismodule(value)
+        and getattr(value, "__module__", "").startswith("optax_stability")
+    }
+
+
+FUNCTIONS = {
+    **{name: f for name, f in exports(ost).items() if inspect.isfunction(f)},
+    **{
+        f"thresholds.{name}": f
+        for name, f in exports(ost.thresholds).items()
+        if inspect.isfunction(f)
+    },
+}
+
+
+def table_names():
+    """The functions in the README's table, as ``ost.`` names."""
+    table = README.split("## What there is")[1].split("\n## ")[0]
+    return set(re.findall(r"`((?:thresholds\.)?[a-z_]+)\(?[^`]*`", table))
+
+
+def test_the_readme_table_lists_every_function_and_no_other():
+    listed = {name for name in table_names() if name in FUNCTIONS or "_" in name}
+    assert set(FUNCTIONS) <= listed
+    unknown = {n for n in listed if not hasattr(ost, n) and n not in FUNCTIONS}
+    assert unknown <= {"weight_decay"}, unknown
+
+
+@pytest.mark.parametrize("name", sorted(exports(ost) | exports(ost.thresholds)))
+def test_every_export_has_a_docstring(name):
+    value = exports(ost).get(name, exports(ost.thresholds).get(name))
+    assert inspect.getdoc(value)
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_docstrings_name_exactly_the_arguments_there_are(name):
+    arguments = inspect.getdoc(FUNCTIONS[name]).partition("\nArgs:\n")[2]
+    arguments = re.split(r"\n\S", arguments)[0]
+    documented = re.findall(r"^  (\w+): ", arguments, re.MULTILINE)
+    assert documented == list(inspect.signature(FUNCTIONS[name]).parameters)
+
+
+def test_the_readme_spells_the_two_commands_that_ci_runs():
+    ci = (Path(__file__).parents[1] / ".ci" / "run").read_text()
+    for command in (
+        'pip install -e ".[examples]" && python examples/gpt/train.py',
+        'pip install -e ".[test]" && pytest',
+    ):
+        assert command in README
+        assert command in ci
+
+
+def test_the_version_is_that_of_the_package():
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'version = "{ost.__version__}"' in pyproject
+    changelog = (Path(__file__).parents[1] / "CHANGELOG.md").read_text()
+    assert f"## {ost.__version__}" in changelog
