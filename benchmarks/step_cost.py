@@ -114,6 +114,8 @@ def build(tx: optax.GradientTransformation, params: Any, grads: Any) -> Program:
     compiled = lowered.compile()
     size = count(params)
     costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    if costs is None or memory is None:
+        raise RuntimeError("this backend does not analyse its programs")
     return Program(
         step=compiled,
         arguments=arguments,

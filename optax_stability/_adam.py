@@ -252,7 +252,7 @@ def scale_by_safe_adam(
 
         directions = jax.tree.map(direction, grads, mu, rms)
         return optax.tree.cast_like(directions, updates), SafeAdamState(
-            step=optax.safe_increment(state.step),
+            step=_numerics.increment(state.step),
             mu=mu,
             rms=rms,
             mu_unit=mu_unit,

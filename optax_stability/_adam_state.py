@@ -153,7 +153,7 @@ def from_optax_adam_state(
     _validate.check_interval("b2", b2, "(0, 1)", "0.999 is usual")
 
     def convert(adam: optax.ScaleByAdamState) -> SafeAdamState:
-        steps = adam.count.astype(jnp.float32)
+        steps = jnp.asarray(adam.count, jnp.float32)
         rms = jax.tree.map(
             lambda nu: jnp.sqrt(nu.astype(jnp.float32)).astype(rms_dtype), adam.nu
         )
@@ -161,7 +161,7 @@ def from_optax_adam_state(
         log_b1 = math.log(b1) if b1 > 0 else -math.inf
         mu_unit = jnp.where(steps > 0, -jnp.expm1(steps * log_b1), 0.0)
         return SafeAdamState(
-            step=adam.count,
+            step=jnp.asarray(adam.count),
             mu=adam.mu,
             rms=rms,
             mu_unit=mu_unit.astype(jnp.float32),

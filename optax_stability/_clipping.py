@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_stability import _tree, _validate, thresholds
+from optax_stability import _numerics, _tree, _validate, thresholds
 from optax_stability.thresholds import Threshold
 
 
@@ -46,8 +46,8 @@ class ClipByThresholdState(NamedTuple):
     nonfinite_total: jax.Array
     norm: jax.Array
     limit: jax.Array
-    leaf_norm: jax.Array | None
-    leaf_limit: jax.Array | None
+    leaf_norm: Any
+    leaf_limit: Any
     threshold: Any
     leaves: Any
 
@@ -193,7 +193,7 @@ def clip_by_threshold(
         ]
         per_leaf = scope != "global"
         return jax.tree.unflatten(treedef, clipped), ClipByThresholdState(
-            step=optax.safe_increment(state.step),
+            step=_numerics.increment(state.step),
             clipped_total=_count(state.clipped_total, finite & above),
             nonfinite_total=_count(state.nonfinite_total, ~finite),
             norm=_tree.join_norms(norm) if per_leaf else norm[0],
@@ -208,7 +208,7 @@ def clip_by_threshold(
 
 
 def _count(total, events):
-    return jnp.where(jnp.any(events), optax.safe_increment(total), total)
+    return jnp.where(jnp.any(events), _numerics.increment(total), total)
 
 
 def clip_by_zscore(

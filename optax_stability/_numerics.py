@@ -11,6 +11,7 @@ Precision", 2015, arXiv:1502.02551, §3. Deviation: the random bits are a hash o
 value and the step, so no key is needed and a step can be repeated exactly.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -19,6 +20,11 @@ HUGE = float(jnp.finfo(jnp.float32).max)
 
 _MANTISSA_BITS = 0x007FFFFF
 _EXPONENT_BITS = 0x7F800000
+
+
+def increment(count) -> jax.Array:
+    """Count + 1, or the largest int32 once that is reached."""
+    return jnp.minimum(count, jnp.iinfo(jnp.int32).max - 1) + 1
 
 
 def hypot(a, b):

@@ -200,7 +200,7 @@ def zscore(
         armed = state.step >= warmup
         limit = _zscore_limit(x, state.mean, state.std, z_max, mode)
         limit = jnp.where(armed, limit, jnp.inf)
-        step = optax.safe_increment(state.step)
+        step = _numerics.increment(state.step)
         share = jnp.where(armed, 1 - decay, 1 / step.astype(jnp.float32))
         shrink = jnp.where(armed, decay, 1.0)
         mean, std = _learn(jnp.minimum(x, limit), state, share, shrink)
@@ -278,7 +278,7 @@ def relearn(threshold: Threshold, *, after: int) -> Threshold:
 
     def update(x, state):
         limit, inner = threshold.update(x, state.inner)
-        counted = jnp.where(x > limit, optax.safe_increment(state.above), 0)
+        counted = jnp.where(x > limit, _numerics.increment(state.above), 0)
         above = jnp.where(jnp.isfinite(x), counted, state.above)
         accept = above >= after
         inner = optax.tree.where(accept, threshold.rebase(x, inner), inner)

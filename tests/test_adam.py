@@ -41,6 +41,17 @@ NARROW_MU = {
     dtype: ost.scale_by_safe_adam(mu_dtype=dtype)
     for dtype in (jnp.bfloat16, jnp.float16)
 }
+WITH_EPS = {
+    (eps, mode): ost.scale_by_safe_adam(eps=eps, eps_mode=mode)
+    for eps, mode in [
+        (1e-8, "add"),
+        (1e-3, "add"),
+        (1e-3, "max"),
+        (0, "max"),
+        (0, "atan2"),
+    ]
+}
+SPIKES = ost.scale_by_safe_adam(spike_ratio=4.0)
 CLIPPING = ost.scale_by_safe_adam(update_rms_max=1.0, spike_ratio=4.0)
 
 
@@ -140,14 +151,14 @@ def test_eps_is_added_or_a_floor(eps, mode):
     sizes = 10.0 ** np.random.default_rng(1).uniform(-6, 2, 96)
     grads = (noisy(300) * sizes).astype(np.float32)
     expected = run_reference(grads, eps=eps, mode=mode)
-    updates, _ = run(ost.scale_by_safe_adam(eps=eps, eps_mode=mode), grads)
+    updates, _ = run(WITH_EPS[eps, mode], grads)
     np.testing.assert_allclose(updates, expected, rtol=RTOL, atol=ATOL)
 
 
 def test_atan2_replaces_the_quotient():
     grads = at_every_scale(300)
     expected = run_reference(grads, mode="atan2")
-    updates, _ = run(ost.scale_by_safe_adam(eps_mode="atan2"), grads)
+    updates, _ = run(WITH_EPS[0, "atan2"], grads)
     np.testing.assert_allclose(updates, expected, rtol=RTOL, atol=ATOL)
 
 
@@ -174,7 +185,7 @@ def test_two_steps_by_hand():
 def test_it_agrees_with_adam_of_optax():
     grads = noisy(100)
     expected, _ = run(optax.scale_by_adam(eps=1e-8), grads)
-    updates, _ = run(ost.scale_by_safe_adam(eps=1e-8), grads)
+    updates, _ = run(WITH_EPS[1e-8, "add"], grads)
     # optax forms 1 − β₂ᵗ in float32: 1e-7 of 1e-3 at the first steps, half of it in √.
     np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=ATOL)
 
@@ -207,13 +218,11 @@ def test_defaults_are_those_of_adam_without_eps():
 
 
 @pytest.mark.parametrize(
-    ("eps", "mode"),
-    [(0, "add"), (1e-8, "add"), (0, "max"), (1e-8, "max"), (0, "atan2")],
+    "tx", [PLAIN, *WITH_EPS.values()], ids=["plain", *map(str, WITH_EPS)]
 )
-def test_zero_over_zero_is_zero(eps, mode):
-    tx = ost.scale_by_safe_adam(eps=eps, eps_mode=mode)
-    updates, state = run(tx, np.zeros((3, 4), np.float32))
-    assert not np.asarray(updates).any()
+def test_zero_over_zero_is_zero(tx):
+    updates, state = run(tx, np.zeros((3, 96), np.float32))
+    assert not updates.any()
     assert not np.asarray(state.rms).any()
 
 
@@ -225,8 +234,10 @@ def test_a_coordinate_that_never_had_a_gradient_is_not_updated():
     assert np.isfinite(updates).all()
 
 
-@pytest.mark.parametrize("b2", [0.95, 0.999, 0.99999])
-@pytest.mark.parametrize("rms_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("rms_dtype", "b2"),
+    [(jnp.float32, 0.95), (jnp.float32, 0.99999), (jnp.bfloat16, 0.999)],
+)
 def test_the_first_step_has_length_one_from_1e_minus_36_to_1e36(rms_dtype, b2):
     exponents = np.arange(-36, 37)
     # √(1−β₂)·g has to be a normal number.
@@ -243,7 +254,8 @@ SCALE_FREE = {
     "float32": PLAIN,
     "bfloat16 rms": NARROW[jnp.bfloat16],
     "bfloat16 mu": NARROW_MU[jnp.bfloat16],
-    "atan2": ost.scale_by_safe_adam(eps_mode="atan2"),
+    "atan2": WITH_EPS[0, "atan2"],
+    "max": WITH_EPS[0, "max"],
     "update and spike clipping": CLIPPING,
 }
 
@@ -260,7 +272,8 @@ def test_a_power_of_two_changes_no_bit_of_the_update(tx):
 
 @pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e30, 1e36])
 def test_constant_gradients_at_the_ends_of_the_range_keep_length_one(scale):
-    grads = np.full((60, 2), scale, np.float32) * np.array([1, -1], np.float32)
+    grads = np.full((60, 96), scale, np.float32)
+    grads[:, ::2] *= -1
     updates, _ = run(PLAIN, grads)
     np.testing.assert_allclose(updates, np.sign(grads), rtol=RTOL)
 
@@ -307,7 +320,7 @@ def test_the_bound_is_what_the_docstring_says():
     assert bound(0.9, 0.95) == pytest.approx(1.165, abs=0.0005)
 
 
-@pytest.mark.parametrize("b", [0.5, 0.999, 0.9999])
+@pytest.mark.parametrize("b", [0.9, 0.9999])
 def test_with_equal_betas_a_constant_gradient_gives_one_the_bound_itself(b):
     grads = np.array([[1.0, -3.0, 0.1, 7e-5]] * 100, np.float32)
     updates, _ = run(ost.scale_by_safe_adam(b, b), grads)
@@ -387,47 +400,36 @@ def test_training_recovers_after_a_bad_step(at, tx, bad):
 
 
 @pytest.mark.parametrize(("rms_max", "eps"), [(1.0, 0.0), (0.5, 1e-2)])
-def test_update_rms_max_is_stable_adamw(rms_max, eps):
-    grads = noisy(60)
-    grads[40] *= 30.0
-    expected = run_reference(grads, eps=eps, rms_max=rms_max)
+def test_update_rms_max_is_stable_adamw_leaf_by_leaf(rms_max, eps):
+    leaves = {"quiet": noisy(60), "loud": noisy(60, seed=1)}
+    leaves["loud"][40] *= 30.0
     tx = ost.scale_by_safe_adam(eps=eps, update_rms_max=rms_max)
-    updates, _ = run(tx, grads)
-    np.testing.assert_allclose(updates, expected, rtol=RTOL, atol=ATOL)
-    plain = run_reference(grads, eps=eps)
-    assert np.abs(updates[40]).max() < 0.3 * np.abs(plain[40]).max()
-
-
-def test_update_rms_max_is_per_leaf():
-    leaves = {"quiet": noisy(30), "loud": noisy(30, seed=1)}
-    leaves["loud"][20] *= 30.0
-    updates, _ = run(ost.scale_by_safe_adam(update_rms_max=1.0), leaves)
+    updates, _ = run(tx, leaves)
     for name, grads in leaves.items():
-        expected = run_reference(grads, rms_max=1.0)
+        expected = run_reference(grads, eps=eps, rms_max=rms_max)
         np.testing.assert_allclose(updates[name], expected, rtol=RTOL, atol=ATOL)
+    plain = run_reference(leaves["loud"], eps=eps)
+    assert np.abs(updates["loud"][40]).max() < 0.3 * np.abs(plain[40]).max()
 
 
-@pytest.mark.parametrize("spike_ratio", [4.0, 25.0])
-def test_spike_ratio_is_element_clipping_of_spam(spike_ratio):
+def test_spike_ratio_is_element_clipping_of_spam():
     grads = noisy(200)
-    reference = ReferenceAdam(spike=spike_ratio)
+    reference = ReferenceAdam(spike=4.0)
     expected = np.stack([reference(g) for g in grads])
-    updates, state = run(ost.scale_by_safe_adam(spike_ratio=spike_ratio), grads)
+    updates, state = run(SPIKES, grads)
     np.testing.assert_allclose(updates, expected, rtol=RTOL, atol=ATOL)
+    np.testing.assert_allclose(np.square(state.rms), reference.v, rtol=3 * RTOL)
     plain = ReferenceAdam()
     for g in grads:
         plain(g)
     assert (reference.v < 0.98 * plain.v).mean() > 0.2  # it was not idle
-    np.testing.assert_allclose(np.square(state.rms), reference.v, rtol=3 * RTOL)
 
 
 def test_a_spike_after_zeros_is_not_clipped_to_zero():
     grads = np.zeros((5, 96), np.float32)
     grads[3:] = 2.0
-    tx = ost.scale_by_safe_adam(spike_ratio=5000.0)
-    updates, state = run(tx, grads)
-    expected = run_reference(grads, spike=5000.0)
-    np.testing.assert_allclose(updates, expected, rtol=RTOL)
+    updates, state = run(SPIKES, grads)
+    np.testing.assert_allclose(updates, run_reference(grads, spike=4.0), rtol=RTOL)
     assert (np.asarray(state.rms) > 0).all()
 
 
@@ -616,17 +618,16 @@ def test_numpy_hyperparameters_do_not_widen_the_state():
 # --- trees -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tree", [{}, {"a": None}, {"a": jnp.zeros((0, 2))}])
-@pytest.mark.parametrize("options", [{}, {"update_rms_max": 1.0}])
-def test_a_tree_without_entries_is_updated_to_itself(tree, options):
-    tx = ost.scale_by_safe_adam(**options)
+@pytest.mark.parametrize("tx", [PLAIN, CLIPPING], ids=["plain", "clipping"])
+def test_leaves_without_entries_are_updated_to_themselves(tx):
+    tree = {"a": None, "b": np.zeros((0, 2), np.float32), "c": {}}
     updates, state = compiled(tx)(tree, tx.init(tree))
     chex.assert_trees_all_equal(updates, tree)
     assert int(state.step) == 1
 
 
 def test_a_scalar_parameter_is_a_leaf_like_any_other():
-    updates, _ = run(ost.scale_by_safe_adam(update_rms_max=1.0), noisy(5)[:, 0])
+    updates, _ = run(CLIPPING, noisy(5)[:, 0])
     assert updates.shape == (5,)
     chex.assert_tree_all_finite(updates)
 

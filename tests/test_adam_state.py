@@ -23,12 +23,14 @@ SAFE = ost.scale_by_safe_adam()
 
 
 @functools.cache
-def compiled(tx):
-    return jax.jit(tx.update)
+def compiled(function):
+    return jax.jit(function)
 
 
 def step(tx, grads, state=None):
-    return compiled(tx)(grads, tx.init(grads) if state is None else state)[1]
+    """The state after one step on a tree or a vector."""
+    grads = grads if isinstance(grads, dict) else {"w": np.array(grads, np.float32)}
+    return compiled(tx.update)(grads, tx.init(grads) if state is None else state)[1]
 
 
 # --- metrics ---------------------------------------------------------------------
@@ -60,31 +62,21 @@ def test_the_metrics_of_a_fresh_state_are_finite(params):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_the_metrics_after_a_bad_first_gradient_are_finite(bad):
-    chex.assert_tree_all_finite(step(SAFE, {"a": np.array([1, bad], "f4")}).metrics)
+    chex.assert_tree_all_finite(step(SAFE, [1, bad, 0, 0]).metrics)
 
 
 def test_the_metrics_of_two_steps_by_hand():
     tx = ost.scale_by_safe_adam(0.5, 0.75, 0.5)
-    state = step(tx, {"w": np.array([1.0, 2.0, 0.0, 0.0], "f4")})
-    state = step(tx, {"w": np.array([1.0, -2.0, 3.0, 0.0], "f4")}, state)
-    # m̂ = (1, −.5/.75 …): m = (.75, −.5, 1.5, 0)/.75; v = (¼+¾·¼ …)/(1 − 9/16).
-    m = np.array([0.75, -0.5, 1.5, 0.0]) / 0.75
-    r = np.sqrt(np.array([0.4375, 1.75, 2.25, 0.0]) / 0.4375)
-    u = m[:3] / r[:3]
+    state = step(tx, [1, -2, 3, 0], step(tx, [1, 2, 0, 0]))
+    # m = ½(½g₁ + g₂) over 1 − ¼, v = ¼(¾g₁² + g₂²) over 1 − 9/16.
+    m = np.array([0.75, -0.5, 1.5]) / 0.75
+    r = np.sqrt(np.array([0.4375, 1.75, 2.25]) / 0.4375)
     found = state.metrics
-    mean_square = np.sum(u**2) / 4
-    assert float(found["adam/update_rms"]) == pytest.approx(np.sqrt(mean_square))
-    eps_share = (np.sum(0.5 / (r[:3] + 0.5)) + 1.0) / 4
-    assert float(found["adam/eps_share"]) == pytest.approx(eps_share)
+    update_rms = np.sqrt(np.sum((m / r) ** 2) / 4)
+    assert float(found["adam/update_rms"]) == pytest.approx(update_rms, rel=ROUNDING)
+    eps_share = (np.sum(0.5 / (r + 0.5)) + 1.0) / 4
+    assert float(found["adam/eps_share"]) == pytest.approx(eps_share, rel=ROUNDING)
     assert float(found["adam/zero_fraction"]) == 0.25
-
-
-def ar1_gradients(key, size, correlation):
-    """A scan body for a stationary AR(1) sequence of unit variance."""
-    kept, fresh = correlation, np.sqrt(1 - correlation**2)
-    return jax.random.normal(
-        key, (size,)
-    ), lambda g, key: kept * g + fresh * jax.random.normal(key, (size,))
 
 
 CORRELATIONS = (-0.5, 0.0, 0.5, 0.9)
@@ -138,44 +130,41 @@ def test_the_correlation_of_ar1_gradients_is_recovered(correlation):
     assert found == pytest.approx(correlation, abs=error)
 
 
-@pytest.mark.parametrize("b1", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("b1", [0.0, 0.9, 0.99])
 def test_the_correlation_is_zero_at_the_first_step(b1):
-    grads = {"w": np.random.default_rng(0).standard_normal(50).astype("f4")}
-    state = step(ost.scale_by_safe_adam(b1), grads)
+    state = step(ost.scale_by_safe_adam(b1), [1, -2, 3e10, 4e-10])
     # (2/w − 1)·(1−β₁)/(1+β₁) is 1 to the rounding of w = 1 − β₁.
     found = float(state.metrics["adam/correlation"])
     assert found == pytest.approx(0.0, abs=ROUNDING / (1 - b1))
 
 
 def test_the_correlation_of_a_constant_gradient_is_one():
-    grads, state = {"w": np.array([1.0, -2.0], "f4")}, None
+    state = None
     for _ in range(200):
-        state = step(SAFE, grads, state)
+        state = step(SAFE, [1, -2, 3e10, 4e-10], state)
     assert float(state.metrics["adam/correlation"]) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_the_correlation_does_not_depend_on_coordinates_without_gradients():
-    grads = {"w": np.array([1.0, -2.0, 0.0, 0.0], "f4")}
-    found = float(step(SAFE, grads).metrics["adam/correlation"])
-    assert found == pytest.approx(0.0, abs=1e-5)
+    found = float(step(SAFE, [1, -2, 0, 0]).metrics["adam/correlation"])
+    assert found == pytest.approx(0.0, abs=10 * ROUNDING)
 
 
 def test_eps_share_is_one_half_where_eps_equals_the_root_mean_square():
     tx = ost.scale_by_safe_adam(eps=0.25)
-    equal = step(tx, {"w": np.full(5, 0.25, "f4")}).metrics
+    equal = step(tx, [0.25] * 4).metrics
     assert float(equal["adam/eps_share"]) == pytest.approx(0.5, rel=ROUNDING)
-    mixed = step(tx, {"w": np.array([0.25, 0.0, 1e6, 0.75], "f4")}).metrics
+    mixed = step(tx, [0.25, 0.0, 1e6, 0.75]).metrics
     expected = (0.5 + 1 + 0.25e-6 + 0.25) / 4
     assert float(mixed["adam/eps_share"]) == pytest.approx(expected, rel=ROUNDING)
-    chex.assert_trees_all_equal(step(SAFE, {"w": np.ones(3, "f4")}).eps, jnp.float32(0))
+    assert float(step(SAFE, [0.25, 0.0, 1e6, 0.75]).metrics["adam/eps_share"]) == 0.0
 
 
-def test_eps_share_uses_the_schedule():
+def test_eps_share_uses_the_eps_of_the_last_step():
     tx = ost.scale_by_safe_adam(eps=lambda step: jnp.where(step == 0, 1.0, 0.0))
-    grads = {"w": np.ones(2, "f4")}
-    first = step(tx, grads)
+    first = step(tx, [1.0] * 4)
     assert float(first.metrics["adam/eps_share"]) == pytest.approx(0.5, rel=ROUNDING)
-    assert float(step(tx, grads, first).metrics["adam/eps_share"]) == 0.0
+    assert float(step(tx, [1.0] * 4, first).metrics["adam/eps_share"]) == 0.0
 
 
 def test_zero_fraction_counts_coordinates_that_never_had_a_gradient():
@@ -210,30 +199,30 @@ def test_the_vectors_are_named_after_their_leaves():
     assert float(found["adam/zero_fraction/a"]) == 0.0
 
 
-def test_update_rms_is_that_of_the_update_without_eps_and_clipping():
-    grads = [{"w": g} for g in np.random.default_rng(0).standard_normal((20, 64), "f4")]
-    state, clipped, with_eps = None, None, None
-    for each in grads:
-        clipped = step(ost_clipped, each, clipped)
-        with_eps = step(ost_eps, each, with_eps)
-        updates, state = compiled(SAFE)(
-            each, SAFE.init(each) if state is None else state
-        )
-    expected = np.sqrt(np.mean(np.square(updates["w"])))
-    for each in (state, clipped, with_eps):
-        found = float(each.metrics["adam/update_rms"])
-        assert found == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("options", [{"update_rms_max": 0.5}, {"eps": 0.1}], ids=str)
+def test_update_rms_is_that_of_the_update_without_eps_and_clipping(options):
+    tx, state, plain = ost.scale_by_safe_adam(**options), None, None
+    for grads in np.random.default_rng(0).standard_normal((20, 4), "f4"):
+        state, plain = step(tx, grads, state), step(SAFE, grads, plain)
+    found, expected = (
+        float(each.metrics["adam/update_rms"]) for each in (state, plain)
+    )
+    assert found == pytest.approx(expected, rel=ROUNDING)
 
 
-ost_clipped = ost.scale_by_safe_adam(update_rms_max=0.5)
-ost_eps = ost.scale_by_safe_adam(eps=0.1)
+def test_update_rms_is_that_of_the_last_update():
+    grads = np.random.default_rng(0).standard_normal((20, 4), "f4")
+    updates, state = advance(SAFE, [{"w": each} for each in grads])
+    expected = np.sqrt(np.mean(np.square(updates[-1]["w"])))
+    found = float(state.metrics["adam/update_rms"])
+    assert found == pytest.approx(expected, rel=ROUNDING)
 
 
 @pytest.mark.parametrize(
     "options", [{"rms_dtype": jnp.bfloat16}, {"mu_dtype": jnp.bfloat16}]
 )
 def test_the_metrics_of_narrow_storage_are_float32(options):
-    state = step(ost.scale_by_safe_adam(**options), {"w": np.ones(8, "f4")})
+    state = step(ost.scale_by_safe_adam(**options), [1.0] * 4)
     assert {value.dtype for value in state.metrics.values()} == {jnp.dtype("float32")}
     assert float(state.metrics["adam/update_rms"]) == pytest.approx(1.0, rel=2**-7)
 
@@ -270,55 +259,50 @@ def trees(steps, seed=0):
     ]
 
 
-CONTAINERS = {
-    "bare": lambda adam: adam,
-    "chain": lambda adam: optax.chain(
-        optax.clip_by_global_norm(1.0), adam, optax.scale_by_learning_rate(1e-2)
-    ),
-    "masked": lambda adam: optax.masked(adam, {"a": True, "b": False}),
-    "partition": lambda adam: optax.partition(
-        {"x": adam, "y": optax.sgd(0.1)}, {"a": "x", "b": "y"}
-    ),
-    "MultiSteps": lambda adam: optax.MultiSteps(
-        optax.chain(adam, optax.scale(-0.1)), every_k_schedule=3
-    ),
-}
+def inside(adam):
+    """Adam alone and inside of what an optimizer state can be made of."""
+    return {
+        "bare": adam,
+        "chain": optax.chain(optax.clip_by_global_norm(1.0), adam, optax.scale(-0.1)),
+        "masked": optax.masked(adam, {"a": True, "b": False}),
+        "MultiSteps": optax.MultiSteps(optax.chain(adam, optax.scale(-0.1)), 3),
+    }
 
 
-def advance(tx, grads, state):
-    """Twenty more steps: the last update, and every one of them."""
-    updates = []
+OPTAX = inside(optax.scale_by_adam(b2=0.99, eps=1e-8))
+OURS = inside(ost.scale_by_safe_adam(b2=0.99, eps=1e-8))
+
+
+def advance(tx, grads, state=None):
+    """The update of each step, and the last state."""
+    state, updates = tx.init(grads[0]) if state is None else state, []
     for each in grads:
-        update, state = compiled(tx)(each, state)
+        update, state = compiled(tx.update)(each, state)
         updates.append(update)
     return updates, state
 
 
-@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("name", OURS)
 def test_a_running_job_switches_to_safe_adam_and_goes_on_the_same(name):
-    old = CONTAINERS[name](optax.scale_by_adam(b2=0.99, eps=1e-8))
-    new = CONTAINERS[name](ost.scale_by_safe_adam(b2=0.99, eps=1e-8))
-    _, state = advance(old, trees(20), old.init(trees(1)[0]))
-    expected, _ = advance(old, trees(20, seed=1), state)
+    _, state = advance(OPTAX[name], trees(20))
+    expected, _ = advance(OPTAX[name], trees(20, seed=1), state)
     converted = ost.from_optax_adam_state(state, b2=0.99, eps=1e-8)
-    fresh = new.init(trees(1)[0])
+    fresh = OURS[name].init(trees(1)[0])
     chex.assert_trees_all_equal_shapes_and_dtypes(converted, fresh)
     chex.assert_trees_all_equal_structs(converted, fresh)
-    found, _ = advance(new, trees(20, seed=1), converted)
+    found, _ = advance(OURS[name], trees(20, seed=1), converted)
     chex.assert_trees_all_close(found, expected, rtol=SWITCHED, atol=SWITCHED)
 
 
-@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("name", OURS)
 def test_a_running_job_switches_back_to_optax_and_goes_on_the_same(name):
-    new = CONTAINERS[name](optax.scale_by_adam(b2=0.99, eps=1e-8))
-    old = CONTAINERS[name](ost.scale_by_safe_adam(b2=0.99, eps=1e-8))
-    _, state = advance(old, trees(20), old.init(trees(1)[0]))
-    expected, _ = advance(old, trees(20, seed=1), state)
+    _, state = advance(OURS[name], trees(20))
+    expected, _ = advance(OURS[name], trees(20, seed=1), state)
     converted = ost.to_optax_adam_state(state)
-    fresh = new.init(trees(1)[0])
+    fresh = OPTAX[name].init(trees(1)[0])
     chex.assert_trees_all_equal_shapes_and_dtypes(converted, fresh)
     chex.assert_trees_all_equal_structs(converted, fresh)
-    found, _ = advance(new, trees(20, seed=1), converted)
+    found, _ = advance(OPTAX[name], trees(20, seed=1), converted)
     chex.assert_trees_all_close(found, expected, rtol=SWITCHED, atol=SWITCHED)
 
 
@@ -343,8 +327,7 @@ def test_the_units_of_a_long_run_do_not_cancel():
 
 
 def test_every_part_that_is_not_of_adam_comes_back_unchanged():
-    tx = CONTAINERS["MultiSteps"](optax.scale_by_adam())
-    _, state = advance(tx, trees(5), tx.init(trees(1)[0]))
+    _, state = advance(OPTAX["MultiSteps"], trees(5))
     there = ost.from_optax_adam_state(state)
     back = ost.to_optax_adam_state(there)
     chex.assert_trees_all_equal_structs(back, state)
@@ -366,8 +349,7 @@ def test_several_states_are_all_converted():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_rms_may_be_stored_narrow_after_the_switch(dtype):
-    tx = optax.scale_by_adam()
-    _, state = advance(tx, trees(5), tx.init(trees(1)[0]))
+    _, state = advance(OPTAX["bare"], trees(5))
     found = ost.from_optax_adam_state(state, rms_dtype=dtype)
     assert {leaf.dtype for leaf in jax.tree.leaves(found.rms)} == {jnp.dtype(dtype)}
     expected = jax.tree.map(np.sqrt, state.nu)
@@ -389,7 +371,7 @@ def test_a_switch_to_float16_makes_no_root_infinite_and_none_zero(nu):
 def test_there_and_back_gives_the_dtypes_of_optax(dtype, mu_dtype):
     tx = optax.scale_by_adam(mu_dtype=mu_dtype)
     params = {"w": jnp.ones(3, dtype)}
-    state = compiled(tx)(params, tx.init(params))[1]
+    state = compiled(tx.update)(params, tx.init(params))[1]
     back = ost.to_optax_adam_state(ost.from_optax_adam_state(state))
     chex.assert_trees_all_equal_shapes_and_dtypes(back, state)
     chex.assert_trees_all_close(

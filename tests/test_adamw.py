@@ -40,10 +40,8 @@ def train(tx, steps=60):
         {"learning_rate": optax.cosine_decay_schedule(1e-2, 50)},
         {"learning_rate": 1e-2, "b1": 0.8, "b2": 0.95, "weight_decay": 0.1},
         {"learning_rate": 1e-2, "weight_decay": 0.1, "mask": is_kernel},
-        {"learning_rate": 1e-2, "weight_decay": 0.1, "mask": is_kernel(PARAMS)},
-        {"learning_rate": 1e-2, "weight_decay": 0.0},
     ],
-    ids=["defaults", "schedule", "betas", "callable mask", "tree mask", "no decay"],
+    ids=["defaults", "schedule", "betas and decay", "mask"],
 )
 def test_it_trains_like_adamw_of_optax(settings):
     expected = train(optax.adamw(**settings, eps=1e-8))
@@ -58,7 +56,7 @@ def test_one_step_by_hand():
     params = {"w": np.array([1.0, -2.0, 3.0], "f4")}
     grads = {"w": np.array([1e-30, 5.0, 0.0], "f4")}
     tx = ost.safe_adamw(0.1, weight_decay=0.5)
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     # −0.1·(sign(g) + 0.5·p); the coordinate without a gradient only decays.
     expected = {"w": np.array([-0.15, -0.0, -0.15], "f4")}
     chex.assert_trees_all_close(updates, expected, rtol=EXACT, atol=EXACT)
@@ -85,13 +83,17 @@ def computation(tx):
         {"spike_ratio": 5000.0},
         {"mu_dtype": jnp.bfloat16},
         {"rms_dtype": jnp.bfloat16},
+        {"weight_decay": 0.1},
+        {"mask": is_kernel(PARAMS)},
     ],
     ids=str,
 )
-def test_every_option_of_safe_adam_is_passed_on(options):
+def test_every_option_is_passed_on(options):
+    adam = dict(options)
+    decay = adam.pop("weight_decay", 1e-4), adam.pop("mask", None)
     composed = optax.chain(
-        ost.scale_by_safe_adam(**options),
-        optax.add_decayed_weights(1e-4),
+        ost.scale_by_safe_adam(**adam),
+        optax.add_decayed_weights(*decay),
         optax.scale_by_learning_rate(0.1),
     )
     found = computation(ost.safe_adamw(0.1, **options))
@@ -129,16 +131,16 @@ def test_a_gradient_that_is_not_finite_moves_nothing_but_finite_amounts():
 
 def test_its_metrics_are_found_in_the_chain():
     tx = ost.safe_adamw(0.1)
-    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    _, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
     found = ost.metrics(state, params=PARAMS)
     assert float(found["adam/update_rms"]) == pytest.approx(1.0, rel=EXACT)
-    assert float(found["adam/update_rms/dense/kernel"]) == pytest.approx(1.0, rel=EXACT)
+    assert set(found) >= {"adam/update_rms/dense/kernel", "adam/update_rms/dense/bias"}
 
 
 def test_the_weight_decay_needs_parameters_and_says_so():
     tx = ost.safe_adamw(0.1)
     with pytest.raises(ValueError, match="params"):
-        tx.update(PARAMS, tx.init(PARAMS))
+        jax.eval_shape(tx.update, PARAMS, tx.init(PARAMS))
 
 
 @pytest.mark.parametrize(
