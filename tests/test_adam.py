@@ -278,6 +278,14 @@ def test_constant_gradients_at_the_ends_of_the_range_keep_length_one(scale):
     np.testing.assert_allclose(updates, np.sign(grads), rtol=RTOL)
 
 
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.9, 0.9)])
+def test_tiny_gradients_that_never_change_never_give_more_than_one(b1, b2):
+    # Some are below the smallest normal number, or √(1−β₂)·g is.
+    grads = np.tile(np.geomspace(1e-40, 1e-36, 96).astype(np.float32), (60, 1))
+    updates, _ = run(WITH_BETAS[b1, b2], grads)
+    assert np.abs(updates).max() <= 1 + RTOL
+
+
 # --- the bound -------------------------------------------------------------------
 
 
@@ -604,6 +612,15 @@ def test_hyperparameters_can_be_injected_without_naming_static_arguments(make):
     state = tx.init(params)
     _, updated = jax.eval_shape(tx.update, params, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updated, state)
+
+
+@pytest.mark.parametrize("betas", [{"b2": 0.999}, {"b1": 0.999, "b2": 0.9999}], ids=str)
+def test_betas_that_bfloat16_rounds_to_one_neither_freeze_nor_poison(betas):
+    # inject_hyperparams holds them in the dtype of the parameters.
+    tx = optax.inject_hyperparams(ost.scale_by_safe_adam)(**betas)
+    updates, _ = run(tx, jnp.ones((3, 96), jnp.bfloat16))
+    assert np.isfinite(updates).all()
+    assert (updates != 0).all()
 
 
 def test_numpy_hyperparameters_do_not_widen_the_state():

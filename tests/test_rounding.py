@@ -53,6 +53,17 @@ def between(dtype, count=400, low=-3.0, high=3.0):
     return x[x != x.astype(dtype).astype(np.float32)]
 
 
+# --- increment -------------------------------------------------------------------
+
+
+def test_a_count_stops_at_the_largest_integer_instead_of_turning_negative():
+    largest = np.iinfo(np.int32).max
+    counts = jnp.array([0, 1, largest - 1, largest], jnp.int32)
+    found = _numerics.increment(counts)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, [1, 2, largest, largest])
+
+
 # --- hypot -----------------------------------------------------------------------
 
 

@@ -34,6 +34,8 @@ class Block(nnx.Module):
 
 
 norms_of = jax.jit(_tree.leaf_norms)
+global_norm_of = jax.jit(_tree.global_norm)
+join = jax.jit(_tree.join_norms)
 
 
 def random_tree(seed=0, dtype=np.float32):
@@ -143,14 +145,18 @@ def test_the_derivative_agrees_with_differences_forwards_and_backwards():
 
 
 def test_the_derivative_is_zero_at_a_zero_leaf():
-    tree = {"zero": jnp.zeros(3), "one": jnp.array([3.0, 4.0])}
-    found = jax.grad(lambda tree: jnp.sum(_tree.leaf_norms(tree)))(tree)
-    expected = {"zero": jnp.zeros(3), "one": jnp.array([0.6, 0.8])}
-    chex.assert_trees_all_close(found, expected, rtol=ROUNDING)
-    _, tangent = jax.jvp(
-        _tree.leaf_norms, (tree,), (jax.tree.map(jnp.ones_like, tree),)
-    )
-    np.testing.assert_allclose(tangent, [1.4, 0.0], rtol=ROUNDING)
+    tree = {"zero": np.zeros(3, np.float32), "one": np.array([3.0, 4.0], np.float32)}
+    directions = jax.tree.map(np.ones_like, tree)
+
+    @jax.jit
+    def derivatives(tree):
+        backwards = jax.grad(lambda tree: jnp.sum(_tree.leaf_norms(tree)))(tree)
+        return backwards, jax.jvp(_tree.leaf_norms, (tree,), (directions,))[1]
+
+    backwards, forwards = derivatives(tree)
+    expected = {"zero": np.zeros(3), "one": np.array([0.6, 0.8])}
+    chex.assert_trees_all_close(backwards, expected, rtol=ROUNDING)
+    np.testing.assert_allclose(forwards, [1.4, 0.0], rtol=ROUNDING)
 
 
 def test_vmap_equals_a_loop_whatever_size_each_tree_has():
@@ -168,37 +174,64 @@ def test_vmap_equals_a_loop_whatever_size_each_tree_has():
 
 def test_a_named_axis_is_summed_over():
     shards = {"a": jnp.arange(12.0).reshape(4, 3), "b": jnp.full((4, 2), 1e25)}
-    norms = jax.vmap(lambda x: _tree.leaf_norms(x, "shard"), axis_name="shard")(shards)
+    each = jax.vmap(lambda x: _tree.leaf_norms(x, "shard"), axis_name="shard")
+    norms = jax.jit(each)(shards)
     expected = np.broadcast_to(reference(shards), (4, 2))
     np.testing.assert_allclose(norms, expected, rtol=ROUNDING)
 
 
-# --- global_norm and groups ------------------------------------------------------
+# --- norms of several leaves -----------------------------------------------------
+
+PARTS = [3.0, 4.0, 0.0, 12.0, 1e-3]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-37, 1e-20, 1.0, 1e20, 2e37])
+def test_norms_of_parts_are_joined_without_overflow(scale):
+    parts = np.float32(scale) * np.array(PARTS, np.float32)
+    expected = np.sqrt(np.sum(parts.astype(np.float64) ** 2))
+    assert float(join(parts)) == pytest.approx(expected, rel=ROUNDING)
+
+
+def test_each_group_is_joined_by_itself():
+    parts = np.array([3e30, 4e30, 5.0, 0.0, np.nan, 1.0, 12.0, np.inf], np.float32)
+    groups = np.array([0, 0, 1, 2, 3, 3, 1, 5])
+    norms = jax.jit(lambda parts: _tree.join_norms_by_group(parts, groups, 7))(parts)
+    expected = [5e30, 13.0, 0.0, np.nan, 0.0, np.inf, 0.0]
+    np.testing.assert_allclose(norms, expected, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_part_that_is_not_finite_makes_the_whole_not_finite(bad):
+    assert not np.isfinite(join(np.array([1.0, bad, 2.0, 0.0, 0.0], np.float32)))
+
+
+def test_nothing_joined_is_zero():
+    assert float(_tree.join_norms(np.zeros(0, np.float32))) == 0.0
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_the_global_norm_is_the_norm_of_everything(scale):
     tree = jax.tree.map(lambda x: np.float32(scale) * (1 + np.abs(x)), random_tree())
-    norm = jax.jit(_tree.global_norm)(tree)
+    norm = global_norm_of(tree)
     assert (norm.shape, norm.dtype) == ((), jnp.float32)
     assert float(norm) == pytest.approx(np.hypot.reduce(reference(tree)), rel=ROUNDING)
 
 
 @pytest.mark.parametrize("tree", [{}, {"a": jnp.zeros(3)}, {"a": jnp.zeros((0, 2))}])
 def test_the_global_norm_of_nothing_is_zero(tree):
-    assert float(_tree.global_norm(tree)) == 0.0
+    assert float(global_norm_of(tree)) == 0.0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_the_global_norm_is_not_finite_if_one_entry_is_not(bad):
     tree = random_tree()
     tree["c"][1, 1] = bad
-    assert not np.isfinite(jax.jit(_tree.global_norm)(tree))
+    assert not np.isfinite(global_norm_of(tree))
 
 
 def test_the_global_norm_of_zeros_has_derivative_zero():
-    tree = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
-    chex.assert_trees_all_equal(jax.grad(_tree.global_norm)(tree), tree)
+    tree = {"a": np.zeros(3, np.float32), "b": np.zeros(2, np.float32)}
+    chex.assert_trees_all_equal(jax.jit(jax.grad(_tree.global_norm))(tree), tree)
 
 
 # --- leaf_names ------------------------------------------------------------------

@@ -107,6 +107,11 @@ def test_another_dtype_raises(dtype):
     assert f"rms_dtype={dtype!r}" in str(raised.value)
 
 
+def test_an_array_in_place_of_a_dtype_names_the_static_argument():
+    with pytest.raises(TypeError, match="static_args='rms_dtype'"):
+        _validate.check_float_dtype("rms_dtype", jnp.float32(1.0))
+
+
 @pytest.mark.parametrize(
     "value", [jnp.bfloat16(0.5), np.array(0.5), jnp.asarray(0.5), np.array(3)], ids=str
 )
@@ -117,6 +122,8 @@ def test_an_array_becomes_float32(value):
     assert float(converted) == float(value)
 
 
-@pytest.mark.parametrize("value", [0.5, 1])
-def test_a_number_of_python_stays_in_double_precision(value):
-    assert _validate.as_float32(value) is value
+@pytest.mark.parametrize("value", [0.1, 1, np.float64(0.1), np.float32(0.5)])
+def test_a_number_stays_in_double_precision_and_brings_no_dtype(value):
+    converted = _validate.as_float32(value)
+    assert type(converted) is float
+    assert converted == value

@@ -1,0 +1,158 @@
+"""Does a narrow second moment train as well as a float32 one?
+
+Trains a small byte-level GPT on the sources of Python's standard library, once per
+storage dtype and seed, and compares final held-out losses with the float32 run of the
+same seed. The spread over seeds is the noise that a difference must beat. For contrast,
+``v in float16`` is what storing v itself, as optax's ``nu``, would do.
+
+    python benchmarks/low_precision.py            # about 4 minutes on two CPU cores
+    python benchmarks/low_precision.py --quick    # one seed, fewer steps, no JSON
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_stability as ost
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gpt"))
+
+RESULTS = Path(__file__).parent / "results" / "low_precision.json"
+
+
+def scale_by_adam_in_float16(b1: float, b2: float) -> optax.GradientTransformation:
+    """The Adam of optax with v stored in float16, for contrast."""
+    adam = optax.scale_by_adam(b1, b2)
+
+    def store(state, dtype):
+        return state._replace(nu=optax.tree.cast(state.nu, dtype))
+
+    def init_fn(params):
+        return store(adam.init(params), jnp.float16)
+
+    def update_fn(updates, state, params=None):
+        updates, state = adam.update(updates, store(state, jnp.float32), params)
+        return updates, store(state, jnp.float16)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def stored_in(dtype: Any) -> optax.GradientTransformation:
+    """Safe Adam with √v in the given dtype."""
+    return ost.scale_by_safe_adam(0.9, 0.999, rms_dtype=dtype)
+
+
+OPTIMIZERS = {
+    "√v in float32": functools.partial(stored_in, jnp.float32),
+    "√v in bfloat16": functools.partial(stored_in, jnp.bfloat16),
+    "√v in float16": functools.partial(stored_in, jnp.float16),
+    "v in float16": functools.partial(scale_by_adam_in_float16, 0.9, 0.999),
+}
+
+
+def join(files: list[Path]) -> np.ndarray:
+    """All bytes of some files."""
+    return np.frombuffer(b"".join(f.read_bytes() for f in files), np.uint8)
+
+
+def corpus() -> tuple[np.ndarray, np.ndarray]:
+    """Bytes to train on and bytes held out: the top folder of the standard library."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(folder.glob("*.py"))
+    held_out, train = files[::10], [f for i, f in enumerate(files) if i % 10]
+    return join(train), join(held_out)
+
+
+def windows(stream: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
+    """Random windows of 65 bytes."""
+    starts = rng.integers(0, len(stream) - 65, count)
+    return stream[starts[:, None] + np.arange(65)].astype(np.int32)
+
+
+def train_once(make: Any, seed: int, steps: int) -> dict[str, float]:
+    """One run; returns the held-out loss and the largest update seen."""
+    from flax import nnx
+    from model import GPT, Size, next_token_loss
+
+    train, held_out = corpus()
+    rng = np.random.default_rng(seed)
+    size = Size(2, 64, 2, 64, 256, 3e-3)
+    schedule = optax.schedules.warmup_cosine_decay_schedule(
+        1e-4, size.learning_rate, 30, steps, 3e-4
+    )
+    tx = optax.chain(
+        ost.clip_by_threshold(ost.thresholds.constant(1.0)),
+        make(),
+        ost.record("direction", per_leaf=False),
+        optax.scale_by_learning_rate(schedule),
+    )
+    model = GPT(size, size.vocabulary, jnp.float32, nnx.Rngs(seed))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        grads = nnx.grad(next_token_loss)(model, batch)
+        optimizer.update(model, grads)
+        return ost.metrics(optimizer)["direction/max_abs"]
+
+    evaluate = nnx.jit(next_token_loss)
+    largest = [step(model, optimizer, windows(train, rng, 8)) for _ in range(steps)]
+    fixed = windows(held_out, np.random.default_rng(0), 512)
+    loss = np.mean(
+        [float(evaluate(model, jnp.asarray(part))) for part in np.split(fixed, 8)]
+    )
+    return {"loss": float(loss), "max_update": float(np.max(jax.device_get(largest)))}
+
+
+def main() -> None:
+    """Runs the grid, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer steps")
+    quick = parser.parse_args().quick
+    seeds, steps = (range(1), 60) if quick else (range(4), 300)
+    runs = {
+        name: [train_once(make, seed, steps) for seed in seeds]
+        for name, make in OPTIMIZERS.items()
+    }
+    base = [run["loss"] for run in runs["√v in float32"]]
+    lines = [
+        "| storage | held-out loss | minus float32, same seed | largest update |",
+        "|---|--:|--:|--:|",
+    ]
+    rows = {}
+    for name, each in runs.items():
+        losses = [run["loss"] for run in each]
+        differences = [a - b for a, b in zip(losses, base, strict=True)]
+        rows[name] = {
+            "losses": losses,
+            "mean": statistics.fmean(losses),
+            "mean_difference": statistics.fmean(differences),
+            "largest_difference": max(differences, key=abs),
+            "max_update": max(run["max_update"] for run in each),
+        }
+        row = rows[name]
+        lines.append(
+            f"| {name} | {row['mean']:.3f} | {row['mean_difference']:+.3f} (worst "
+            f"{row['largest_difference']:+.3f}) | {row['max_update']:.2f} |"
+        )
+    spread = statistics.stdev(base) if len(base) > 1 else float("nan")
+    lines.append(f"\nSpread of the float32 runs over seeds: {spread:.3f}")
+    sys.stdout.write("\n".join(lines) + "\n")
+    if not quick:
+        RESULTS.parent.mkdir(exist_ok=True)
+        report = {"steps": steps, "seeds": len(base), "spread": spread, "runs": rows}
+        RESULTS.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
