@@ -37,6 +37,12 @@ def _root(x):
     return math.sqrt(x) if _validate.is_concrete(x) else jnp.sqrt(x)
 
 
+def _below_one(decay):
+    """A decay in float32, below 1 even where a narrow dtype rounded it to 1."""
+    decay = _validate.as_float32(decay)
+    return decay if _validate.is_concrete(decay) else jnp.minimum(decay, 1 - 2.0**-24)
+
+
 def _clip_spikes(g, rms, limit):
     """Holds |g| to limit·r, except where r = 0: nothing is known there yet."""
     rms = rms.astype(jnp.float32)
@@ -147,7 +153,10 @@ def scale_by_safe_adam(
     * Bias correction is exact when β₁ or β₂ change from step to step.
 
     **Edge cases**: with rms_dtype float16 nothing is stored below 6e-8, which then acts
-    like a floor under r. Gradients below 1e-37 count as 0.
+    like a floor under r. Below |g| = 1e-36 the moments underflow, and all that holds is
+    |u| ≤ B. ``optax.inject_hyperparams`` keeps β in the dtype of the parameters: give
+    it ``hyperparam_dtype=jnp.float32`` where that is bfloat16, in which 0.999 is 1
+    (taken here as the largest float32 below 1).
 
     Args:
       b1: β₁, decay of the mean, in [0, 1).
@@ -206,7 +215,7 @@ def scale_by_safe_adam(
     _validate.check_float_dtype("rms_dtype", rms_dtype)
     if mu_dtype is not None:
         _validate.check_float_dtype("mu_dtype", mu_dtype)
-    b1, b2 = _validate.as_float32(b1), _validate.as_float32(b2)
+    b1, b2 = _below_one(b1), _below_one(b2)
     if spike_ratio is not None:
         spike_ratio = _validate.as_float32(spike_ratio)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _tree, _validate
+from optax_stability import _numerics, _tree, _validate
 
 
 class SafeAdamState(NamedTuple):
@@ -101,11 +101,11 @@ def _metrics(state: SafeAdamState) -> dict[str, jax.Array]:
 
     def name(means, suffix=""):
         mean_square, eps_share, zero_fraction = jnp.moveaxis(means, -1, 0)
+        # Coordinates without a gradient have no correlation to average.
+        seen = _ratio(mean_square, 1 - zero_fraction)
         return {
             f"adam/update_rms{suffix}": jnp.sqrt(mean_square),
-            f"adam/correlation{suffix}": _correlation(
-                mean_square, state.b1, state.mu_unit
-            ),
+            f"adam/correlation{suffix}": _correlation(seen, state.b1, state.mu_unit),
             f"adam/eps_share{suffix}": eps_share,
             f"adam/zero_fraction{suffix}": zero_fraction,
         }
@@ -155,7 +155,10 @@ def from_optax_adam_state(
     def convert(adam: optax.ScaleByAdamState) -> SafeAdamState:
         steps = jnp.asarray(adam.count, jnp.float32)
         rms = jax.tree.map(
-            lambda nu: jnp.sqrt(nu.astype(jnp.float32)).astype(rms_dtype), adam.nu
+            lambda nu: _numerics.round_at_random(
+                jnp.sqrt(nu.astype(jnp.float32)), adam.count, rms_dtype
+            ),
+            adam.nu,
         )
         # 1 − βᵗ without cancellation; with b1 = 0 the logarithm is −∞ and the unit 1.
         log_b1 = math.log(b1) if b1 > 0 else -math.inf
@@ -174,13 +177,14 @@ def from_optax_adam_state(
     return _replace(state, optax.ScaleByAdamState, convert)
 
 
-def to_optax_adam_state(state: Any) -> Any:
+def to_optax_adam_state(state: Any, *, nu_dtype: Any = jnp.float32) -> Any:
     """Turns the state of safe Adam into that of ``optax.scale_by_adam``.
 
     **Rule**: nu = rms²; mu and the count stay. ``nu`` underflows where |g| < 1e-19.
 
     Args:
       state: a :class:`SafeAdamState`, or any optimizer state that holds some.
+      nu_dtype: dtype of ``nu``; optax keeps that of the parameters.
 
     Returns:
       The same tree with every :class:`SafeAdamState` replaced by an
@@ -191,8 +195,9 @@ def to_optax_adam_state(state: Any) -> Any:
     """
 
     def convert(safe: SafeAdamState) -> optax.ScaleByAdamState:
-        nu = jax.tree.map(lambda rms: jnp.square(rms.astype(jnp.float32)), safe.rms)
-        nu = jax.tree.map(lambda nu, mu: nu.astype(mu.dtype), nu, safe.mu)
+        nu = jax.tree.map(
+            lambda rms: jnp.square(rms.astype(jnp.float32)).astype(nu_dtype), safe.rms
+        )
         return optax.ScaleByAdamState(count=safe.step, mu=safe.mu, nu=nu)
 
     return _replace(state, SafeAdamState, convert)

@@ -94,8 +94,9 @@ def _scope_norms(tree, groups, axis_name):
 
 
 def _scale_leaf(leaf, factor, finite):
-    """``leaf·factor`` in float32, or zero where the norm was not finite."""
-    scaled = (leaf.astype(jnp.float32) * factor).astype(leaf.dtype)
+    """The leaf times a float32 factor, or zero where the norm was not finite."""
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    scaled = (leaf.astype(wide) * factor).astype(leaf.dtype)
     return jnp.where(finite, scaled, jnp.zeros((), leaf.dtype))
 
 
@@ -125,7 +126,8 @@ def clip_by_threshold(
     * A finite gradient of any size is measured right, though 1e20² overflows.
 
     **Edge cases**: an all-zero gradient passes; an empty tree has norm 0. Subnormal
-    numbers become zero wherever the backend flushes them.
+    numbers become zero wherever the backend flushes them, and with them a gradient
+    whose limit/n is below 1e-38. A norm below 1e-20 may be read as 0, and then passes.
 
     Args:
       threshold: what is normal, from :mod:`optax_stability.thresholds`.
@@ -184,7 +186,8 @@ def clip_by_threshold(
         limit, learned = jax.vmap(threshold.update)(norm, state.threshold)
 
         finite, above = jnp.isfinite(norm), norm > limit
-        factor = jnp.where(above, limit / norm, 1.0)
+        # The inner where keeps 0/0 out of derivatives.
+        factor = jnp.where(above, limit / jnp.where(above, norm, 1.0), 1.0)
         scopes = list(zip(factor, finite, strict=True))
         leaves, treedef = jax.tree.flatten(updates)
         clipped = [
@@ -254,5 +257,6 @@ def clip_by_zscore(
     """
     threshold = thresholds.zscore(z_max, decay=decay, warmup=warmup, mode=mode)
     if relearn_after is not None:
+        _validate.check_count("relearn_after", relearn_after, 1, "25 is the default")
         threshold = thresholds.relearn(threshold, after=relearn_after)
     return clip_by_threshold(threshold, scope=scope, axis_name=axis_name)

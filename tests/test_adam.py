@@ -279,11 +279,12 @@ def test_constant_gradients_at_the_ends_of_the_range_keep_length_one(scale):
 
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.9, 0.9)])
-def test_tiny_gradients_that_never_change_never_give_more_than_one(b1, b2):
+def test_gradients_that_underflow_stay_within_the_bound(b1, b2):
     # Some are below the smallest normal number, or √(1−β₂)·g is.
     grads = np.tile(np.geomspace(1e-40, 1e-36, 96).astype(np.float32), (60, 1))
     updates, _ = run(WITH_BETAS[b1, b2], grads)
-    assert np.abs(updates).max() <= 1 + RTOL
+    bound = (1 - b1) / np.sqrt((1 - b2) * (1 - b1 * b1 / b2))
+    assert np.abs(updates).max() <= bound * (1 + RTOL)
 
 
 # --- the bound -------------------------------------------------------------------
@@ -353,8 +354,8 @@ def test_without_a_bound_the_update_is_still_adam_as_published():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     "tx",
-    [PLAIN, *NARROW.values(), NARROW_MU[jnp.bfloat16]],
-    ids=["float32", "bfloat16 rms", "float16 rms", "bfloat16 mu"],
+    [PLAIN, *NARROW.values(), NARROW_MU[jnp.bfloat16], SPIKES],
+    ids=["float32", "bfloat16 rms", "float16 rms", "bfloat16 mu", "spike clipping"],
 )
 def test_a_bad_coordinate_keeps_its_moments_and_leaves_the_others_alone(tx, bad):
     grads = noisy(8)
@@ -545,6 +546,19 @@ def test_narrow_gradients_give_narrow_updates_and_a_float32_rms(dtype):
     deviation = updates.astype(np.float64) - expected
     assert np.abs(deviation).max() <= 7.27 * tolerance
     assert np.sqrt(np.mean(deviation**2)) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_gradients_are_averaged_in_float32(dtype):
+    grads, reference = noisy(50).astype(dtype), ReferenceAdam()
+    state = PLAIN.init(np.zeros(96, np.float32))
+    for g in grads:
+        expected = reference(g.astype(np.float64))
+        updates, state = compiled(PLAIN)(g, state)
+    np.testing.assert_allclose(state.mu, reference.m, rtol=RTOL, atol=ROUNDING)
+    np.testing.assert_allclose(np.square(state.rms), reference.v, rtol=2 * RTOL)
+    once = 2 * HALF_SPACING[dtype]
+    np.testing.assert_allclose(updates.astype("f4"), expected, rtol=once, atol=once**2)
 
 
 def test_the_update_has_the_dtype_of_the_gradient_and_mu_that_of_the_parameter():

@@ -150,9 +150,3 @@ def test_a_bad_argument_is_named_with_its_value(name, value):
     with pytest.raises(ValueError, match=name) as raised:
         ost.safe_adamw(0.1, **{name: value})
     assert f"{name}={value!r}" in str(raised.value)
-
-
-def test_betas_without_a_bound_warn_where_they_are_passed():
-    with pytest.warns(UserWarning, match="no bound") as caught:
-        ost.safe_adamw(0.1, 0.99, 0.95)
-    assert caught[0].filename == __file__

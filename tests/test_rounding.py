@@ -96,9 +96,18 @@ def test_the_result_is_the_number_below_or_the_number_above(dtype):
     assert (results == above).any(axis=0).mean() > 0.9
 
 
-@pytest.mark.parametrize("dtype", NARROW)
-def test_the_mean_over_steps_is_the_number_itself(dtype):
-    x = between(dtype, count=200)
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [
+        (jnp.bfloat16, -3.0, 3.0),
+        (jnp.bfloat16, -35.0, -33.0),
+        (jnp.float16, -3.0, 3.0),
+        (jnp.float16, -7.0, -4.5),
+    ],
+    ids=["bfloat16", "tiny bfloat16", "float16", "subnormal float16"],
+)
+def test_the_mean_over_steps_is_the_number_itself(dtype, low, high):
+    x = between(dtype, count=200, low=low, high=high)
     below, above = ends(x, dtype)
     results = np.asarray(rounded(x, jnp.arange(STEPS), dtype)).astype(np.float64)
     error = (results.mean(axis=0) - x) / (above - below)

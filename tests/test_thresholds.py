@@ -196,7 +196,7 @@ SOME_VALUES = st.one_of(
 SHORT = [
     *QUICK.values(),
     QUICK_RELEARN,
-    thresholds.relearn(thresholds.zscore(1.0, decay=0.0, warmup=1), after=1),
+    thresholds.relearn(thresholds.zscore(0.25, decay=0.5, warmup=1), after=1),
 ]
 
 
@@ -218,6 +218,15 @@ def test_a_constant_stream_is_never_above_its_limit(mode):
     for _ in range(60):
         limits, states = update(levels, states)
         assert (np.asarray(limits) >= levels).all()
+
+
+@pytest.mark.parametrize("level", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_rounding_of_a_constant_stream_is_normal(mode, level):
+    level = np.float32(level)
+    next_above = np.nextafter(level, np.float32(np.inf))
+    limits, _ = run(QUICK[mode], [level] * 30 + [next_above])
+    assert next_above <= limits[-1]
 
 
 @pytest.mark.parametrize("size", [1.0, 3.0, 10.0, 1e6, 1e38])
