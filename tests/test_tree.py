@@ -81,8 +81,10 @@ def test_a_power_of_two_scales_the_norms_bit_for_bit(exponent):
 @pytest.mark.parametrize("exponent", [-60, 0, 40, 120])
 def test_what_is_exact_in_integers_is_exact_at_every_scale(exponent):
     factor = np.float32(2.0**exponent)
-    tree = {"a": factor * np.array([3, 4], "f4"), "b": factor * np.full(9, 7, "f4")}
-    np.testing.assert_array_equal(norms_of(tree), factor * np.array([5, 21], "f4"))
+    triples = [(3, 4, 5), (5, 12, 13), (8, 15, 17), (7, 24, 25), (20, 21, 29)]
+    leaves = [factor * np.array(sides, np.float32) for *sides, _ in triples]
+    expected = [factor * np.float32(length) for *_, length in triples]
+    np.testing.assert_array_equal(norms_of(leaves), expected)
 
 
 @pytest.mark.parametrize("huge", [1e20, 3e38])
