@@ -218,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller and shorter")
     quick = parser.parse_args().quick
-    width, rounds, compile_rounds = (160, 11, 2) if quick else (512, 41, 7)
+    width, rounds, compile_rounds = (160, 11, 2) if quick else (512, 41, 5)
     baseline = "clip_by_global_norm + adamw"
     sides = {
         baseline: optax_chain,

@@ -53,7 +53,7 @@ def _clip_spikes(g, rms, limit):
 def _next_mu(g, mu, b1):
     """Next mean: m ← β₁·m + (1 − β₁)·g, where g is finite."""
     old = mu.astype(jnp.float32)
-    new = jnp.where(jnp.isfinite(g), b1 * old + (1 - b1) * g, old)
+    new = jnp.where(_numerics.is_finite(g), b1 * old + (1 - b1) * g, old)
     return _numerics.round_to_range(new, mu.dtype)
 
 
@@ -61,7 +61,7 @@ def _next_rms(g, rms, b2, step):
     """Next root: r ← hypot(√β₂·r, √(1 − β₂)·g), where g is finite."""
     old = rms.astype(jnp.float32)
     new = _numerics.hypot(_root(b2) * old, _root(1 - b2) * jnp.abs(g))
-    new = jnp.where(jnp.isfinite(g), new, old)
+    new = jnp.where(_numerics.is_finite(g), new, old)
     return _numerics.round_at_random(new, step, rms.dtype)
 
 

@@ -22,6 +22,11 @@ _MANTISSA_BITS = 0x007FFFFF
 _EXPONENT_BITS = 0x7F800000
 
 
+def is_finite(x) -> jax.Array:
+    """Like ``jnp.isfinite`` on float32, but a comparison: much faster on CPU."""
+    return jnp.abs(x) <= HUGE
+
+
 def increment(count) -> jax.Array:
     """Count + 1, or the largest int32 once that is reached."""
     return jnp.minimum(count, jnp.iinfo(jnp.int32).max - 1) + 1
