@@ -208,3 +208,25 @@ def test_what_fits_is_rounded_to_nearest(dtype):
     results = held(x, dtype)
     assert results.dtype == dtype
     np.testing.assert_array_equal(results, jnp.asarray(x).astype(dtype))
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1.0, 1e20, 1e37])
+def test_hypot_forms_no_square(scale):
+    a, b = np.float32(3 * scale), np.float32(4 * scale)
+    found = float(_numerics.hypot(a, b))
+    assert found == pytest.approx(5 * scale, rel=1e-6)
+    assert float(_numerics.hypot(np.float32(0), b)) == b
+    assert float(_numerics.hypot(np.float32(0), np.float32(0))) == 0.0
+
+
+def test_a_count_stops_at_the_largest_int32():
+    largest = jnp.iinfo(jnp.int32).max
+    assert int(_numerics.increment(jnp.int32(0))) == 1
+    assert int(_numerics.increment(jnp.int32(largest))) == largest
+
+
+@pytest.mark.parametrize(
+    ("x", "finite"), [(0.0, True), (-3.4e38, True), (np.inf, False), (np.nan, False)]
+)
+def test_is_finite_is_that_of_numpy(x, finite):
+    assert bool(_numerics.is_finite(jnp.float32(x))) is finite is bool(np.isfinite(x))
