@@ -23,7 +23,7 @@ import optax
 from jax import lax
 
 from optax_stability import _numerics, _validate
-from optax_stability._adam_state import SafeAdamState, update_bound
+from optax_stability._adam_state import SafeAdamState, absorbed, update_bound
 
 # 1.27·atan2(m, m) ≈ 1 (4/π = 1.273): the same step as m/r where m = r.
 _ATAN2_SLOPE = 1.27
@@ -63,6 +63,18 @@ def _next_rms(g, rms, b2, step):
     new = _numerics.hypot(_root(b2) * old, _root(1 - b2) * jnp.abs(g))
     new = jnp.where(_numerics.is_finite(g), new, old)
     return _numerics.round_at_random(new, step, rms.dtype)
+
+
+def _next_mu_unit(unit, step, b1):
+    """1 − Πβ₁; a constant β₁ needs no running product, whose rounding would add up."""
+    return absorbed(step, b1) if _validate.is_concrete(b1) else b1 * unit + (1 - b1)
+
+
+def _next_rms_unit(unit, step, b2):
+    """√(1 − Πβ₂), likewise."""
+    if _validate.is_concrete(b2):
+        return jnp.sqrt(absorbed(step, b2))
+    return _numerics.hypot(_root(b2) * unit, _root(1 - b2))
 
 
 def _divide(mu, rms, eps, bound, eps_mode: str):
@@ -146,11 +158,11 @@ def scale_by_safe_adam(
       neither g nor √(1−β₂)·g leaves the normal numbers: 1e-36 < |g| < 1e36.
     * A coordinate that has never had a gradient gets the update 0.
     * |u| ≤ B (7.27 at 0.9/0.999, 1.165 at 0.9/0.95) while the βs are constant and
-      β₁² < β₂. Exact arithmetic never reaches B; only rounding and underflow of narrow
-      storage would, so the bound changes nothing else.
+      β₁² < β₂, to rounding. Exact arithmetic never exceeds B; only rounding and
+      underflow of narrow storage would, so the bound changes nothing else.
     * A gradient that is not finite leaves m and r of its coordinate as they were; the
       update is finite.
-    * Bias correction is exact when β₁ or β₂ change from step to step.
+    * Bias correction follows β₁ and β₂ that change from step to step.
 
     **Edge cases**: with rms_dtype float16 nothing is stored below 6e-8, which then acts
     like a floor under r. Below |g| = 1e-36 the moments underflow, and all that holds is
@@ -245,8 +257,9 @@ def scale_by_safe_adam(
         )
 
         # m̂ = m/mu_unit and r̂ = r/rms_unit; times rms_unit, r stays as it is stored.
-        mu_unit = b1 * state.mu_unit + (1 - b1)
-        rms_unit = _numerics.hypot(_root(b2) * state.rms_unit, _root(1 - b2))
+        step = _numerics.increment(state.step)
+        mu_unit = _next_mu_unit(state.mu_unit, step, b1)
+        rms_unit = _next_rms_unit(state.rms_unit, step, b2)
         eps_now = jnp.asarray(eps(state.step) if callable(eps) else eps, jnp.float32)
         bound = update_bound(jnp.float32(b1), jnp.float32(b2))
 
@@ -261,7 +274,7 @@ def scale_by_safe_adam(
 
         directions = jax.tree.map(direction, grads, mu, rms)
         return optax.tree.cast_like(directions, updates), SafeAdamState(
-            step=_numerics.increment(state.step),
+            step=step,
             mu=mu,
             rms=rms,
             mu_unit=mu_unit,

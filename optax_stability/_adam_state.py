@@ -52,6 +52,13 @@ class SafeAdamState(NamedTuple):
         return _metrics(self)
 
 
+def absorbed(steps, decay: float) -> jax.Array:
+    """1 − decayᵗ for t ≥ 1, without cancellation, float32[]."""
+    # With decay 0 the logarithm is −∞, and the share 1.
+    log_decay = math.log(decay) if decay > 0 else -math.inf
+    return -jnp.expm1(jnp.asarray(steps, jnp.float32) * log_decay)
+
+
 def update_bound(b1, b2):
     """Greatest possible |m̂/r̂|: (1−β₁)/√((1−β₂)(1−β₁²/β₂)), by Cauchy–Schwarz.
 
@@ -130,7 +137,7 @@ def from_optax_adam_state(
 
     Args:
       state: an ``optax.ScaleByAdamState``, or any optimizer state that holds some: of a
-        chain, masked, MultiSteps ….
+        chain, masked, MultiSteps …. Variables of NNX come back as plain arrays.
       b1: β₁ that the state was made with, in [0, 1).
       b2: β₂ that the state was made with, in (0, 1).
       eps: ε to show in the metrics until the next step.
@@ -153,22 +160,19 @@ def from_optax_adam_state(
     _validate.check_interval("b2", b2, "(0, 1)", "0.999 is usual")
 
     def convert(adam: optax.ScaleByAdamState) -> SafeAdamState:
-        steps = jnp.asarray(adam.count, jnp.float32)
         rms = jax.tree.map(
             lambda nu: _numerics.round_at_random(
                 jnp.sqrt(nu.astype(jnp.float32)), adam.count, rms_dtype
             ),
             adam.nu,
         )
-        # 1 − βᵗ without cancellation; with b1 = 0 the logarithm is −∞ and the unit 1.
-        log_b1 = math.log(b1) if b1 > 0 else -math.inf
-        mu_unit = jnp.where(steps > 0, -jnp.expm1(steps * log_b1), 0.0)
+        started = jnp.asarray(adam.count) > 0
         return SafeAdamState(
             step=jnp.asarray(adam.count),
             mu=adam.mu,
             rms=rms,
-            mu_unit=mu_unit.astype(jnp.float32),
-            rms_unit=jnp.sqrt(-jnp.expm1(steps * math.log(b2))),
+            mu_unit=jnp.where(started, absorbed(adam.count, b1), 0.0),
+            rms_unit=jnp.where(started, jnp.sqrt(absorbed(adam.count, b2)), 0.0),
             b1=jnp.asarray(b1, jnp.float32),
             b2=jnp.asarray(b2, jnp.float32),
             eps=jnp.asarray(eps, jnp.float32),

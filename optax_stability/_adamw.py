@@ -60,8 +60,8 @@ def safe_adamw(
       >>> params = {"w": jnp.array([1.0, -2.0])}
       >>> tx = safe_adamw(0.1)
       >>> updates, _ = tx.update(params, tx.init(params), params)
-      >>> print(optax.apply_updates(params, updates)["w"])
-      [ 0.89999 -1.89998]
+      >>> [f"{x:.3f}" for x in optax.apply_updates(params, updates)["w"]]
+      ['0.900', '-1.900']
 
     References:
       Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019,

@@ -155,11 +155,12 @@ def zscore(
       "no gradient"; learned, it would forbid the next one).
     * Multiplying the stream by 2ᵏ multiplies every limit by 2ᵏ.
 
-    **Edge cases**: as published, a lasting rise is never accepted: limit and learned
-    value feed each other and stay near the old mean. Adaptation time to a level shift
-    of ×10 or ×50 is therefore *unbounded*; wrap it in :func:`relearn`. An outlier in
-    the warm-up is learned raw and leaves the limit too high for several 1/(1 − decay)
-    steps; put ``clip_by_threshold(constant(max_norm))`` before it if that matters.
+    **Edge cases**: as published, a lasting rise is never accepted (but in mode "max"):
+    limit and learned value feed each other and stay near the old mean. Adaptation time
+    to a level shift of ×10 or ×50 is therefore *unbounded*; wrap it in :func:`relearn`.
+    An outlier in the warm-up is learned raw and leaves the limit too high for several
+    1/(1 − decay) steps; put ``clip_by_threshold(constant(max_norm))`` before it if that
+    matters.
 
     Args:
       z_max: deviations above the mean that are still normal, > 0.

@@ -331,8 +331,9 @@ def test_the_bound_is_what_the_docstring_says():
 
 @pytest.mark.parametrize("b", [0.9, 0.9999])
 def test_with_equal_betas_a_constant_gradient_gives_one_the_bound_itself(b):
-    grads = np.array([[1.0, -3.0, 0.1, 7e-5]] * 100, np.float32)
-    updates, _ = run(ost.scale_by_safe_adam(b, b), grads)
+    grads = np.array([[1.0, -3.0, 0.1, 7e-5] * 24] * 100, np.float32)
+    tx = WITH_BETAS[b, b] if b == 0.9 else ost.scale_by_safe_adam(b, b)
+    updates, _ = run(tx, grads)
     # Both moments remember 1/(1−β) = up to 100 steps' roundings.
     np.testing.assert_allclose(updates, np.sign(grads), rtol=RTOL)
 
@@ -573,7 +574,7 @@ def test_the_update_has_the_dtype_of_the_gradient_and_mu_that_of_the_parameter()
 
 
 def test_float16_gradients_whose_square_leaves_float16_are_safe():
-    grads = np.array([[300.0, 1e-3, -6e4]] * 3, np.float16)  # 300² > 65 504
+    grads = np.array([[300.0, 1e-3, -6e4] * 32] * 3, np.float16)  # 300² > 65 504
     updates, _ = run(PLAIN, grads)
     np.testing.assert_allclose(
         updates, np.sign(grads), rtol=4 * HALF_SPACING[jnp.float16]
@@ -602,6 +603,23 @@ def test_bias_correction_is_exact_when_the_betas_change():
     assert float(inner.rms_unit) == pytest.approx(np.sqrt(1 - kept2), rel=RTOL)
     assert float(inner.b1) == pytest.approx(float(b1(59)))
     assert float(inner.b2) == pytest.approx(float(b2(59)))
+
+
+def test_bias_correction_stays_exact_over_a_long_run():
+    # After 100 000 steps nothing is left to correct: 0.9999¹⁰⁰⁰⁰⁰ = 5e-5.
+    tx = ost.scale_by_safe_adam(0.9, 0.9999)
+
+    @jax.jit
+    def last(state):
+        def step(_, state):
+            return tx.update(jnp.ones(()), state)[1]
+
+        return jax.lax.fori_loop(0, 100_000, step, state)
+
+    state = last(tx.init(jnp.ones(())))
+    assert float(state.mu_unit) == pytest.approx(1.0, rel=RTOL)
+    rms_unit = np.sqrt(-np.expm1(100_000 * np.log(0.9999)))
+    assert float(state.rms_unit) == pytest.approx(rms_unit, rel=1e-4)
 
 
 def test_injected_constants_equal_static_ones():

@@ -279,7 +279,7 @@ def test_an_entry_whose_square_overflows_is_clipped_like_any_other(scope):
 @pytest.mark.parametrize("scope", ["global", "leaf"])
 def test_a_gradient_of_any_size_is_clipped_to_a_limit_of_its_size(scope, scale):
     grads = random_tree(scale=scale)
-    limit = np.float32(0.5 * scale)
+    limit = float(np.float32(0.5 * scale))
     updates, state = clip_at(limit, grads, scope)
     expected, _ = reference(grads, limit, scope)
     chex.assert_trees_all_close(updates, expected, rtol=ROUNDING, atol=0.0)

@@ -367,9 +367,11 @@ def test_relearn_rebases_what_it_wraps_and_forgets_the_row():
 @pytest.mark.parametrize("limit", [1e-30, 1, 2.5, np.inf])
 def test_constant_is_constant_and_learns_nothing(limit):
     threshold = thresholds.constant(limit)
-    limits, states = run(threshold, [0.0, 1.0, 1e38, np.nan])
-    np.testing.assert_array_equal(limits, np.float32(limit))
-    assert states == threshold.init() == threshold.rebase(3.0, ())
+    state = threshold.init()
+    for x in (0.0, 1.0, 1e38, np.nan):
+        found, state = threshold.update(x, state)
+        assert found == np.float32(limit)
+    assert state == threshold.init() == threshold.rebase(3.0, ())
 
 
 # --- every threshold -------------------------------------------------------------
@@ -494,7 +496,7 @@ def test_relearn_needs_a_positive_count(after):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"z_max": 1e-3}, {"z_max": 10}, {"decay": 0}, {"decay": 0.0}, {"warmup": 1}],
+    [{"z_max": 1e-3}, {"decay": 0}, {"warmup": 1}],
 )
 def test_the_ends_of_each_range_are_accepted(settings):
     limits, states = run(thresholds.zscore(**settings), noisy(40))
