@@ -11,12 +11,21 @@ from optax_stability._adam_state import SafeAdamState as SafeAdamState
 from optax_stability._adam_state import from_optax_adam_state as from_optax_adam_state
 from optax_stability._adam_state import to_optax_adam_state as to_optax_adam_state
 from optax_stability._adamw import safe_adamw as safe_adamw
+from optax_stability._adoption import adopt_state as adopt_state
+from optax_stability._clip_presets import clip_by_leaf_history as clip_by_leaf_history
+from optax_stability._clip_presets import clip_by_quantile as clip_by_quantile
+from optax_stability._clip_presets import clip_by_zscore as clip_by_zscore
 from optax_stability._clipping import ClipByThresholdState as ClipByThresholdState
 from optax_stability._clipping import clip_by_threshold as clip_by_threshold
-from optax_stability._clipping import clip_by_zscore as clip_by_zscore
+from optax_stability._gradient_scaling import scale_gradients as scale_gradients
 from optax_stability._metrics import metrics as metrics
 from optax_stability._recording import RecordState as RecordState
 from optax_stability._recording import record as record
+from optax_stability._restarting import RestartMomentsState as RestartMomentsState
+from optax_stability._restarting import restart_moments as restart_moments
+from optax_stability._skipping import SkipSpikesState as SkipSpikesState
+from optax_stability._skipping import skip_spikes as skip_spikes
+from optax_stability._skipping import spike_guard as spike_guard
 from optax_stability._tree import leaf_names as leaf_names
 
 __version__ = _version("optax_stability")

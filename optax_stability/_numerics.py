@@ -32,6 +32,12 @@ def increment(count) -> jax.Array:
     return jnp.minimum(count, jnp.iinfo(jnp.int32).max - 1) + 1
 
 
+def scale(leaf, factor):
+    """A leaf times a float32 factor, in the leaf's dtype."""
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    return (leaf.astype(wide) * factor).astype(leaf.dtype)
+
+
 def hypot(a, b):
     """√(a² + b²) for float32 a, b ≥ 0, without forming either square."""
     high, low = jnp.maximum(a, b), jnp.minimum(a, b)

@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec, reshard
 
 AxisName = str | tuple[str, ...] | None
 Join = Callable[[list], jax.Array]
+# For each leaf: whether its first axis holds separate layers.
+Layered = tuple[bool, ...]
 
 # Before leaves are squared they are scaled by a power of two: no mantissa changes. At
 # the first scale squares of norms from 1e-20 to 4e9 fit float32, at the second those
@@ -95,21 +99,38 @@ def _sum_over_axes(values, axis_name: AxisName):
     return values if axis_name is None else lax.psum(values, axis_name)
 
 
-def _sums_of_squares(leaves, scales, join: Join, axis_name: AxisName):
-    """Σ(scale·x)² of each leaf, joined into a vector or a total."""
+def _sum(leaf, layered: bool):
+    """Sum over a leaf, or over each of the layers along its first axis."""
+    return jnp.sum(leaf, axis=tuple(range(1, leaf.ndim)) if layered else None)
+
+
+def _replicated(part):
+    """The norms of layers that an Explicit mesh shards, gathered: a few scalars."""
+    if all(axis is None for axis in jax.typeof(part).sharding.spec):
+        return part
+    return reshard(part, PartitionSpec(None))
+
+
+def _concatenate(parts) -> jax.Array:
+    return jnp.concatenate([_replicated(jnp.atleast_1d(part)) for part in parts])
+
+
+def _sums_of_squares(leaves, scales, join: Join, layered: Layered, axis_name: AxisName):
+    """Σ(scale·x)² of each part, joined into a vector or a total."""
     sums = [
-        jnp.sum(jnp.square(x.astype(jnp.float32) * scale))
-        for x, scale in zip(leaves, scales, strict=True)
+        _sum(jnp.square(x.astype(jnp.float32) * scale), split)
+        for x, scale, split in zip(leaves, scales, layered, strict=True)
     ]
     return _sum_over_axes(join(sums), axis_name)
 
 
-def _measure_norms(leaves, join: Join, axis_name: AxisName):
+def _measure_norms(leaves, join: Join, layered: Layered, axis_name: AxisName):
     """Measures at one scale and, if a square overflowed, once more at the other."""
 
     def measure(carry):
         _, scales, norms = carry
-        sums, scale = _sums_of_squares(leaves, scales, join, axis_name), scales[0]
+        scale = scales[0]
+        sums = _sums_of_squares(leaves, scales, join, layered, axis_name)
         # The second time, what was finite the first time stays as it was measured.
         norms = jnp.where(jnp.isinf(norms), jnp.sqrt(sums) / scale, norms)
         again = (scale == _SCALE) & jnp.any(jnp.isinf(sums))
@@ -119,29 +140,58 @@ def _measure_norms(leaves, join: Join, axis_name: AxisName):
     # would write it out as a buffer of that shape.
     scales = [jnp.float32(_SCALE)] * len(leaves)
     # full_like gives the carry the type of the leaves under shard_map.
-    start = [lax.full_like(x, jnp.inf, jnp.float32, shape=()) for x in leaves]
+    start = [
+        lax.full_like(x, jnp.inf, jnp.float32, shape=x.shape[: int(split)])
+        for x, split in zip(leaves, layered, strict=True)
+    ]
     norms = _sum_over_axes(join(start), axis_name)
     carry = jnp.any(norms > 0), scales, norms
     return lax.while_loop(lambda carry: carry[0], measure, carry)[2]
 
 
-_norms = jax.custom_jvp(_measure_norms, nondiff_argnums=(1, 2))
+_norms = jax.custom_jvp(_measure_norms, nondiff_argnums=(1, 2, 3))
 
 
 @_norms.defjvp
-def _norms_jvp(join: Join, axis_name: AxisName, primals, tangents):
+def _norms_jvp(join: Join, layered: Layered, axis_name: AxisName, primals, tangents):
     """d‖x‖ = ⟨x/‖x‖, dx⟩, and 0 where x = 0."""
     (leaves,), (tangent_leaves,) = primals, tangents
-    norms = _norms(leaves, join, axis_name)
-    divisors = jnp.broadcast_to(jnp.where(norms > 0, norms, 1.0), len(leaves))
+    norms = _norms(leaves, join, layered, axis_name)
+    divisors = jnp.where(norms > 0, norms, 1.0)
+    by_leaf = [divisors] * len(leaves)
+    if divisors.ndim:
+        by_leaf = by_parts(divisors, leaves, layered)
     dots = [
-        jnp.sum(x.astype(jnp.float32) / divisor * dx.astype(jnp.float32))
-        for x, dx, divisor in zip(leaves, tangent_leaves, divisors, strict=True)
+        _sum(x.astype(jnp.float32) / divisor * dx.astype(jnp.float32), split)
+        for x, dx, divisor, split in zip(
+            leaves, tangent_leaves, by_leaf, layered, strict=True
+        )
     ]
     return norms, _sum_over_axes(join(dots), axis_name)
 
 
-def leaf_norms(tree: Any, axis_name: AxisName = None) -> jax.Array:
+def count_parts(leaves, layered: Layered) -> list[int]:
+    """How many norms each leaf has: one, or one per layer."""
+    return [
+        leaf.shape[0] if split else 1
+        for leaf, split in zip(leaves, layered, strict=True)
+    ]
+
+
+def by_parts(values, leaves, layered: Layered) -> list[jax.Array]:
+    """Hands out one value per part, in shapes that broadcast against the leaves."""
+    ends = np.cumsum(count_parts(leaves, layered))[:-1]
+    return [
+        part.reshape(-1, *[1] * (leaf.ndim - 1)) if split else part[0]
+        for part, leaf, split in zip(
+            jnp.split(values, ends), leaves, layered, strict=True
+        )
+    ]
+
+
+def leaf_norms(
+    tree: Any, axis_name: AxisName = None, layered: Layered | None = None
+) -> jax.Array:
     """L2 norm of each leaf, float32[n_leaves], safe against overflow of the square.
 
     **Guarantees**: finite leaves have finite norms while the norm itself fits float32;
@@ -155,11 +205,14 @@ def leaf_norms(tree: Any, axis_name: AxisName = None) -> jax.Array:
     Args:
       tree: arrays of any float dtype.
       axis_name: mesh axes to sum over under ``shard_map``.
+      layered: for each leaf, whether every entry along its first axis counts as a leaf
+        of its own; the vector then has one entry per part.
     """
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return jnp.zeros((0,), jnp.float32)
-    return _norms(leaves, jnp.stack, axis_name)
+    layered = (False,) * len(leaves) if layered is None else layered
+    return _norms(leaves, _concatenate, layered, axis_name)
 
 
 def global_norm(tree: Any, axis_name: AxisName = None) -> jax.Array:
@@ -168,7 +221,9 @@ def global_norm(tree: Any, axis_name: AxisName = None) -> jax.Array:
     An empty tree has norm 0.
     """
     leaves = jax.tree.leaves(tree)
-    return _norms(leaves, sum, axis_name) if leaves else jnp.zeros((), jnp.float32)
+    if not leaves:
+        return jnp.zeros((), jnp.float32)
+    return _norms(leaves, sum, (False,) * len(leaves), axis_name)
 
 
 def join_norms(norms) -> jax.Array:

@@ -52,6 +52,16 @@ def check_count(name: str, value: Any, minimum: int, remedy: str) -> None:
         )
 
 
+def check_size(name: str, value: Any, minimum: int) -> None:
+    """Raises unless ``value`` is a plain integer of at least ``minimum``."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name} is the size of an array and must be a plain int, got an array; "
+            f"under optax.inject_hyperparams add static_args={name!r}."
+        )
+    check_count(name, value, minimum, "it is the size of an array")
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -295,17 +295,33 @@ def test_the_published_mode_max_follows_a_level_shift_slowly():
     assert not (after > limits[100:])[-20:].all()
 
 
-@pytest.mark.parametrize("factor", [10.0, 50.0, 1e6])
-@pytest.mark.parametrize("mode", MODES)
-def test_relearn_accepts_a_level_shift_at_exactly_the_next_value(mode, factor):
+@pytest.mark.parametrize(("factor", "rows"), [(1.0, 1), (10.0, 2), (1e6, 7)])
+@pytest.mark.parametrize("mode", ["adaptive", "mean"])
+def test_relearn_accepts_a_level_shift_row_by_row(mode, factor, rows):
     before = noisy(60)
-    shifted = factor * np.random.default_rng(1).uniform(5.0, 8.0, 50).astype("f4")
+    # Five times the level at least, ten times the limit at most: one row.
+    shifted = factor * np.random.default_rng(1).uniform(5.0, 8.0, 180).astype("f4")
     limits, states = run(RELEARN[mode], np.concatenate([before, shifted]))
     above = shifted > limits[60:]
-    assert above[:25].all()
-    assert not above[25:].any()
-    assert limits[85] == pytest.approx(2 * shifted[24], rel=ROUNDING)
-    assert states.above[84] == 0
+    ends = 25 * rows
+    assert above[:ends].all()
+    assert not above[ends:].any()
+    for end in range(25, ends + 1, 25):
+        level = min(shifted[end - 1], 10 * limits[59 + end])
+        mean = float(states.inner.mean[59 + end])
+        assert mean == pytest.approx(level, rel=ROUNDING)
+        assert states.above[59 + end] == 0
+
+
+def test_relearn_accepts_at_once_where_a_rise_has_no_bound_or_no_sign():
+    unbounded = thresholds.relearn(QUICK["adaptive"], after=3, max_rise=np.inf)
+    limits, _ = run(unbounded, [1.0, 1.1, 1.2, 1e6, 1e6, 1e6, 1e6])
+    assert limits[-1] == pytest.approx(2e6, rel=ROUNDING)
+    of_loss = thresholds.detrended_mad(6.0, floor=0.5, arm=2, log=False)
+    falling_loss = [-9.0, -9.0, -9.0, -2.0, -2.0, -2.0]
+    limits, _ = run(thresholds.relearn(of_loss, after=2), falling_loss)
+    assert (limits[3:5] < -2.0).all()
+    assert limits[5] >= -1.5
 
 
 def test_until_a_row_is_full_relearn_is_the_wrapped_threshold():

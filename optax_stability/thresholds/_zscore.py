@@ -1,89 +1,17 @@
-"""What is normal for this stream of numbers? One small object answers.
+"""Exponential mean and deviation of a stream: ZClip."""
 
-*Problem*: "clip at 1.0" fits one model at one moment. A norm is large or small only in
-comparison with what it was before.
-
-A :class:`Threshold` watches a stream of float32 scalars x ≥ 0 (a gradient norm) and
-gives a limit; ``x > limit`` means "not normal". It does not know what is done about it:
-``clip_by_threshold`` scales the gradient down.
-
-Rules that every threshold here keeps:
-
-* The limit comes from *past* values (where the published rule makes it depend on the
-  present one, the docstring says so); only then the present value is learned.
-* A value that is not finite is neither normal nor learned: the state stays as it was.
-* State is O(1), float32 and int32, with a structure that never changes. Every function
-  can be jitted, scanned and vmapped (one stream per leaf or group).
-
-*Source*: each function names its paper and every deviation from it.
-"""
-
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_stability import _numerics, _validate
+from optax_stability.thresholds._threshold import Threshold, is_level
 
 # A constant stream has no spread at all; this share of the mean stands in, so that
 # rounding alone is never abnormal.
 _MIN_RELATIVE_STD = 1e-6
-
-
-class Threshold(NamedTuple):
-    """Decides from the past of a stream what is normal.
-
-    Attributes:
-      init: ``init() -> state``.
-      update: ``update(x, state) -> (limit, state)`` – the limit that the past sets for
-        ``x`` (float32[]), and the state with ``x`` learned. The caller decides whether
-        to keep that state.
-      rebase: ``rebase(x, state) -> state`` – starts again from the present level ``x``.
-
-    Example:
-      >>> threshold = zscore(warmup=2)
-      >>> state = threshold.init()
-      >>> for norm in (1.0, 1.2, 50.0):
-      ...     limit, state = threshold.update(norm, state)
-      >>> print(f"{limit:.2f}")
-      1.10
-    """
-
-    init: Callable[[], Any]
-    update: Callable[[Any, Any], tuple[jax.Array, Any]]
-    rebase: Callable[[Any, Any], Any]
-
-
-def constant(limit: float | jax.Array) -> Threshold:
-    """A fixed limit, as in ``optax.clip_by_global_norm``.
-
-    **Rule**: limit_t = ``limit``. Nothing is learned; ``rebase`` does nothing.
-
-    Args:
-      limit: greatest normal value, > 0, in the unit of the stream.
-
-    Returns:
-      A :class:`Threshold` with an empty state.
-
-    Raises:
-      ValueError: ``limit`` is not positive.
-
-    Example:
-      >>> limit, _ = constant(1.0).update(3.0, ())
-      >>> print(limit)
-      1.0
-    """
-    _validate.check_interval(
-        "limit", limit, "(0, inf]", "a limit must be positive, such as 1.0"
-    )
-
-    def update(x, state):
-        del x
-        return jnp.asarray(limit, jnp.float32), state
-
-    return Threshold(lambda: (), update, lambda x, state: state)
 
 
 class ZScoreState(NamedTuple):
@@ -206,88 +134,12 @@ def zscore(
         shrink = jnp.where(armed, decay, 1.0)
         mean, std = _learn(jnp.minimum(x, limit), state, share, shrink)
         learned = ZScoreState(step, mean, std)
-        return limit, optax.tree.where(_is_level(x), learned, state)
+        return limit, optax.tree.where(is_level(x), learned, state)
 
     def rebase(x, state):
         x = jnp.asarray(x, jnp.float32)
         step = jnp.maximum(state.step, jnp.asarray(warmup, jnp.int32))
         fresh = ZScoreState(step, x, jnp.minimum(x / z_max, _numerics.HUGE))
-        return optax.tree.where(_is_level(x), fresh, state)
-
-    return Threshold(init, update, rebase)
-
-
-def _is_level(x):
-    """Whether x can be learned as a level: finite and not zero."""
-    return jnp.isfinite(x) & (x > 0)
-
-
-class RelearnState(NamedTuple):
-    """State of :func:`relearn`.
-
-    Attributes:
-      above: int32[] – values in a row above the limit.
-      inner: state of the wrapped threshold.
-    """
-
-    above: jax.Array
-    inner: Any
-
-
-def relearn(threshold: Threshold, *, after: int) -> Threshold:
-    """Accepts a new level once ``after`` values in a row were above the limit.
-
-    A spike is short. What stays above the limit is the new normal (a harder data mix, a
-    longer batch, a higher learning rate), and a threshold that learns only clipped
-    values would never accept it.
-
-    **Rule**::
-
-      above ← above + 1  if x > limit,  0 otherwise
-      above = after  ⇒  state ← threshold.rebase(x, state), above ← 0
-
-    **Guarantees**
-
-    * A level shift of any size, ×10 or ×50 alike, is accepted after ``after`` values:
-      the value number ``after`` + 1 is judged by the new level.
-    * Until then limit and state are those of ``threshold``.
-    * A value that is not finite neither counts nor ends a row.
-
-    Args:
-      threshold: the threshold to wrap.
-      after: values in a row, ≥ 1. It is a trade: the length of a disturbance that is
-        held down, and the delay after a lasting change.
-
-    Returns:
-      A :class:`Threshold`.
-
-    Raises:
-      ValueError: ``after`` is less than 1.
-
-    Example:
-      >>> threshold = relearn(zscore(warmup=2), after=3)
-      >>> state = threshold.init()
-      >>> for norm in (1.0, 1.2, 10.0, 10.0, 10.0, 10.0):
-      ...     limit, state = threshold.update(norm, state)
-      >>> print(limit)
-      20.0
-    """
-    _validate.check_count("after", after, 1, "25 follows a change within 25 steps")
-
-    def init():
-        return RelearnState(jnp.zeros((), jnp.int32), threshold.init())
-
-    def update(x, state):
-        limit, inner = threshold.update(x, state.inner)
-        counted = jnp.where(x > limit, _numerics.increment(state.above), 0)
-        above = jnp.where(jnp.isfinite(x), counted, state.above)
-        accept = above >= after
-        inner = optax.tree.where(accept, threshold.rebase(x, inner), inner)
-        return limit, RelearnState(jnp.where(accept, 0, above), inner)
-
-    def rebase(x, state):
-        return RelearnState(
-            jnp.zeros_like(state.above), threshold.rebase(x, state.inner)
-        )
+        return optax.tree.where(is_level(x), fresh, state)
 
     return Threshold(init, update, rebase)

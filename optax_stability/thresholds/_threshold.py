@@ -1,0 +1,76 @@
+"""The one object that says what is normal for a stream, and the simplest of its kind.
+
+*Problem*: "clip at 1.0" fits one model at one moment. A norm is large or small only in
+comparison with what it was before.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_stability import _validate
+
+
+class Threshold(NamedTuple):
+    """Decides from the past of a stream what is normal.
+
+    Attributes:
+      init: ``init() -> state``.
+      update: ``update(x, state) -> (limit, state)`` – the limit that the past sets for
+        ``x`` (float32[]), and the state with ``x`` learned. The caller decides whether
+        to keep that state.
+      rebase: ``rebase(x, state) -> state`` – starts again from the present level ``x``.
+
+    Example:
+      >>> from optax_stability import thresholds
+      >>> threshold = thresholds.window_median(2.0, window=4)
+      >>> state = threshold.init()
+      >>> for norm in (1.0, 1.2, 50.0):
+      ...     limit, state = threshold.update(norm, state)
+      >>> print(f"{limit:.2f}")  # twice the median of 1.0 and 1.2
+      2.20
+    """
+
+    init: Callable[[], Any]
+    update: Callable[[Any, Any], tuple[jax.Array, Any]]
+    rebase: Callable[[Any, Any], Any]
+
+
+def constant(limit: float | jax.Array) -> Threshold:
+    """A fixed limit, as in ``optax.clip_by_global_norm``.
+
+    **Rule**: limit_t = ``limit``. Nothing is learned; ``rebase`` does nothing.
+
+    Args:
+      limit: greatest normal value, > 0, in the unit of the stream.
+
+    Returns:
+      A :class:`Threshold` with an empty state.
+
+    Raises:
+      ValueError: ``limit`` is not positive.
+
+    Example:
+      >>> limit, _ = constant(1.0).update(3.0, ())
+      >>> print(limit)
+      1.0
+    """
+    _validate.check_interval(
+        "limit", limit, "(0, inf]", "a limit must be positive, such as 1.0"
+    )
+
+    def update(x, state):
+        del x
+        return jnp.asarray(limit, jnp.float32), state
+
+    return Threshold(lambda: (), update, lambda x, state: state)
+
+
+def is_level(x) -> jax.Array:
+    """Whether x can be learned as a level: finite and not zero.
+
+    A zero norm means "no gradient"; learned, it would forbid the next one.
+    """
+    return jnp.isfinite(x) & (x > 0)
