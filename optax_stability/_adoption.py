@@ -37,7 +37,7 @@ def _signature(node: Any):
 
 
 def _name(node: Any) -> str:
-    return type(node).__name__
+    return "the chain" if _is_chain(node) else type(node).__name__
 
 
 def _units(node: Any) -> list[Any]:
@@ -114,25 +114,42 @@ def _graft_chain(new: Any, old: Any) -> Any:
     """Every state of the old chain into the one of the new chain that takes it."""
     wholes = _units(new)
     parts = [part for part in _units(old) if jax.tree.leaves(part)]
-    grafts = [[_graft(whole, part) for whole in wholes] for part in parts]
-    places = [
-        tuple(i for i, each in enumerate(row) if not isinstance(each, _Refusal))
-        for row in grafts
-    ]
-    for part, row, candidates in zip(parts, grafts, places, strict=True):
-        # Equal states, such as two schedules, are told apart by their order.
-        rivals = places.count(candidates)
-        if not candidates:
-            return _closest(row, part)
-        if len(candidates) != rivals:
-            return _ambiguous(part)
-    taken: dict[tuple[int, ...], int] = {}
-    for row, candidates in zip(grafts, places, strict=True):
-        place = candidates[taken.setdefault(candidates, 0)]
-        taken[candidates] += 1
-        wholes[place] = row[place]
+    together = tuple(parts)
+    takers = _takers(wholes, together) if len(parts) > 1 else ()
+    # All of them into one, a wrapper around them; or each into its own.
+    places = {takers: [together]} if takers else _places(wholes, parts)
+    for takers, group in places.items():
+        if not takers:
+            return _closest([_graft(whole, group[0]) for whole in wholes], group[0])
+        if len(takers) == 1:
+            group = [group[0] if len(group) == 1 else tuple(group)]
+        if len(takers) != len(group):
+            return _ambiguous(group[0])
+        for place, part in zip(takers, group, strict=True):
+            grafted = _graft(wholes[place], part)
+            if isinstance(grafted, _Refusal):
+                return grafted
+            wholes[place] = grafted
     treedef = jax.tree.structure(new, is_leaf=lambda node: not _is_chain(node))
     return jax.tree.unflatten(treedef, wholes)
+
+
+def _takers(wholes: list[Any], part: Any) -> tuple[int, ...]:
+    """The numbers of the new states in which an old one has a place."""
+    grafts = [_graft(whole, part) for whole in wholes]
+    return tuple(i for i, g in enumerate(grafts) if not isinstance(g, _Refusal))
+
+
+def _places(wholes: list[Any], parts: list[Any]) -> dict[tuple[int, ...], list[Any]]:
+    """Which new states take which old ones.
+
+    Equal ones, such as two schedules, have the same takers; their order tells them
+    apart.
+    """
+    places: dict[tuple[int, ...], list[Any]] = {}
+    for part in parts:
+        places.setdefault(_takers(wholes, part), []).append(part)
+    return places
 
 
 def _named(refusal: _Refusal, old: Any) -> _Refusal:
@@ -143,7 +160,9 @@ def _named(refusal: _Refusal, old: Any) -> _Refusal:
 
 
 def _ambiguous(old: Any) -> _Refusal:
-    return _Refusal(f"{_name(old)}: it fits in several places of the new state", True)
+    return _Refusal(
+        f"{_name(old)}: it fits in several places of the new state", near=True
+    )
 
 
 def _differs(new: Any, old: Any) -> _Refusal:
@@ -161,7 +180,7 @@ def _closest(results: list[Any], old: Any) -> _Refusal:
     for each in results:
         if isinstance(each, _Refusal) and each.near:
             return each
-    return _Refusal(f"{_name(old)}: the new state has none")
+    return _Refusal(f"{_name(old)}: the new state has no place for it")
 
 
 def adopt_state(
@@ -184,7 +203,7 @@ def adopt_state(
       dropped silently.
     * The arrays are the old ones, with their values, dtypes and shardings.
     * If the new parts are inactive, the next update is the one ``old_tx`` would have
-      made, bit for bit.
+      made, but for the rounding of another program.
 
     **Edge cases**: old states without arrays (``clip_by_global_norm``) may be missing
     in the new chain. To go from ``optax.adam`` to ``scale_by_safe_adam``, convert the

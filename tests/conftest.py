@@ -6,4 +6,5 @@ from pathlib import Path
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gpt"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "gpt")]

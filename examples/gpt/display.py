@@ -114,7 +114,8 @@ class Screen:
         self._live.update(self._task, completed=step, description=text)
         if not self.console.is_terminal and step % self._log_every == 0:
             clipped, rate = row["clip/fraction"], row["learning_rate"]
-            text += f"  clipped {clipped:.0%}  lr {rate:.1e}"
+            text += f"  clipped {clipped:.0%}  skipped {row['skip/total']:.0f}"
+            text += f"  lr {rate:.1e}"
             self.say(f"step {step:>5}  {text}")
 
     def evaluation(self, row: Row) -> None:
@@ -160,10 +161,13 @@ def _draw_loss(axes: Axes, rows: Sequence[dict], evaluations: Sequence[dict]) ->
 def _draw_norm(axes: Axes, rows: Sequence[dict]) -> None:
     step, norm = _column(rows, "step"), _column(rows, "grad/norm")
     limit = _column(rows, "clip/limit")
-    above = norm > limit
+    skipped = _column(rows, "skip/skipped") > 0
+    above = (norm > limit) & ~skipped
     axes.plot(step, norm, color=_BLUE, lw=0.8, label="gradient norm")
     axes.plot(step, limit, color=_INK, lw=0.8, label="clip limit")
     axes.plot(step[above], norm[above], "o", color=_ORANGE, ms=3, label="clipped")
+    if skipped.any():
+        axes.plot(step[skipped], norm[skipped], "x", color=_INK, ms=6, label="skipped")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")

@@ -55,6 +55,8 @@ class Config:
     """Steps over which the learning rate rises to its peak."""
     weight_decay: float = 0.1
     """Decay of the matrices; vectors do not decay."""
+    guard: bool = True
+    """Skip steps whose loss or gradient is not finite or far above the recent past."""
     clip_after_warmup: bool = False
     """Clip gradients only once the warm-up is over."""
     bf16: bool = False
@@ -111,9 +113,9 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(
     config: Config, schedule: optax.Schedule
 ) -> optax.GradientTransformationExtraArgs:
-    """The stability chain: look at the gradient, clip it, step.
+    """The stability chain: look at the gradient; leave it out, or clip it and step.
 
-    The parts have names, so that a checkpoint survives when one is added or removed.
+    The parts have names, so that ``adopt_state`` finds them when one is added.
     """
     clip = ost.clip_by_zscore()
     if config.clip_after_warmup:
@@ -127,8 +129,10 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
     )
-    parts = ("record", ost.record("grad")), ("clip", clip), ("adamw", adamw)
-    return optax.named_chain(*parts)
+    step = optax.named_chain(("clip", clip), ("adamw", adamw))
+    if config.guard:
+        step = ost.spike_guard(step)
+    return optax.named_chain(("record", ost.record("grad")), ("step", step))
 
 
 def create(
@@ -158,6 +162,8 @@ def train_step(
         # A clip that is not yet switched on has seen no gradient, and says 0.
         "clip/limit": jnp.where(limit > 0, limit, jnp.inf),
         "clip/fraction": measured["clip/fraction"],
+        "skip/skipped": measured.get("skip/skipped", False),
+        "skip/total": measured.get("skip/total", 0),
     }
     # The donated state comes first and in the order it came in: XLA hands buffers on
     # in order of appearance, and would have to copy if they were out of order.

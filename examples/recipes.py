@@ -1,0 +1,105 @@
+"""Short chains for needs that take no transformation of their own. Copy what you use.
+
+Each is tested in ``tests/test_recipes.py``.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_stability as ost
+from optax_stability.thresholds import Threshold
+
+
+def clip_after_warmup(
+    clip: optax.GradientTransformation, warmup_steps: int
+) -> optax.GradientTransformation:
+    """Leaves the gradient alone for ``warmup_steps`` steps, then clips.
+
+    The clip sees nothing before; its own statistics begin with the first clipped step.
+    """
+    return optax.conditionally_transform(
+        clip, lambda step, **_: jnp.asarray(step) >= warmup_steps
+    )
+
+
+def unit_wise_agc(clipping: float = 0.01) -> optax.GradientTransformation:
+    """Adaptive gradient clipping of NFNets: each unit by the norm of its weights.
+
+    optax has the clip; alone it turns a unit with a NaN into NaN, so it stands inside
+    ``skip_spikes``, here without thresholds: only non-finite steps are left out. Axis 0
+    is the input of a dense kernel; for stacked layers give optax the ``axis`` to reduce.
+    """
+    return ost.skip_spikes(optax.adaptive_grad_clip(clipping), grad_norm=None)
+
+
+def adagc(
+    max_norm: float = 1.0, warmup_steps: int = 100, relearn_after: int | None = 25
+) -> optax.GradientTransformation:
+    """AdaGC whole: the global norm is clipped in the warm-up, each leaf after it.
+
+    ``relearn_after=None`` is the published rule, which holds a leaf down for good whose
+    least norm in the warm-up was small.
+    """
+    by_norm = ost.clip_by_threshold(ost.thresholds.constant(max_norm))
+    return optax.chain(
+        optax.conditionally_transform(
+            by_norm, lambda step, **_: jnp.asarray(step) < warmup_steps
+        ),
+        ost.clip_by_leaf_history(warmup=warmup_steps, relearn_after=relearn_after),
+    )
+
+
+class LowerAfterSpikeState(NamedTuple):
+    """State of :func:`lower_after_spike`.
+
+    Attributes:
+      scale: float32[] – factor on the learning rate now.
+      threshold: what the threshold has learned.
+      inner_state: state of ``inner``.
+    """
+
+    scale: jax.Array
+    threshold: Any
+    inner_state: Any
+
+
+def lower_after_spike(
+    inner: optax.GradientTransformation,
+    threshold: Threshold,
+    *,
+    factor: float = 0.5,
+    recovery_steps: int = 200,
+    min_scale: float = 0.05,
+) -> optax.GradientTransformationExtraArgs:
+    """Lowers the learning rate when the gradient norm spikes, and raises it again.
+
+    As ``optax.contrib.reduce_on_plateau``, but from gradient norms, and with a way
+    back: a norm above its limit multiplies the scale by ``factor``; every other step
+    takes it back by so much that ``recovery_steps`` of them undo one spike. ``inner``
+    ends with the learning rate. A non-finite norm changes nothing.
+    """
+    inner = optax.with_extra_args_support(inner)
+    growth = factor ** (-1 / recovery_steps)
+
+    def init_fn(params):
+        return LowerAfterSpikeState(
+            jnp.ones((), jnp.float32), threshold.init(), inner.init(params)
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        norm = optax.tree.norm(updates)
+        limit, learned = threshold.update(norm, state.threshold)
+        lowered = jnp.maximum(state.scale * factor, min_scale)
+        raised = jnp.minimum(state.scale * growth, 1.0)
+        scale = jnp.where(norm > limit, lowered, raised)
+        scale = jnp.where(jnp.isfinite(norm), scale, state.scale)
+        updates, inner_state = inner.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        updates = jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
+        return updates, LowerAfterSpikeState(scale, learned, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

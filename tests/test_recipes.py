@@ -1,0 +1,102 @@
+"""The recipes in examples/recipes.py do what they say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import recipes
+
+import optax_stability as ost
+
+ROUNDING = 1e-5
+
+
+def run(tx, trees, params=None):
+    """The updates of each step, and the last state."""
+    state, out = tx.init(trees[0] if params is None else params), []
+    step = jax.jit(lambda g, s: tx.update(g, s, params))
+    for grads in trees:
+        updates, state = step(grads, state)
+        out.append(updates)
+    return out, state
+
+
+def with_norms(norms):
+    return [{"w": np.array([norm, 0.0], np.float32)} for norm in norms]
+
+
+def test_clipping_begins_after_the_warmup():
+    clip = ost.clip_by_threshold(ost.thresholds.constant(1.0))
+    updates, _ = run(recipes.clip_after_warmup(clip, 3), with_norms([5.0] * 5))
+    assert [float(u["w"][0]) for u in updates] == [5.0, 5.0, 5.0, 1.0, 1.0]
+
+
+def test_unit_wise_agc_clips_units_and_leaves_a_nan_out():
+    params = {"w": np.array([[1.0, 10.0], [1.0, 10.0]], np.float32)}
+    grads = {"w": np.array([[1.0, 1.0], [1.0, 1.0]], np.float32)}
+    bad = {"w": grads["w"].copy()}
+    bad["w"][0, 0] = np.nan
+    (clipped, left_out), _ = run(recipes.unit_wise_agc(0.01), [grads, bad], params)
+    norms = np.linalg.norm(clipped["w"], axis=0)
+    expected = 0.01 * np.linalg.norm(params["w"], axis=0)
+    np.testing.assert_allclose(norms, expected, rtol=ROUNDING)
+    np.testing.assert_array_equal(left_out["w"], 0.0)
+
+
+class ReferenceAdaGC:
+    """AdaGC in float64, from the equations of arXiv:2502.11034."""
+
+    def __init__(self, max_norm, warmup, ratio=1.05, decay=0.98):
+        self.max_norm, self.warmup = max_norm, warmup
+        self.ratio, self.decay = ratio, decay
+        self.step, self.level = 0, None
+
+    def __call__(self, leaves):
+        norms = np.array([np.linalg.norm(leaf) for leaf in leaves])
+        if self.step < self.warmup:
+            factors = np.full_like(norms, min(1, self.max_norm / np.linalg.norm(norms)))
+            clipped = factors * norms
+            level = clipped if self.step == 0 else np.minimum(self.level, clipped)
+        else:
+            factors = np.minimum(self.ratio * self.level / norms, 1)
+            level = self.decay * self.level + (1 - self.decay) * factors * norms
+        self.step, self.level = self.step + 1, level
+        return [by * leaf for by, leaf in zip(factors, leaves, strict=True)]
+
+
+def test_adagc_follows_the_paper():
+    rng = np.random.default_rng(0)
+    trees = [
+        {"a": rng.normal(size=3).astype("f4"), "b": 3 * rng.normal(size=9).astype("f4")}
+        for _ in range(120)
+    ]
+    reference = ReferenceAdaGC(1.0, 10)
+    expected = [reference([tree["a"], tree["b"]]) for tree in trees]
+    updates, _ = run(recipes.adagc(1.0, 10, relearn_after=None), trees)
+    for found, (a, b) in zip(updates, expected, strict=True):
+        np.testing.assert_allclose(found["a"], a, rtol=1e-4)
+        np.testing.assert_allclose(found["b"], b, rtol=1e-4)
+
+
+def test_the_learning_rate_falls_after_a_spike_and_comes_back():
+    threshold = ost.thresholds.window_median(3.0, window=8)
+    tx = recipes.lower_after_spike(optax.sgd(1.0), threshold, recovery_steps=20)
+    norms = [1.0] * 10 + [50.0] + [1.0] * 30
+    updates, _ = run(tx, with_norms(norms))
+    steps = -np.array([u["w"][0] for u in updates])
+    np.testing.assert_allclose(steps[:10], 1.0, rtol=ROUNDING)
+    assert steps[10] == pytest.approx(25.0, rel=ROUNDING)
+    assert steps[11] == pytest.approx(0.5 * 2 ** (1 / 20), rel=ROUNDING)
+    assert (np.diff(steps[11:31]) > 0).all()
+    np.testing.assert_allclose(steps[31:], 1.0, rtol=ROUNDING)
+
+
+def test_the_learning_rate_has_a_floor_and_ignores_nan():
+    tx = recipes.lower_after_spike(
+        optax.sgd(1.0), ost.thresholds.constant(1.0), recovery_steps=10
+    )
+    norms = [9.0] * 20 + [np.nan]
+    _, state = run(tx, with_norms(norms))
+    assert float(state.scale) == pytest.approx(0.05)
+    assert jnp.isfinite(state.scale)
