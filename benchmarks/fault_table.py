@@ -32,6 +32,7 @@ stays too low after a change of level, which Adam does not see.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import dataclasses
 import json
@@ -294,6 +295,36 @@ CHANGES: dict[str, Fault] = {
 
 ALL = FAULTS | CHANGES
 
+README_RULES = [
+    "clip 1.0",
+    "apply_if_finite(clip 1.0, 5)",
+    "MaxText skip",
+    "OLMo-core skip",
+    "axlearn, 20·mean",
+    "axlearn, mean + 20·std",
+    "ZClip, max 1.0",
+    "AdaGC",
+    "AutoClip, p = 10",
+    "ours: clip_by_zscore",
+    "ours: spike_guard",
+    "ours: spike_guard, max 1.0",
+]
+README_FAULTS = [
+    "NaN at 12",
+    "7 NaN",
+    "NaN every 50",
+    "one entry 1e30",
+    "norms ÷50, one ×100",
+    "40 in a row ×1e3",
+    "first ×50",
+    "norms equal",
+    "×50",
+    "all leaves 0 till 40",
+    "loss +2",
+    "blocks of 10 +2, ×30",
+    "every 20th +2, ×30",
+]
+
 
 def make_stream(name: str, seed: int) -> Stream:
     """The stream with the named fault."""
@@ -410,6 +441,20 @@ def table(rows: dict[str, dict[str, dict[str, Any]]], columns: list[str]) -> str
     return "\n".join(lines)
 
 
+def readme_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The part of both tables that the README quotes: where rules differ."""
+    return table({name: rows[name] for name in README_RULES}, README_FAULTS)
+
+
+def read_results() -> dict[str, dict[str, dict[str, Any]]]:
+    """The rows of the last full run, zeros filled in again."""
+    rules = json.loads(RESULTS.read_text())["rules"]
+    return {
+        name: {fault: collections.Counter(row.get(fault, {})) for fault in ALL}
+        for name, row in rules.items()
+    }
+
+
 def without_zeros(row: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The row with only what is not zero, for a file that a person can read."""
     found = {
@@ -431,6 +476,7 @@ def main() -> None:
     sys.stdout.write(f"Faults\n\n{table(rows, list(FAULTS))}\n\n")
     sys.stdout.write(f"Changes that are no faults\n\n{table(rows, list(CHANGES))}\n")
     if not quick:
+        sys.stdout.write(f"\nFor the README\n\n{readme_table(rows)}\n")
         report = {
             "steps": STEPS,
             "seeds": len(seeds),

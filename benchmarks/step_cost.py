@@ -4,7 +4,7 @@ Both sides of a pair run in one process, alternating, and are compared as a rati
 medians: that survives a noisy machine. Bytes and buffers come from XLA's own analysis
 of the compiled program and do not drift.
 
-    python benchmarks/step_cost.py            # prints a table, writes results/*.json
+    python benchmarks/step_cost.py            # prints the tables, writes results/*.json
     python benchmarks/step_cost.py --quick    # a tenth of the parameters, fewer rounds
 """
 
@@ -32,7 +32,7 @@ class Program(NamedTuple):
     """One side of a comparison, compiled.
 
     Attributes:
-      step: the compiled step, ``(params, state, grads) -> (params, state)``.
+      step: the compiled step, ``(params, state, batch) -> (params, state)``.
       arguments: its donated arguments; replaced after each call.
       bytes_accessed: what XLA counts, in bytes per parameter.
       temp: temporary memory, in bytes per parameter.
@@ -44,6 +44,22 @@ class Program(NamedTuple):
     bytes_accessed: float
     temp: float
     compile_seconds: list[float]
+
+
+class Case(NamedTuple):
+    """What is compared, and on what.
+
+    Attributes:
+      sides: name to optimizer; the first is what the others are compared with.
+      params: the parameters.
+      batch: what the loss is computed from.
+      differentiate: ``(params, batch) -> (loss, gradient)``, part of the step.
+    """
+
+    sides: dict[str, Callable[[], optax.GradientTransformation]]
+    params: Any
+    batch: Any
+    differentiate: Callable
 
 
 def plain_adamw() -> optax.GradientTransformation:
@@ -59,6 +75,16 @@ def optax_chain() -> optax.GradientTransformation:
 def stability_chain() -> optax.GradientTransformation:
     """The same with this library."""
     return optax.chain(ost.clip_by_zscore(), ost.safe_adamw(LEARNING_RATE))
+
+
+def optax_if_finite() -> optax.GradientTransformation:
+    """The chain of optax, guarded as optax guards it: against NaN and Inf."""
+    return optax.apply_if_finite(optax_chain(), 5)
+
+
+def guarded_chain() -> optax.GradientTransformation:
+    """The chain of this library, guarded against spikes of norm and loss as well."""
+    return ost.spike_guard(stability_chain())
 
 
 def safe_adamw() -> optax.GradientTransformation:
@@ -91,28 +117,57 @@ def draw(shapes: Any, key: jax.Array, scale: float) -> Any:
     )
 
 
+def gradient_like(params: Any) -> Any:
+    """A gradient as large as in the middle of a run."""
+    shapes = jax.tree.map(lambda leaf: leaf.shape, params)
+    return draw(shapes, jax.random.key(1), 0.01)
+
+
 def count(tree: Any) -> int:
     """Number of entries of a tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def make_step(tx: optax.GradientTransformation) -> Callable:
-    """One step as a trainer writes it: parameters and state donated and returned."""
+def given(params: Any, grads: Any) -> tuple[float, Any]:
+    """No loss, and the gradient that was drawn: the cost of the optimizer alone."""
+    del params
+    return 0.0, grads
 
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
+
+def small_loss(params: Any, scale: jax.Array) -> jax.Array:
+    """A loss with a matrix product per leaf, as cheap as such a loss can be."""
+
+    def term(leaf):
+        rows = scale * jnp.ones((4, leaf.shape[0]))
+        return jnp.mean(jnp.tanh(rows @ leaf if leaf.ndim > 1 else rows * leaf) ** 2)
+
+    return sum((term(leaf) for leaf in jax.tree.leaves(params)), jnp.zeros(()))
+
+
+def make_step(tx: optax.GradientTransformation, differentiate: Callable) -> Callable:
+    """One step as a trainer writes it: parameters and state donated and returned."""
+    tx = optax.with_extra_args_support(tx)
+
+    def step(params, state, batch):
+        value, grads = differentiate(params, batch)
+        updates, state = tx.update(grads, state, params, value=value)
         return optax.apply_updates(params, updates), state
 
     return step
 
 
-def build(tx: optax.GradientTransformation, params: Any, grads: Any) -> Program:
+def lower(tx: optax.GradientTransformation, case: "Case", state: Any) -> Any:
+    """The step of a case, ready to compile."""
+    step = make_step(tx, case.differentiate)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(case.params, state, case.batch)
+
+
+def build(tx: optax.GradientTransformation, case: "Case") -> Program:
     """Compiles a step and reads XLA's analysis of it."""
     # Copies, because the step donates its arguments.
-    arguments = [jax.tree.map(jnp.copy, params), tx.init(params)]
-    lowered = jax.jit(make_step(tx), donate_argnums=(0, 1)).lower(*arguments, grads)
-    compiled = lowered.compile()
-    size = count(params)
+    arguments = [jax.tree.map(jnp.copy, case.params), tx.init(case.params)]
+    compiled = lower(tx, case, arguments[1]).compile()
+    size = count(case.params)
     costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
     if costs is None or memory is None:
         raise RuntimeError("this backend does not analyse its programs")
@@ -125,49 +180,41 @@ def build(tx: optax.GradientTransformation, params: Any, grads: Any) -> Program:
     )
 
 
-def compile_once(tx: optax.GradientTransformation, params: Any, grads: Any) -> float:
+def compile_once(tx: optax.GradientTransformation, case: "Case") -> float:
     """Seconds to compile a step that is already lowered, nothing cached."""
     jax.clear_caches()
-    state = tx.init(params)
-    lowered = jax.jit(make_step(tx), donate_argnums=(0, 1)).lower(params, state, grads)
+    lowered = lower(tx, case, tx.init(case.params))
     start = time.perf_counter()
     lowered.compile()
     return time.perf_counter() - start
 
 
-def run_once(program: Program, grads: Any) -> float:
+def run_once(program: Program, batch: Any) -> float:
     """Seconds for one step."""
     start = time.perf_counter()
-    program.arguments[:] = program.step(*program.arguments, grads)
+    program.arguments[:] = program.step(*program.arguments, batch)
     jax.block_until_ready(program.arguments)
     return time.perf_counter() - start
 
 
 def measure(
-    sides: dict[str, Callable[[], optax.GradientTransformation]],
-    shapes: Any,
-    *,
-    rounds: int,
-    compile_rounds: int,
+    case: "Case", *, rounds: int, compile_rounds: int
 ) -> dict[str, dict[str, Any]]:
     """Runs all sides alternately and summarises each."""
-    params = draw(shapes, jax.random.key(0), 0.1)
-    grads = draw(shapes, jax.random.key(1), 0.01)
-    programs = {name: build(make(), params, grads) for name, make in sides.items()}
+    programs = {name: build(make(), case) for name, make in case.sides.items()}
     for program in programs.values():
-        run_once(program, grads)
+        run_once(program, case.batch)
     seconds = {name: [] for name in programs}
     for _ in range(rounds):
         for name, program in programs.items():
-            seconds[name].append(run_once(program, grads))
+            seconds[name].append(run_once(program, case.batch))
     for _ in range(compile_rounds):
-        for name, make in sides.items():
-            elapsed = compile_once(make(), params, grads)
-            programs[name].compile_seconds.append(elapsed)
+        for name, make in case.sides.items():
+            programs[name].compile_seconds.append(compile_once(make(), case))
     return {
         name: {
-            "parameters": count(params),
-            "leaves": len(jax.tree.leaves(params)),
+            "parameters": count(case.params),
+            "leaves": len(jax.tree.leaves(case.params)),
             "bytes_per_parameter": round(program.bytes_accessed, 3),
             "temp_bytes_per_parameter": round(program.temp, 4),
             "ms": summary(seconds[name], 1e3),
@@ -218,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller and shorter")
     quick = parser.parse_args().quick
-    width, rounds, compile_rounds = (160, 11, 2) if quick else (512, 41, 5)
+    width, rounds, compile_rounds = (160, 11, 2) if quick else (512, 41, 3)
     baseline = "clip_by_global_norm + adamw"
     sides = {
         baseline: optax_chain,
@@ -226,12 +273,24 @@ def main() -> None:
         "adamw": plain_adamw,
         "safe_adamw": safe_adamw,
     }
+    guarded = {
+        baseline: optax_chain,
+        "apply_if_finite of it": optax_if_finite,
+        "spike_guard(clip_by_zscore + safe_adamw)": guarded_chain,
+    }
     many = {f"leaf_{i}": (64, 64) for i in range(100 if quick else 1000)}
-    gpt = transformer_shapes(width, 9, 8192)
+    gpt = draw(transformer_shapes(width, 9, 8192), jax.random.key(0), 0.1)
+    small = draw(many, jax.random.key(0), 0.1)
     chains = dict(list(sides.items())[:2])
+    value_and_grad, scale = jax.value_and_grad(small_loss), jnp.float32(0.1)
     cases = {
-        "GPT-shaped": (sides, gpt, compile_rounds),
-        "many small leaves": (chains, many, 2),
+        "optimizer alone, GPT-shaped": Case(sides, gpt, gradient_like(gpt), given),
+        "optimizer alone, many small leaves": Case(
+            chains, small, gradient_like(small), given
+        ),
+        "gradient in the same step, GPT-shaped": Case(
+            guarded, gpt, scale, value_and_grad
+        ),
     }
     report = {
         "device": jax.devices()[0].device_kind,
@@ -242,13 +301,13 @@ def main() -> None:
         "quick": quick,
         "cases": {},
     }
-    for case, (compared, shapes, compilations) in cases.items():
-        rows = measure(compared, shapes, rounds=rounds, compile_rounds=compilations)
+    for name, case in cases.items():
+        rows = measure(case, rounds=rounds, compile_rounds=compile_rounds)
         add_ratios(rows, baseline)
-        report["cases"][case] = rows
+        report["cases"][name] = rows
         first = rows[baseline]
         sys.stdout.write(
-            f"\n{case}: {first['parameters'] / 1e6:.1f}M float32 parameters in "
+            f"\n{name}: {first['parameters'] / 1e6:.1f}M float32 parameters in "
             f"{first['leaves']} leaves\n\n{table(rows)}\n"
         )
     if not quick:

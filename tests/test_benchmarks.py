@@ -1,5 +1,6 @@
 """The baselines are as published, and the fault table counts what it says."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import fault_table
 import peers
+import spike_detection
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
 
 # Statistics of some hundred float32 values against float64.
 STATISTICS = 1e-4
@@ -341,3 +345,9 @@ def test_faults_are_where_they_should_be():
         stream = fault_table.make_stream(name, seed=0)
         expected = name in fault_table.FAULTS and name != "clean"
         assert stream.faulty.any() == expected, name
+
+
+def test_the_readme_quotes_the_last_full_runs():
+    assert fault_table.readme_table(fault_table.read_results()) in README
+    detection = json.loads(spike_detection.RESULTS.read_text())["rules"]
+    assert spike_detection.table(detection) in README
