@@ -234,6 +234,40 @@ def summary(values: list[float], unit: float) -> dict[str, float]:
     }
 
 
+def threshold_times(rounds: int) -> dict[str, dict[str, float]]:
+    """Microseconds that one threshold takes for one value, compiled alone."""
+    kinds = {
+        "zscore()": ost.thresholds.zscore(),
+        "window_zscore()": ost.thresholds.window_zscore(),
+        "window_quantile(0.9)": ost.thresholds.window_quantile(0.9),
+        "window_median(3.0)": ost.thresholds.window_median(3.0),
+        "ema_ratio()": ost.thresholds.ema_ratio(),
+        "detrended_mad(5.0, floor=5.0)": ost.thresholds.detrended_mad(5.0, floor=5.0),
+    }
+    return {name: summary(time_one(each, rounds), 1e6) for name, each in kinds.items()}
+
+
+def time_one(threshold: ost.thresholds.Threshold, rounds: int) -> list[float]:
+    """Seconds per value, a thousand values in one program."""
+
+    @jax.jit
+    def watch(values):
+        def step(state, x):
+            limit, state = threshold.update(x, state)
+            return state, limit
+
+        return jax.lax.scan(step, threshold.init(), values)[1]
+
+    values = jnp.exp(0.2 * jax.random.normal(jax.random.key(0), (1000,)))
+    jax.block_until_ready(watch(values))
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(watch(values))
+        seconds.append((time.perf_counter() - start) / len(values))
+    return seconds
+
+
 def add_ratios(rows: dict[str, dict[str, Any]], baseline: str) -> None:
     """Adds time and compile time as ratios to the baseline's medians."""
     base = rows[baseline]
@@ -310,6 +344,10 @@ def main() -> None:
             f"\n{name}: {first['parameters'] / 1e6:.1f}M float32 parameters in "
             f"{first['leaves']} leaves\n\n{table(rows)}\n"
         )
+    report["threshold_us"] = threshold_times(rounds)
+    sys.stdout.write("\nOne threshold, one value, in µs (median)\n\n")
+    for name, row in report["threshold_us"].items():
+        sys.stdout.write(f"  {row['median']:6.1f}  {name}\n")
     if not quick:
         RESULTS.mkdir(exist_ok=True)
         name = f"step_cost_{jax.devices()[0].platform}.json"

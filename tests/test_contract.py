@@ -483,14 +483,24 @@ class Model(nnx.Module):
         return x
 
 
-@every_case
-def test_works_and_is_read_in_an_nnx_optimizer(case):
-    model = Model(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, case.make(), wrt=nnx.Param)
+# Flax 0.12.2 has the graph mode only.
+HAS_MODES = "graph" in inspect.signature(nnx.jit).parameters
+NNX_MODES = {"graph": {"graph": True}, "tree": {"graph": False}} if HAS_MODES else {}
 
-    @nnx.jit
+
+@every_case
+@pytest.mark.parametrize("mode", NNX_MODES or {"graph": {}})
+def test_works_and_is_read_in_an_nnx_optimizer(case, mode):
+    mode = NNX_MODES.get(mode, {})
+    model = Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, case.make(), wrt=nnx.Param, **mode)
+
+    def loss_fn(model, x):
+        return jnp.mean(model(x) ** 2)
+
+    @functools.partial(nnx.jit, **mode)
     def step(model, optimizer, x):
-        loss, grads = nnx.value_and_grad(lambda model: jnp.mean(model(x) ** 2))(model)
+        loss, grads = nnx.value_and_grad(loss_fn, **mode)(model, x)
         optimizer.update(model, grads, value=loss)
         return ost.metrics(optimizer, params=nnx.state(model, nnx.Param))
 

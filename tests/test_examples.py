@@ -8,6 +8,7 @@ from pathlib import Path
 
 import chex
 import data
+import display
 import jax
 import jax.numpy as jnp
 import model
@@ -79,7 +80,7 @@ def test_clipping_can_wait_for_the_end_of_the_warm_up():
     config = train.Config(steps=40, warmup_steps=8, clip_after_warmup=True)
     tx = train.make_optimizer(config, train.make_schedule(config))
     params = {"w": jnp.ones((2, 2))}
-    step = jax.jit(lambda state: tx.update(params, state, params)[1])
+    step = jax.jit(lambda state: tx.update(params, state, params, value=1.0)[1])
     state, limits = tx.init(params), []
     for _ in range(34):
         state = step(state)
@@ -87,6 +88,30 @@ def test_clipping_can_wait_for_the_end_of_the_warm_up():
     # The threshold itself needs 25 norms, and sees none before step 8.
     armed = [0 < limit < math.inf for limit in limits]
     assert armed.index(True) == 8 + 25
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_the_guard_leaves_out_a_step_whose_loss_is_not_finite(guard):
+    config = train.Config(guard=guard)
+    tx = train.make_optimizer(config, train.make_schedule(config))
+    params = {"w": jnp.ones((2, 2))}
+    updates, state = tx.update(params, tx.init(params), params, value=jnp.nan)
+    assert bool((updates["w"] == 0).all()) == guard
+    assert ("skip/total" in ost.metrics(state)) == guard
+    assert float(ost.metrics(state)["grad/norm"]) == 2.0
+
+
+def test_the_picture_shows_skipped_steps(tmp_path):
+    rows = [
+        {"step": step, "loss": 3.0, "grad/norm": None if step == 4 else 1.0}
+        | {"clip/limit": 2.0, "learning_rate": 1e-3, "skip/skipped": float(step == 4)}
+        for step in range(1, 9)
+    ]
+    log = tmp_path / "log.jsonl"
+    rows.append({"step": 8, "eval/loss": 3.0})
+    log.write_text("\n".join(json.dumps(row) for row in rows))
+    display.draw(log, tmp_path / "training.png", "title")
+    assert (tmp_path / "training.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

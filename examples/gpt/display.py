@@ -167,7 +167,8 @@ def _draw_norm(axes: Axes, rows: Sequence[dict]) -> None:
     axes.plot(step, limit, color=_INK, lw=0.8, label="clip limit")
     axes.plot(step[above], norm[above], "o", color=_ORANGE, ms=3, label="clipped")
     if skipped.any():
-        axes.plot(step[skipped], norm[skipped], "x", color=_INK, ms=6, label="skipped")
+        at = np.where(np.isfinite(norm), norm, limit)[skipped]
+        axes.plot(step[skipped], at, "x", color=_INK, ms=6, label="skipped")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
