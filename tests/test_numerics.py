@@ -230,3 +230,18 @@ def test_a_count_stops_at_the_largest_int32():
 )
 def test_is_finite_is_that_of_numpy(x, finite):
     assert bool(_numerics.is_finite(jnp.float32(x))) is finite is bool(np.isfinite(x))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_leaf_is_scaled_in_float32_and_keeps_its_dtype(dtype):
+    leaf = jnp.array([3e4, -2.0, 0.0], dtype)
+    scaled = _numerics.scale(leaf, jnp.float32(1e-3))
+    assert scaled.dtype == dtype
+    wide = np.asarray(leaf, np.float32) * np.float32(1e-3)
+    np.testing.assert_array_equal(scaled, wide.astype(dtype))
+
+
+def test_a_leaf_times_one_is_itself_bit_for_bit():
+    leaf = jax.random.normal(jax.random.key(0), (50,), jnp.bfloat16)
+    scaled = _numerics.scale(leaf, jnp.float32(1.0))
+    np.testing.assert_array_equal(scaled, leaf)

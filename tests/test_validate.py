@@ -127,3 +127,19 @@ def test_a_number_stays_in_double_precision_and_brings_no_dtype(value):
     converted = _validate.as_float32(value)
     assert type(converted) is float
     assert converted == value
+
+
+@pytest.mark.parametrize("value", [2, 8, np.int32(2)])
+def test_a_size_is_an_integer(value):
+    _validate.check_size("window", value, 2)
+
+
+@pytest.mark.parametrize("value", [1, 2.5, -3])
+def test_a_size_that_is_too_small_or_broken_raises(value):
+    with pytest.raises(ValueError, match=f"window={value!r}.*size of an array"):
+        _validate.check_size("window", value, 2)
+
+
+def test_a_traced_size_names_the_static_argument():
+    with pytest.raises(TypeError, match="static_args='window'"):
+        _validate.check_size("window", jnp.int32(8), 2)
