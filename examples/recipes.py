@@ -30,7 +30,7 @@ def unit_wise_agc(clipping: float = 0.01) -> optax.GradientTransformation:
 
     optax has the clip; alone it turns a unit with a NaN into NaN, so it stands inside
     ``skip_spikes``, here without thresholds: only non-finite steps are left out. Axis 0
-    is the input of a dense kernel; for stacked layers give optax the ``axis`` to reduce.
+    is the input of a dense kernel; for stacked layers tell optax which ``axis`` is.
     """
     return ost.skip_spikes(optax.adaptive_grad_clip(clipping), grad_norm=None)
 

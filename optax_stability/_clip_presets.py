@@ -129,9 +129,9 @@ def clip_by_leaf_history(
     tensor that explodes alone is shortened alone.
 
     **Guarantees** beside those of :func:`clip_by_threshold`: a leaf whose gradient is
-    zero in the warm-up, or tiny, is not held at that size: zeros are not learned, and a
-    lasting rise is accepted after ``relearn_after`` steps, where the published rule
-    would follow it by 0.1 % a step.
+    zero in the warm-up, or tiny, is not held at that size: zeros are not learned, and
+    ``relearn_after`` steps accept a lasting rise of the limit by up to ten times, as
+    many again the next, where the published rule follows by 0.1 % a step.
 
     Edge cases are those of :func:`thresholds.ema_ratio` and :func:`thresholds.relearn`.
 

@@ -123,7 +123,8 @@ def clip_by_threshold(
       stacked: which leaves hold several layers along their first axis, as ``nnx.scan``
         and ``nn.scan`` stack them: a tree (or tree prefix) of bools or a callable from
         the tree to one, as in ``optax.masked``. With scope ``"leaf"`` each layer then
-        has a stream of its own. None: none.
+        has a stream of its own. Under ``shard_map`` that axis must not be one of
+        ``axis_name``. None: none.
       axis_name: under ``shard_map``, the mesh axes that shard the gradient, to sum
         norms over. Leave it None under ``jit``.
 

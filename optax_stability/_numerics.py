@@ -38,6 +38,16 @@ def scale(leaf, factor):
     return (leaf.astype(wide) * factor).astype(leaf.dtype)
 
 
+def relative_to(values, largest):
+    """Values / largest over the whole range of float32; values where largest is 0.
+
+    Compiled, a division by a scalar is a product with its reciprocal, which would be
+    flushed to 0 for what is above 8e37.
+    """
+    shift = jnp.where(largest > 1, 2.0**-20, 2.0**20)
+    return values * shift / jnp.where(largest > 0, largest * shift, shift)
+
+
 def hypot(a, b):
     """√(a² + b²) for float32 a, b ≥ 0, without forming either square."""
     high, low = jnp.maximum(a, b), jnp.minimum(a, b)

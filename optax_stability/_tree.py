@@ -14,6 +14,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
+from optax_stability import _numerics
+
 AxisName = str | tuple[str, ...] | None
 Join = Callable[[list], jax.Array]
 # For each leaf: whether its first axis holds separate layers.
@@ -230,7 +232,7 @@ def join_norms(norms) -> jax.Array:
     """Joins the norms of parts into the norm of the whole, float32[]."""
     largest = jnp.max(norms, initial=0.0)
     # Relative to the largest, no square can overflow.
-    ratios = norms / jnp.where(largest > 0, largest, 1.0)
+    ratios = _numerics.relative_to(norms, largest)
     joined = largest * _root(jnp.sum(jnp.square(ratios)))
     return jnp.where(jnp.isfinite(largest), joined, largest)
 
@@ -244,7 +246,7 @@ def join_norms_by_group(norms, groups, num_groups: int) -> jax.Array:
       num_groups: how many groups there are; an empty one has norm 0.
     """
     largest = jnp.zeros((num_groups,), jnp.float32).at[groups].max(norms)
-    ratios = norms / jnp.where(largest > 0, largest, 1.0)[groups]
+    ratios = _numerics.relative_to(norms, largest[groups])
     squares = jnp.zeros((num_groups,), jnp.float32).at[groups].add(jnp.square(ratios))
     return jnp.where(jnp.isfinite(largest), largest * _root(squares), largest)
 

@@ -440,9 +440,9 @@ def test_the_metric_keys_never_change(scope):
 # --- clip_by_zscore --------------------------------------------------------------
 
 
-def computation(tx):
+def computation(tx, grads=None):
     """What init and update compute, as text."""
-    grads = random_tree()
+    grads = random_tree() if grads is None else grads
     state = jax.eval_shape(tx.init, grads)
     return str(jax.make_jaxpr(tx.init)(grads)), str(
         jax.make_jaxpr(tx.update)(grads, state)
@@ -511,6 +511,308 @@ def test_hyperparameters_can_be_injected(dtype):
     )
 
 
+# --- clip_by_quantile and clip_by_leaf_history ------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"q": 0.9},
+        {"window": 16},
+        {"scope": "leaf"},
+        {"scope": SCOPES["labels"]},
+        {"scope": "leaf", "stacked": True},
+    ],
+    ids=str,
+)
+def test_clip_by_quantile_is_the_composition(settings):
+    settings = {"q": 0.1} | settings
+    written_out = {"window": 128, "scope": "global", "stacked": None} | settings
+    q, window = written_out.pop("q"), written_out.pop("window")
+    threshold = thresholds.window_quantile(q, window=window)
+    grads = stacked_tree()
+    composed = computation(ost.clip_by_threshold(threshold, **written_out), grads)
+    assert computation(ost.clip_by_quantile(**settings), grads) == composed
+    if len(settings) > 1 or settings["q"] != 0.1:
+        assert computation(ost.clip_by_quantile(0.1), grads) != composed
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ratio": 1.5},
+        {"decay": 0.5},
+        {"warmup": 2},
+        {"relearn_after": 2},
+        {"relearn_after": None},
+        {"stacked": True},
+    ],
+    ids=str,
+)
+def test_clip_by_leaf_history_is_the_composition(settings):
+    published = {"ratio": 1.05, "decay": 0.98, "warmup": 100}
+    written_out = published | {"relearn_after": 25, "stacked": None} | settings
+    after, stacked = written_out.pop("relearn_after"), written_out.pop("stacked")
+    threshold = thresholds.ema_ratio(**written_out)
+    if after is not None:
+        threshold = thresholds.relearn(threshold, after=after)
+    grads = stacked_tree()
+    tx = ost.clip_by_threshold(threshold, scope="leaf", stacked=stacked)
+    composed = computation(tx, grads)
+    assert computation(ost.clip_by_leaf_history(**settings), grads) == composed
+    if settings:
+        assert computation(ost.clip_by_leaf_history(), grads) != composed
+
+
+PRESETS = {
+    "zscore": ost.clip_by_zscore,
+    "quantile": functools.partial(ost.clip_by_quantile, 0.5),
+    "leaf history": ost.clip_by_leaf_history,
+}
+
+
+@pytest.mark.parametrize("make", PRESETS.values(), ids=PRESETS.keys())
+def test_a_preset_sums_over_the_named_axes(make):
+    tx = make(axis_name="shards")
+    grads = {"w": np.array([[3.0], [4.0]], np.float32)}
+    state = tx.init({"w": grads["w"][0]})
+    update = jax.vmap(tx.update, in_axes=(0, None), axis_name="shards")
+    _, found = update(grads, state)
+    np.testing.assert_allclose(found.norm, 5.0, rtol=ROUNDING)
+
+
+def test_clip_by_quantile_clips_to_the_quantile_of_the_past():
+    norms = np.array([4.0, 1.0, 3.0, 2.0, 9.0, 0.5, 9.0], np.float32)
+    tx = ost.clip_by_quantile(0.5, window=4)
+    updates, _ = run(tx, [{"w": np.array([0.0, norm], np.float32)} for norm in norms])
+    # Medians of (4, 1), (4, 1, 3), (4, 1, 3, 2), (1, 3, 2, 9), (3, 2, 9, ½).
+    expected = [4.0, 1.0, 2.5, 2.0, 2.5, 0.5, 2.5]
+    found = [update["w"][1] for update in updates]
+    np.testing.assert_allclose(found, expected, rtol=ROUNDING)
+
+
+def leaf_history_of(small, *, waiting, steps, **settings):
+    """What a leaf with gradient 1 moves by after ``waiting`` steps of ``small``."""
+    tx = ost.clip_by_leaf_history(warmup=3, **settings)
+    values = np.where(np.arange(waiting + steps) < waiting, small, 1.0)
+    trees = [{"late": np.array([v], "f4"), "b": np.ones(2, "f4")} for v in values]
+    updates, states = run(tx, trees)
+    for update in updates:  # the other leaf does not notice
+        np.testing.assert_array_equal(update["b"], 1)
+    moved = np.array([update["late"][0] for update in updates])
+    return moved[waiting:], states
+
+
+def test_a_leaf_without_a_gradient_in_the_warm_up_is_not_frozen_by_it():
+    for after in (4, None):
+        moved, states = leaf_history_of(0.0, waiting=8, steps=8, relearn_after=after)
+        np.testing.assert_array_equal(moved, 1.0)
+        assert int(states[-1].clipped_total) == 0
+
+
+def test_a_leaf_that_was_tiny_in_the_warm_up_moves_at_full_size_after_a_row():
+    moved, _ = leaf_history_of(0.1, waiting=8, steps=8, relearn_after=4)
+    assert (moved[:4] < 0.11).all()
+    np.testing.assert_array_equal(moved[4:], 1.0)
+
+
+def test_a_leaf_that_was_a_thousandth_in_the_warm_up_needs_a_row_per_factor_of_ten():
+    moved, _ = leaf_history_of(1e-3, waiting=8, steps=16, relearn_after=4)
+    for row, size in enumerate((1.05e-3, 1.05e-2 * 1.05, 0.105 * 1.05**2)):
+        np.testing.assert_allclose(moved[4 * row : 4 * row + 4], size, rtol=0.01)
+    np.testing.assert_array_equal(moved[12:], 1.0)
+
+
+def test_without_relearning_a_leaf_follows_by_a_thousandth_a_step_as_published():
+    moved, states = leaf_history_of(0.1, waiting=8, steps=60, relearn_after=None)
+    assert isinstance(states[-1].threshold, thresholds.EmaRatioState)
+    np.testing.assert_allclose(moved, 0.105 * 1.001 ** np.arange(60), rtol=1e-5)
+
+
+# --- stacked layers --------------------------------------------------------------
+
+LAYERS = 3
+STACKED = {"blocks": True, "head": False}
+AS_ASKED = {
+    "a prefix tree": STACKED,
+    "a full tree": {"blocks": {"b": True, "w": True}, "head": False},
+    "a callable": lambda tree: {"blocks": True, "head": False},
+    "a callable by leaf": lambda tree: jax.tree.map(lambda x: x.shape[0] == 3, tree),
+}
+
+
+def stacked_tree(seed=0, scale=1.0):
+    """Three layers of two leaves, each layer of its own size, and a head."""
+    rng = np.random.default_rng(seed)
+    sizes = np.array([1.0, 30.0, 0.01], np.float32)
+
+    def leaf(*shape):
+        layers = np.asarray(scale * rng.standard_normal((LAYERS, *shape)), np.float32)
+        return layers * sizes.reshape(-1, *[1] * len(shape))
+
+    return {"blocks": {"b": leaf(5), "w": leaf(4, 5)}, "head": leaf(2)[0]}
+
+
+def unstacked(tree):
+    """The same with a leaf for every layer, in the same order."""
+    blocks = {name: list(leaf) for name, leaf in tree["blocks"].items()}
+    return tree | {"blocks": blocks}
+
+
+def layered(threshold, stacked=None):
+    return ost.clip_by_threshold(threshold, scope="leaf", stacked=stacked)
+
+
+ADAPTIVE = thresholds.relearn(thresholds.zscore(warmup=2), after=3)
+ADAPTIVE_STACKED = layered(ADAPTIVE, STACKED)
+STACKED_AT_1 = layered(thresholds.constant(1.0), STACKED)
+
+
+def test_layers_of_a_stacked_leaf_are_clipped_like_leaves_of_their_own():
+    trees = [stacked_tree(seed, scale=1 + 4 * (seed > 3)) for seed in range(9)]
+    trees[5]["blocks"]["w"][1] *= 100
+    updates, states = run(ADAPTIVE_STACKED, trees)
+    expected, expected_states = run(layered(ADAPTIVE), [unstacked(t) for t in trees])
+    assert 2 < int(states[-1].clipped_total) < 9
+    for found, wanted in zip(updates, expected, strict=True):
+        chex.assert_trees_all_close(unstacked(found), wanted, rtol=STATISTICS)
+    for found, wanted in zip(states, expected_states, strict=True):
+        chex.assert_trees_all_close(found.threshold, wanted.threshold, rtol=STATISTICS)
+        found, wanted = found.metrics, wanted.metrics
+        for key in ("clip/norm", "clip/limit", "clip/fraction"):
+            np.testing.assert_allclose(found[key], wanted[key], rtol=STATISTICS)
+
+
+@pytest.mark.parametrize("stacked", AS_ASKED.values(), ids=AS_ASKED.keys())
+def test_stacked_leaves_are_named_by_a_tree_a_prefix_or_a_callable(stacked):
+    grads = stacked_tree()
+    tx = layered(thresholds.constant(1.0), stacked)
+    assert computation(tx, grads) == computation(STACKED_AT_1, grads)
+
+
+def test_without_a_mark_no_leaf_is_stacked():
+    grads = stacked_tree()
+    plain = computation(layered(thresholds.constant(1.0)), grads)
+    assert computation(layered(thresholds.constant(1.0), False), grads) == plain
+    assert computation(STACKED_AT_1, grads) != plain
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_layer_that_is_not_finite_gives_zeros_alone(bad):
+    grads = stacked_tree()
+    clean, _ = compiled(STACKED_AT_1.update)(grads, STACKED_AT_1.init(grads))
+    expected = jax.tree.map(np.array, clean)
+    expected["blocks"]["w"][1] = 0.0
+    grads["blocks"]["w"][1, 2, 3] = bad
+    found, state = compiled(STACKED_AT_1.update)(grads, STACKED_AT_1.init(grads))
+    chex.assert_trees_all_equal(found, expected)
+    assert int(state.nonfinite_total) == 1
+
+    tx = ADAPTIVE_STACKED
+    before = run(tx, [stacked_tree(seed) for seed in range(4)])[1][-1]
+    _, after = compiled(tx.update)(grads, before)
+    names = ["b0", "b1", "b2", "w0", "w1", "w2", "head"]
+    learned = after.threshold.inner.step - before.threshold.inner.step
+    assert dict(zip(names, learned.tolist(), strict=True)) == {
+        name: int(name != "w1") for name in names
+    }
+
+
+def test_a_layer_of_any_size_is_measured_right():
+    grads = stacked_tree()
+    grads["blocks"]["w"][2, 0, 0] = 1e20
+    updates, _ = compiled(STACKED_AT_1.update)(grads, STACKED_AT_1.init(grads))
+    expected, _ = reference(unstacked(grads), 1.0, "leaf")
+    chex.assert_trees_all_close(unstacked(updates), expected, rtol=ROUNDING)
+
+
+def test_metrics_per_leaf_join_the_layers():
+    grads = stacked_tree()
+    threshold = thresholds.relearn(thresholds.constant(2.0), after=9)
+    tx = layered(threshold, STACKED)
+    _, state = compiled(tx.update)(grads, tx.init(grads))
+    found = ost.metrics(state, params=grads)
+    assert state.leaf_norm.shape == state.leaf_limit.shape == (3,)
+    assert state.threshold.above.shape == (7,)
+    for name, leaf, layers in (
+        ("blocks/b", grads["blocks"]["b"], LAYERS),
+        ("blocks/w", grads["blocks"]["w"], LAYERS),
+        ("head", grads["head"], 1),
+    ):
+        norm, limit = norm_of(leaf), 2.0 * np.sqrt(layers)
+        assert float(found[f"clip/norm/{name}"]) == pytest.approx(norm, rel=ROUNDING)
+        assert float(found[f"clip/limit/{name}"]) == pytest.approx(limit, rel=ROUNDING)
+    assert float(state.norm) == pytest.approx(norm_of(grads), rel=ROUNDING)
+    assert float(state.limit) == pytest.approx(2 * np.sqrt(7), rel=ROUNDING)
+    chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(grads), state)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 4])
+@pytest.mark.parametrize("beside", [{}, {"z": np.array([6.0, 8.0], np.float32)}])
+def test_any_number_of_layers_alone_or_beside_a_leaf(layers, beside):
+    grads = {"w": np.full((layers, 4), 5.0, np.float32)} | beside
+    tx = layered(thresholds.constant(1.0), {"w": True} | dict.fromkeys(beside, False))
+    updates, state = compiled(tx.update)(grads, tx.init(grads))
+    np.testing.assert_allclose(updates["w"], np.full((layers, 4), 0.5), rtol=ROUNDING)
+    if beside:
+        np.testing.assert_allclose(updates["z"], [0.6, 0.8], rtol=ROUNDING)
+    norms = [10 * np.sqrt(layers), *([10.0] if beside else [])]
+    np.testing.assert_allclose(state.leaf_norm, norms, rtol=ROUNDING)
+
+
+def test_a_stacked_vector_is_clipped_entry_by_entry():
+    grads = {"scale": np.array([0.5, -3.0, np.nan, 2.0], np.float32)}
+    tx = layered(thresholds.constant(1.0), True)
+    updates, _ = compiled(tx.update)(grads, tx.init(grads))
+    np.testing.assert_allclose(updates["scale"], [0.5, -1.0, 0.0, 1.0], rtol=ROUNDING)
+
+
+def test_inactive_stacked_layers_are_kept_bit_for_bit():
+    grads = stacked_tree(scale=1e-3)
+    updates, _ = compiled(STACKED_AT_1.update)(grads, STACKED_AT_1.init(grads))
+    assert bits(updates) == bits(grads)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 1e18])
+def test_the_derivative_through_stacked_layers_is_that_of_separate_leaves(scale):
+    grads = stacked_tree(scale=scale)
+    weights = stacked_tree(seed=1)
+
+    def derivative_of(tx, grads, weights):
+        def loss(grads):
+            updates = tx.update(grads, tx.init(grads))[0]
+            return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, weights, updates)))
+
+        return jax.jit(jax.grad(loss))(grads)
+
+    found = derivative_of(STACKED_AT_1, grads, weights)
+    chex.assert_tree_all_finite(found)
+    alone = layered(thresholds.constant(1.0))
+    expected = derivative_of(alone, unstacked(grads), unstacked(weights))
+    chex.assert_trees_all_close(unstacked(found), expected, rtol=1e-5, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("scope", ["global", SCOPES["labels"]])
+def test_stacked_without_scope_leaf_raises_and_names_the_remedy(scope):
+    for make in (
+        functools.partial(ost.clip_by_threshold, thresholds.constant(1.0)),
+        ost.clip_by_zscore,
+        functools.partial(ost.clip_by_quantile, 0.1),
+    ):
+        with pytest.raises(ValueError, match="give scope='leaf'") as raised:
+            make(scope=scope, stacked=STACKED)
+        assert f"scope={scope!r}" in str(raised.value)
+
+
+def test_a_stacked_scalar_raises_and_is_named():
+    tx = layered(thresholds.constant(1.0), True)
+    grads = {"a": {"scale": np.float32(1.0)}, "w": np.ones((3, 2), np.float32)}
+    with pytest.raises(ValueError, match="'a/scale', a scalar without layers"):
+        tx.init(grads)
+
+
 # --- arguments -------------------------------------------------------------------
 
 
@@ -545,3 +847,20 @@ def test_an_unknown_scope_raises_and_lists_the_known_ones(scope):
 def test_clip_by_zscore_names_the_argument_that_is_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         ost.clip_by_zscore(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (ost.clip_by_quantile, "q", 0.0),
+        (functools.partial(ost.clip_by_quantile, 0.1), "window", 1),
+        (functools.partial(ost.clip_by_quantile, 0.1), "scope", "layer"),
+        (ost.clip_by_leaf_history, "ratio", 0.0),
+        (ost.clip_by_leaf_history, "decay", 1.0),
+        (ost.clip_by_leaf_history, "warmup", 0),
+        (ost.clip_by_leaf_history, "relearn_after", 0),
+    ],
+)
+def test_a_preset_names_the_argument_that_is_out_of_range(make, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        make(**{name: value})

@@ -1,7 +1,5 @@
 """Thresholds: the published rule, what is never learned, and the way out of it."""
 
-import functools
-
 import chex
 import hypothesis
 import hypothesis.strategies as st
@@ -9,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from streams import compiled, last, noisy, run, signature
 
 from optax_stability import thresholds
 
@@ -59,40 +58,6 @@ class ReferenceZClip:
             self.decay * self.variance + (1 - self.decay) * (learned - self.mean) ** 2
         )
         return limit
-
-
-@functools.cache
-def compiled(function):
-    return jax.jit(function)
-
-
-def run(threshold, values, state=None):
-    """The limit at each value, and the states after each value."""
-    update = compiled(threshold.update)
-    state = threshold.init() if state is None else state
-    limits, states = [], []
-    for x in np.asarray(values, np.float32):
-        limit, state = update(x, state)
-        limits.append(limit)
-        states.append(state)
-    return np.array(limits), jax.tree.map(lambda *xs: np.array(xs), *states)
-
-
-def last(states):
-    return jax.tree.map(lambda x: x[-1], states)
-
-
-def noisy(steps, *, seed=0, level=1.0, spikes=0.0):
-    """Positive values around a level that drifts, some of them far above it."""
-    rng = np.random.default_rng(seed)
-    drift = level * (1 + 0.2 * np.sin(np.arange(steps) / 70))
-    values = drift * np.exp(0.3 * rng.standard_normal(steps))
-    high = rng.random(steps) < spikes
-    return np.where(high, values * rng.uniform(5, 1000, steps), values).astype("f4")
-
-
-def signature(tree):
-    return jax.tree.map(lambda x: (x.shape, str(x.dtype), x.weak_type), tree)
 
 
 # --- zscore: the rule ------------------------------------------------------------
@@ -295,7 +260,7 @@ def test_the_published_mode_max_follows_a_level_shift_slowly():
     assert not (after > limits[100:])[-20:].all()
 
 
-@pytest.mark.parametrize(("factor", "rows"), [(1.0, 1), (10.0, 2), (1e6, 7)])
+@pytest.mark.parametrize(("factor", "rows"), [(1.0, 1), (10.0, 2), (1e6, 3)])
 @pytest.mark.parametrize("mode", ["adaptive", "mean"])
 def test_relearn_accepts_a_level_shift_row_by_row(mode, factor, rows):
     before = noisy(60)
@@ -306,8 +271,8 @@ def test_relearn_accepts_a_level_shift_row_by_row(mode, factor, rows):
     ends = 25 * rows
     assert above[:ends].all()
     assert not above[ends:].any()
-    for end in range(25, ends + 1, 25):
-        level = min(shifted[end - 1], 10 * limits[59 + end])
+    for end, rise in zip(range(25, ends + 1, 25), (10, 100, 10_000), strict=False):
+        level = min(shifted[end - 1], rise * limits[59 + end])
         mean = float(states.inner.mean[59 + end])
         assert mean == pytest.approx(level, rel=ROUNDING)
         assert states.above[59 + end] == 0

@@ -21,11 +21,11 @@ threshold                            ×10         ×50
 ===================================  ==========  ==========
 ``zscore()``                         for ever    for ever
 ``window_zscore()``                  3–5         3–5
-``window_quantile(0.9)``             13–22       13–22
+``window_quantile(0.9)``             14–29       14–29
 ``window_median(3.0)``               64          64
 ``ema_ratio()``                      ~2,200      ~3,800
-``detrended_mad(5.0, floor=5.0)``    4           9
-``relearn(any of them, after=25)``   at most 25  at most 50
+``detrended_mad(5.0, floor=5.0)``    4–5         9
+``relearn(zscore(), after=25)``      25          50
 ===================================  ==========  ==========
 
 Each function names its paper and every deviation from it.

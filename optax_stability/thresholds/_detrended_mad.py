@@ -12,8 +12,10 @@ from optax_stability.thresholds._windows import median, push
 
 # The median of |e| of normal noise, times this, is its standard deviation.
 _DEVIATION_PER_MEDIAN = 1.4826
-# Before a spread is known, a value this many floors above the centre is abnormal.
+# In log mode: before a spread is known, a value this many floors above the centre is
+# abnormal; and this many are, whatever the spread.
 _UNARMED_FLOORS = 2
+_MOST_FLOORS = 4
 
 
 class DetrendedMadState(NamedTuple):
@@ -41,10 +43,12 @@ def _spread(residuals, count):
 
 
 def _learn(x, centre, state: DetrendedMadState) -> DetrendedMadState:
+    # Half the range, so that the distance between two residuals fits as well.
+    most = _numerics.HUGE / 2
     return DetrendedMadState(
         step=_numerics.increment(state.step),
         values=push(state.values, x),
-        residuals=push(state.residuals, x - centre),
+        residuals=push(state.residuals, jnp.clip(x - centre, -most, most)),
     )
 
 
@@ -66,7 +70,8 @@ def detrended_mad(
 
       c = median of the last ``centre`` values
       s = 1.4826·median|eᵢ − median(e)|   over the last ``window`` residuals
-      limit = c + max(num_mads·s, floor)  (log: max(num_mads·s, log floor))
+      limit = c + max(num_mads·s, floor)
+      log:    c + min(max(num_mads·s, log floor), 4·log floor)
       learned: x' = min(x, limit), e = x' − c
 
     Until ``arm`` values were learned there is no spread to trust. The limit is then ∞;
@@ -77,7 +82,9 @@ def detrended_mad(
 
     * One value of any size shifts the medians by one rank, no more.
     * A stream that falls steadily is judged as one that stands still.
-    * A constant stream, with or without the jitter of rounding, is normal.
+    * With ``log``, what is floor⁴ times the centre (625 with a floor of 5) is abnormal
+      however wide the spread.
+    * A constant stream, and one whose jitter is within the floor, is normal.
     * Values that are not finite are not learned; with ``log`` neither is 0.
 
     **Edge cases**
@@ -86,8 +93,10 @@ def detrended_mad(
       ones are compared with.
     * What is learned of a value above the limit is the limit. A level shift is so
       followed by steps of the margin: on a stream with 5 % of noise and
-      ``detrended_mad(5.0, floor=5.0)``, ×10 is abnormal for 4 values, ×50 for 9,
+      ``detrended_mad(5.0, floor=5.0)``, ×10 is abnormal for 4 or 5 values, ×50 for 9,
       ×10,000 for 16.
+    * A floor within the noise makes the first regular limits too tight, because the
+      limit before them holds values down: choose one well above the usual scatter.
     * Without ``log`` values may be negative.
 
     Args:
@@ -128,6 +137,7 @@ def detrended_mad(
     num_mads, floor = _validate.as_float32(num_mads), _validate.as_float32(floor)
     least_margin = jnp.log(floor) if log else floor
     unarmed_margin = _UNARMED_FLOORS * least_margin if log else jnp.inf
+    most_margin = _MOST_FLOORS * least_margin if log else jnp.inf
 
     def init():
         return DetrendedMadState(
@@ -145,10 +155,10 @@ def detrended_mad(
 
     def update(x, state):
         x, known = read(x)
-        middle = median(state.values, state.step)
+        middle = jnp.where(state.step > 0, median(state.values, state.step), x)
         # The first value had no centre to be distant from.
         spread = _spread(state.residuals, state.step - 1)
-        margin = jnp.maximum(num_mads * spread, least_margin)
+        margin = jnp.clip(num_mads * spread, least_margin, most_margin)
         margin = jnp.where(state.step >= arm, margin, unarmed_margin)
         limit = jnp.where(state.step > 0, middle + margin, jnp.inf)
         learned = _learn(jnp.minimum(x, limit), middle, state)

@@ -15,10 +15,12 @@ class RelearnState(NamedTuple):
 
     Attributes:
       above: int32[] – values in a row above the limit.
+      rise: float32[] – greatest multiple of the limit that the next full row accepts.
       inner: state of the wrapped threshold.
     """
 
     above: jax.Array
+    rise: jax.Array
     inner: Any
 
 
@@ -31,15 +33,17 @@ def relearn(threshold: Threshold, *, after: int, max_rise: float = 10.0) -> Thre
 
     **Rule**::
 
-      above ← above + 1  if x > limit,  0 otherwise
-      above = after  ⇒  state ← threshold.rebase(min(x, max_rise·limit), state)
-                        above ← 0
+      x > limit:   above ← above + 1
+      otherwise:   above ← 0, rise ← max_rise
+      above = after:  state ← threshold.rebase(min(x, rise·limit), state)
+                      above ← 0, rise ← rise²
 
     **Guarantees**
 
     * A level shift of up to ``max_rise`` times the limit, so ×10, is accepted after
-      ``after`` values: the value number ``after`` + 1 is judged by the new level. A
-      greater one takes another row per factor: ×50 is accepted after 2·``after``.
+      ``after`` values: the value number ``after`` + 1 is judged by the new level. ×50
+      takes two rows; each row that follows another accepts the square of its rise, so
+      that five rows reach any level from any other.
     * Until then limit and state are those of ``threshold``.
     * A value that is not finite neither counts nor ends a row.
 
@@ -71,21 +75,35 @@ def relearn(threshold: Threshold, *, after: int, max_rise: float = 10.0) -> Thre
     _validate.check_count("after", after, 1, "25 follows a change within 25 steps")
     _validate.check_interval("max_rise", max_rise, "(1, inf]", "10 is the default")
 
+    first_rise = jnp.float32(min(max_rise, _numerics.HUGE))
+
     def init():
-        return RelearnState(jnp.zeros((), jnp.int32), threshold.init())
+        return RelearnState(
+            above=jnp.zeros((), jnp.int32),
+            rise=jnp.full((), first_rise, jnp.float32),
+            inner=threshold.init(),
+        )
 
     def update(x, state):
         limit, inner = threshold.update(x, state.inner)
         counted = jnp.where(x > limit, _numerics.increment(state.above), 0)
         above = jnp.where(jnp.isfinite(x), counted, state.above)
         accept = above >= after
-        level = jnp.where(limit > 0, jnp.minimum(x, max_rise * limit), x)
+        level = jnp.where(limit > 0, jnp.minimum(x, state.rise * limit), x)
         inner = optax.tree.where(accept, threshold.rebase(level, inner), inner)
-        return limit, RelearnState(jnp.where(accept, 0, above), inner)
+        squared = jnp.minimum(state.rise * state.rise, _numerics.HUGE)
+        rise = jnp.where(x <= limit, first_rise, state.rise)
+        return limit, RelearnState(
+            above=jnp.where(accept, 0, above),
+            rise=jnp.where(accept, squared, rise),
+            inner=inner,
+        )
 
     def rebase(x, state):
         return RelearnState(
-            jnp.zeros_like(state.above), threshold.rebase(x, state.inner)
+            above=jnp.zeros_like(state.above),
+            rise=jnp.full_like(state.rise, first_rise),
+            inner=threshold.rebase(x, state.inner),
         )
 
     return Threshold(init, update, rebase)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_stability import _validate
+from optax_stability import _numerics, _validate
 
 
 class Threshold(NamedTuple):
@@ -69,8 +69,8 @@ def constant(limit: float | jax.Array) -> Threshold:
 
 
 def is_level(x) -> jax.Array:
-    """Whether x can be learned as a level: finite and not zero.
+    """Whether x can be learned as a level: finite, and neither zero nor subnormal.
 
     A zero norm means "no gradient"; learned, it would forbid the next one.
     """
-    return jnp.isfinite(x) & (x > 0)
+    return jnp.isfinite(x) & (x >= _numerics.TINY)
