@@ -130,8 +130,9 @@ def clip_by_leaf_history(
 
     **Guarantees** beside those of :func:`clip_by_threshold`: a leaf whose gradient is
     zero in the warm-up, or tiny, is not held at that size: zeros are not learned, and
-    ``relearn_after`` steps accept a lasting rise of the limit by up to ten times, as
-    many again the next, where the published rule follows by 0.1 % a step.
+    ``relearn_after`` steps accept a lasting rise to ten times the limit, as many again
+    to a hundred times that, and so on by squares; the published rule follows by 0.1 %
+    a step.
 
     Edge cases are those of :func:`thresholds.ema_ratio` and :func:`thresholds.relearn`.
 

@@ -618,10 +618,12 @@ def test_a_leaf_that_was_tiny_in_the_warm_up_moves_at_full_size_after_a_row():
     np.testing.assert_array_equal(moved[4:], 1.0)
 
 
-def test_a_leaf_that_was_a_thousandth_in_the_warm_up_needs_a_row_per_factor_of_ten():
-    moved, _ = leaf_history_of(1e-3, waiting=8, steps=16, relearn_after=4)
-    for row, size in enumerate((1.05e-3, 1.05e-2 * 1.05, 0.105 * 1.05**2)):
-        np.testing.assert_allclose(moved[4 * row : 4 * row + 4], size, rtol=0.01)
+def test_a_leaf_that_was_tiny_in_the_warm_up_rises_by_squares_from_row_to_row():
+    moved, _ = leaf_history_of(1e-5, waiting=8, steps=16, relearn_after=4)
+    for row, size in enumerate((1e-5, 1e-4, 1e-2)):
+        # Each level is the limit before it, 5 % above the level, times the rise.
+        expected = 1.05 ** (row + 1) * size
+        np.testing.assert_allclose(moved[4 * row : 4 * row + 4], expected, rtol=0.01)
     np.testing.assert_array_equal(moved[12:], 1.0)
 
 

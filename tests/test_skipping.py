@@ -118,7 +118,8 @@ class ReferenceDetrendedMad:
         if self.learned < self.arm:
             return 2 * self.floor if self.log else np.inf
         around = np.abs(self.residuals - np.median(self.residuals))
-        return max(self.num_mads * 1.4826 * np.median(around), self.floor)
+        most = 4 * self.floor if self.log else np.inf
+        return min(max(self.num_mads * 1.4826 * np.median(around), self.floor), most)
 
     def highest(self):
         return np.median(self.values) + self.margin() if self.values else np.inf
