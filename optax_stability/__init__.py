@@ -23,7 +23,7 @@ from optax_stability._recording import RecordState as RecordState
 from optax_stability._recording import record as record
 from optax_stability._restarting import RestartMomentsState as RestartMomentsState
 from optax_stability._restarting import restart_moments as restart_moments
-from optax_stability._skipping import SkipSpikesState as SkipSpikesState
+from optax_stability._skip_state import SkipSpikesState as SkipSpikesState
 from optax_stability._skipping import skip_spikes as skip_spikes
 from optax_stability._skipping import spike_guard as spike_guard
 from optax_stability._tree import leaf_names as leaf_names

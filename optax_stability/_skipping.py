@@ -11,153 +11,23 @@ of a parameter beside the gradient.
 *Source*: the skip rules of OLMo-core, MaxText and Levanter, with bounds of our own.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_stability import _tree, _validate, thresholds
-from optax_stability._detection import (
-    KINDS,
-    Detector,
-    DetectorState,
-    Reading,
-    check_threshold,
-    loss_of,
-)
-from optax_stability._in_place import run_if
-from optax_stability._numerics import increment, scale
+from optax_stability._detection import Detector, check_threshold, loss_of
+from optax_stability._in_place import apply_unless, run_if
+from optax_stability._numerics import scale
+from optax_stability._skip_state import advance, begin, decide
 from optax_stability.thresholds import Threshold
 
 _FAR_ABOVE_THE_TREND = thresholds.detrended_mad(5.0, floor=5.0)
 # A level is accepted only so far above its limit at once: what enters Adam's second
 # moment stays there for long.
 _MAX_RISE = 10.0
-_NEVER = -1
-
-
-class SkipSpikesState(NamedTuple):
-    """State of :func:`skip_spikes`.
-
-    Attributes:
-      step: int32[] – calls of ``update``.
-      skipped: bool[] – whether the last step was skipped.
-      total: int32[] – steps skipped.
-      consecutive: int32[] – steps skipped in a row, for whatever reason.
-      spikes_in_row: int32[] – finite spikes skipped since a step was taken.
-      credit: int32[] – skips of finite spikes saved up, in units of 1/``budget``.
-      accepted_total: int32[] – finite spikes taken because the row was full.
-      last_step: int32[] – last step skipped, counted from 0; −1 if none was.
-      kind_total: int32[4] – steps found abnormal by NaN, Inf, norm, loss, skipped or
-        not.
-      kind_step: int32[4] – the last of each, counted from 0; −1 if there was none.
-      norm: float32[] – last L2 norm of the gradient.
-      norm_limit: float32[] – last limit of it, ∞ where none is set.
-      value: float32[] – last loss, 0 if none was given.
-      value_limit: float32[] – last limit of it, ∞ where none is set.
-      detector: what the thresholds have learned.
-      inner_state: state of ``inner``.
-    """
-
-    step: jax.Array
-    skipped: jax.Array
-    total: jax.Array
-    consecutive: jax.Array
-    spikes_in_row: jax.Array
-    credit: jax.Array
-    accepted_total: jax.Array
-    last_step: jax.Array
-    kind_total: jax.Array
-    kind_step: jax.Array
-    norm: jax.Array
-    norm_limit: jax.Array
-    value: jax.Array
-    value_limit: jax.Array
-    detector: DetectorState
-    inner_state: Any
-
-    @property
-    def metrics(self) -> dict[str, jax.Array]:
-        """``skip/…``: the last decision, what it rests on, and counts by kind."""
-        by_kind = {}
-        for i, kind in enumerate(KINDS):
-            by_kind[f"skip/{kind}_total"] = self.kind_total[i]
-            by_kind[f"skip/{kind}_last_step"] = self.kind_step[i]
-        return {
-            "skip/skipped": self.skipped,
-            "skip/total": self.total,
-            "skip/nonfinite_total": self.kind_total[0] + self.kind_total[1],
-            "skip/accepted_total": self.accepted_total,
-            "skip/consecutive": self.consecutive,
-            "skip/last_step": self.last_step,
-            "skip/norm": self.norm,
-            "skip/norm_limit": self.norm_limit,
-            "skip/value": self.value,
-            "skip/value_limit": self.value_limit,
-            **by_kind,
-        }
-
-
-class _Decision(NamedTuple):
-    """What is done with a step: skipped, or taken, or taken as the new normal."""
-
-    skip: jax.Array
-    accept: jax.Array
-
-
-def _decide(reading: Reading, state: SkipSpikesState, max_consecutive, budget):
-    full = state.spikes_in_row >= max_consecutive
-    affordable = state.credit >= budget
-    return _Decision(
-        skip=reading.nonfinite | (reading.spike & ~full & affordable),
-        accept=reading.spike & full,
-    )
-
-
-def _next_credit(reading: Reading, decision: _Decision, credit, budget):
-    """A skipped spike costs ``budget`` units, a normal step earns one."""
-    spent = jnp.where(decision.skip & reading.spike, budget, 0)
-    earned = jnp.where(reading.spike | reading.nonfinite, 0, 1)
-    return jnp.minimum(credit - spent + earned, budget * budget)
-
-
-def _next_row(reading: Reading, decision: _Decision, spikes_in_row):
-    """A taken step ends the row; a non-finite one neither counts nor ends it."""
-    row = jnp.where(decision.skip, spikes_in_row + 1, 0)
-    return jnp.where(reading.nonfinite, spikes_in_row, row)
-
-
-def _apply_unless(skip, inner_update, updates, inner_state):
-    """``inner_update(updates, inner_state)``, or zeros and the old state if ``skip``.
-
-    Where the update has the dtype of the gradient it takes over its buffer.
-    """
-    outputs, _ = jax.eval_shape(inner_update, updates, inner_state)
-
-    def start(leaf, output):
-        same = leaf.dtype == output.dtype
-        return leaf if same else jnp.zeros_like(leaf, dtype=output.dtype)
-
-    def step(carry):
-        in_place, inner_state = carry
-
-        def given(leaf, output):
-            return output if leaf.dtype == output.dtype else leaf
-
-        return inner_update(jax.tree.map(given, updates, in_place), inner_state)
-
-    carry = jax.tree.map(start, updates, outputs), inner_state
-    updates, inner_state = run_if(~skip, step, carry)
-
-    def zero(leaf):
-        return jnp.where(skip, jnp.zeros((), leaf.dtype), leaf)
-
-    return jax.tree.map(zero, updates), inner_state
-
-
-def _count(total, event):
-    return jnp.where(event, increment(total), total)
 
 
 def skip_spikes(
@@ -221,7 +91,7 @@ def skip_spikes(
       later mean is skipped: put ``skip_spikes`` around it, or give
       ``should_skip_update_fn=optax.skip_not_finite`` as well.
     * Skipping does not cure a divergence: the parameters are bad by then. Rewind.
-    * Reverse-mode differentiation does not pass (see ``_in_place``).
+    * Reverse-mode differentiation does not pass.
 
     Args:
       inner: what is protected: the whole chain from clipping to the learning rate.
@@ -278,35 +148,18 @@ def skip_spikes(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        return SkipSpikesState(
-            step=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), bool),
-            total=jnp.zeros((), jnp.int32),
-            consecutive=jnp.zeros((), jnp.int32),
-            spikes_in_row=jnp.zeros((), jnp.int32),
-            credit=jnp.full((), budget * budget, jnp.int32),
-            accepted_total=jnp.zeros((), jnp.int32),
-            last_step=jnp.full((), _NEVER, jnp.int32),
-            kind_total=jnp.zeros((len(KINDS),), jnp.int32),
-            kind_step=jnp.full((len(KINDS),), _NEVER, jnp.int32),
-            norm=jnp.zeros((), jnp.float32),
-            norm_limit=jnp.zeros((), jnp.float32),
-            value=jnp.zeros((), jnp.float32),
-            value_limit=jnp.zeros((), jnp.float32),
-            detector=detector.init(),
-            inner_state=inner.init(params),
-        )
+        return begin(detector.init(), inner.init(params), budget)
 
     def update_fn(updates, state, params=None, **extra_args):
         norm = _tree.global_norm(updates, axis_name)
         loss = loss_of(extra_args, needed=detector.needs_loss, axis_name=axis_name)
         reading, learned = detector.judge(norm, loss, state.detector)
-        decision = _decide(reading, state, max_consecutive, budget)
+        decision = decide(reading, state, max_consecutive, budget)
         level = jnp.minimum(norm, _MAX_RISE * reading.norm_limit)
         rebased = detector.rebase(level, loss, state.detector)
         learned = optax.tree.where(decision.accept, rebased, learned)
 
-        skip, row = decision.skip, state.spikes_in_row
+        skip = decision.skip
         # In place and rarely: a factor of 1 would cost a pass over the gradient.
         factor = reading.norm_limit / norm
         updates = run_if(
@@ -314,30 +167,16 @@ def skip_spikes(
             lambda updates: jax.tree.map(lambda x: scale(x, factor), updates),
             updates,
         )
-        updates, inner_state = _apply_unless(
+        updates, inner_state = apply_unless(
             skip,
             lambda updates, state: inner.update(updates, state, params, **extra_args),
             updates,
             state.inner_state,
         )
-        return updates, SkipSpikesState(
-            step=increment(state.step),
-            skipped=skip,
-            total=_count(state.total, skip),
-            consecutive=jnp.where(skip, increment(state.consecutive), 0),
-            spikes_in_row=_next_row(reading, decision, row),
-            credit=_next_credit(reading, decision, state.credit, budget),
-            accepted_total=_count(state.accepted_total, decision.accept),
-            last_step=jnp.where(skip, state.step, state.last_step),
-            kind_total=_count(state.kind_total, reading.kinds),
-            kind_step=jnp.where(reading.kinds, state.step, state.kind_step),
-            norm=reading.norm,
-            norm_limit=reading.norm_limit,
-            value=reading.value,
-            value_limit=reading.value_limit,
-            detector=optax.tree.where(skip, state.detector, learned),
-            inner_state=inner_state,
+        state = advance(
+            state, reading, decision, budget, learned=learned, inner_state=inner_state
         )
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
