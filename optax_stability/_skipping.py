@@ -167,12 +167,13 @@ def skip_spikes(
             lambda updates: jax.tree.map(lambda x: scale(x, factor), updates),
             updates,
         )
-        updates, inner_state = apply_unless(
-            skip,
-            lambda updates, state: inner.update(updates, state, params, **extra_args),
-            updates,
-            state.inner_state,
-        )
+        shortened = jnp.minimum(norm, reading.norm_limit)
+
+        def step(updates, inner_state):
+            with _tree.known_norm(updates, shortened, axis_name):
+                return inner.update(updates, inner_state, params, **extra_args)
+
+        updates, inner_state = apply_unless(skip, step, updates, state.inner_state)
         state = advance(
             state, reading, decision, budget, learned=learned, inner_state=inner_state
         )

@@ -5,7 +5,9 @@ runs only when a norm is above 4e9. No buffer the size of a parameter.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -225,7 +227,44 @@ def global_norm(tree: Any, axis_name: AxisName = None) -> jax.Array:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return jnp.zeros((), jnp.float32)
+    known = _known_norm.get()
+    if known is not None and known.is_of(leaves, axis_name):
+        return known.norm
     return _norms(leaves, sum, (False,) * len(leaves), axis_name)
+
+
+class _KnownNorm(NamedTuple):
+    """A norm that was measured already, and of what."""
+
+    leaves: list
+    axis_name: AxisName
+    norm: jax.Array
+
+    def is_of(self, leaves: list, axis_name: AxisName) -> bool:
+        """Whether it is the norm of these very arrays, not of equal ones."""
+        return (
+            axis_name == self.axis_name
+            and len(leaves) == len(self.leaves)
+            and all(a is b for a, b in zip(leaves, self.leaves, strict=True))
+        )
+
+
+_known_norm: ContextVar[_KnownNorm | None] = ContextVar("known_norm", default=None)
+
+
+@contextmanager
+def known_norm(tree: Any, norm: jax.Array, axis_name: AxisName) -> Iterator[None]:
+    """While this tree is traced, :func:`global_norm` does not measure it again.
+
+    A pass over the gradient is a tenth of an optimizer step, and XLA does not see that
+    a norm inside a loop is the one measured before it. Arrays are told by identity:
+    what was changed on the way is measured.
+    """
+    token = _known_norm.set(_KnownNorm(jax.tree.leaves(tree), axis_name, norm))
+    try:
+        yield
+    finally:
+        _known_norm.reset(token)
 
 
 def join_norms(norms) -> jax.Array:

@@ -1203,3 +1203,37 @@ def test_reverse_mode_differentiation_does_not_pass():
 
     with pytest.raises(ValueError, match="Reverse-mode"):
         jax.grad(loss)(direction())
+
+
+# --- the norm is measured once ---------------------------------------------------
+
+
+def clipped_within(*first):
+    clip = ost.clip_by_threshold(thresholds.constant(0.5))
+    return ost.skip_spikes(optax.chain(*first, clip), grad_norm=AT_FIVE)
+
+
+@pytest.mark.parametrize(
+    ("first", "factor"), [((), 1.0), ((optax.scale(0.25),), 0.25)], ids=str
+)
+@pytest.mark.parametrize("norm", [2.0, 100.0], ids=["normal", "shortened"])
+def test_a_clip_inside_sees_the_norm_of_what_reaches_it(norm, first, factor):
+    tx = clipped_within(*first)
+    state, update = tx.init(PARAMS), compiled(tx.update)
+    for _ in range(6):  # The sixth of a row of spikes is taken, at the limit.
+        updates, state = update(grads_of(norm), state)
+    seen = float(state.inner_state[-1].norm)
+    assert seen == pytest.approx(factor * min(norm, 5.0), rel=ROUNDING)
+    assert float(optax.tree.norm(updates)) == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_clip_inside_costs_no_pass_over_the_gradient():
+    params = {str(i): jnp.ones((64, 64)) for i in range(3)}
+
+    def bytes_of(tx):
+        lowered = jax.jit(tx.update).lower(params, tx.init(params), params)
+        return lowered.compile().cost_analysis()["bytes accessed"]
+
+    size = sum(x.nbytes for x in params.values())
+    once, twice = bytes_of(clipped_within()), bytes_of(clipped_within(optax.scale(1.0)))
+    assert twice - once > 0.9 * size

@@ -353,3 +353,25 @@ def test_pure_leaves_other_trees_alone():
     assert jax.tree.structure(found) == jax.tree.structure(tree)
     assert found["a"] is tree["a"]
     assert found["b"][0] is tree["b"][0]
+
+
+def test_a_known_norm_is_not_measured_again():
+    tree = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    known = jnp.float32(7.0)
+    with _tree.known_norm(tree, known, None):
+        assert _tree.global_norm(tree) is known
+        assert _tree.global_norm(dict(tree)) is known
+        equal_but_another = jax.tree.map(lambda x: x + 0, tree)
+        for other in (equal_but_another, {"a": tree["a"]}, tree["a"]):
+            assert _tree.global_norm(other) is not known
+    assert _tree.global_norm(tree) is not known
+
+
+def test_a_known_norm_is_forgotten_after_an_error():
+    tree = {"a": jnp.ones(3)}
+    with (
+        pytest.raises(ZeroDivisionError),
+        _tree.known_norm(tree, jnp.float32(7.0), None),
+    ):
+        raise ZeroDivisionError
+    assert float(_tree.global_norm(tree)) == pytest.approx(3**0.5)
