@@ -36,6 +36,9 @@ def test_what_is_not_run_raises_no_nan():
     np.testing.assert_array_equal(run_if(jnp.array(False), poison, jnp.ones(2)), 1.0)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="the XLA of older versions copies more"
+)
 def test_a_guard_needs_no_buffer_but_the_gradient_s_own():
     params = {str(i): jnp.ones((128, 256)) for i in range(4)}
     tx = ost.spike_guard(ost.safe_adamw(1e-3))
