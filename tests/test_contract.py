@@ -320,6 +320,13 @@ def test_three_steps_are_one_trace(case):
 
 
 @every_case
+def test_can_be_made_while_something_else_is_traced(case):
+    made = []
+    jax.jit(lambda: made.append(case.make()))()
+    run(made[0], make_params(), steps=2)
+
+
+@every_case
 def test_a_fresh_state_can_be_donated(case):
     tx, params = case.make(), make_params()
     step = jax.jit(tx.update, donate_argnums=(0, 1))

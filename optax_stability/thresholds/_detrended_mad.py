@@ -1,5 +1,6 @@
 """Far above the trend, in units of the usual distance from it."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -50,6 +51,11 @@ def _learn(x, centre, state: DetrendedMadState) -> DetrendedMadState:
         values=push(state.values, x),
         residuals=push(state.residuals, jnp.clip(x - centre, -most, most)),
     )
+
+
+def _log(factor):
+    """The logarithm; of a plain number a plain number, no array for a closure."""
+    return math.log(factor) if _validate.is_concrete(factor) else jnp.log(factor)
 
 
 def detrended_mad(
@@ -135,7 +141,7 @@ def detrended_mad(
         _validate.check_size(name, size, least)
     _validate.check_count("arm", arm, 2, "24 is the default")
     num_mads, floor = _validate.as_float32(num_mads), _validate.as_float32(floor)
-    least_margin = jnp.log(floor) if log else floor
+    least_margin = _log(floor) if log else floor
     unarmed_margin = _UNARMED_FLOORS * least_margin if log else jnp.inf
     most_margin = _MOST_FLOORS * least_margin if log else jnp.inf
 

@@ -75,7 +75,7 @@ def relearn(threshold: Threshold, *, after: int, max_rise: float = 10.0) -> Thre
     _validate.check_count("after", after, 1, "25 follows a change within 25 steps")
     _validate.check_interval("max_rise", max_rise, "(1, inf]", "10 is the default")
 
-    first_rise = jnp.float32(min(max_rise, _numerics.HUGE))
+    first_rise = min(float(max_rise), _numerics.HUGE)
 
     def init():
         return RelearnState(
