@@ -43,7 +43,7 @@ def relearn(threshold: Threshold, *, after: int, max_rise: float = 10.0) -> Thre
     * A level shift of up to ``max_rise`` times the limit, so ×10, is accepted after
       ``after`` values: the value number ``after`` + 1 is judged by the new level. ×50
       takes two rows; each row that follows another accepts the square of its rise, so
-      that five rows reach any level from any other.
+      that five rows reach 10³¹ times the level.
     * Until then limit and state are those of ``threshold``.
     * A value that is not finite neither counts nor ends a row.
 
