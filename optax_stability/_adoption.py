@@ -183,6 +183,18 @@ def _closest(results: list[Any], old: Any) -> _Refusal:
     return _Refusal(f"{_name(old)}: the new state has no place for it")
 
 
+def _check_restored(old_state: Any) -> None:
+    """Raises for what a restore without a target, or a failed one, leaves behind."""
+    whole = old_state is not None and all(
+        hasattr(leaf, "shape") for leaf in jax.tree.leaves(_tree.pure(old_state))
+    )
+    if not whole:
+        raise TypeError(
+            f"old_state must be an optimizer state of arrays, got {old_state!r}; "
+            "restore it with old_tx.init(params) as the target."
+        )
+
+
 def adopt_state(
     new_tx: optax.GradientTransformation, params: Any, old_state: Any
 ) -> Any:
@@ -222,6 +234,7 @@ def adopt_state(
 
     Raises:
       ValueError: an old state has no place in the new one, or several.
+      TypeError: ``old_state`` is None, or holds something that is no array.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -233,6 +246,7 @@ def adopt_state(
       >>> print(state.inner_state[1][0].mu["w"])
       [0.1 0.1 0.1]
     """
+    _check_restored(old_state)
     fresh = new_tx.init(params)
     adopted = _graft(_tree.pure(fresh), _tree.pure(old_state))
     if isinstance(adopted, _Refusal):

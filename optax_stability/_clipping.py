@@ -28,6 +28,7 @@ from optax_stability._scopes import (
     split,
 )
 from optax_stability.thresholds import Threshold
+from optax_stability.thresholds._threshold import check_threshold
 
 
 class ClipByThresholdState(NamedTuple):
@@ -148,11 +149,7 @@ def clip_by_threshold(
       >>> print(updates["w"], state.metrics["clip/norm"])
       [0.6 0.8] 5.0
     """
-    if not isinstance(threshold, Threshold):
-        raise TypeError(
-            f"threshold must be a Threshold, got {threshold!r}; for a fixed limit use "
-            "thresholds.constant(limit)."
-        )
+    check_threshold("threshold", threshold)
     if not callable(scope):
         _validate.check_choice("scope", scope, ("global", "leaf"))
 

@@ -126,15 +126,6 @@ class Detector(NamedTuple):
         return DetectorState(*(each.rebase(x, old) for each, x, old in streams))
 
 
-def check_threshold(name: str, threshold: Any) -> None:
-    """Raises TypeError unless ``threshold`` is a Threshold or None."""
-    if threshold is not None and not isinstance(threshold, Threshold):
-        raise TypeError(
-            f"{name} must be a Threshold or None, got {threshold!r}; for a fixed limit "
-            f"use {name}=thresholds.constant(limit)."
-        )
-
-
 def loss_of(
     extra_args: Mapping[str, Any], *, needed: bool, axis_name: _tree.AxisName
 ) -> jax.Array:

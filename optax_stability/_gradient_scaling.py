@@ -36,6 +36,16 @@ def _factor_of_each(names: list[str], factors: Mapping[str, float]) -> list[floa
     return [factor(name) for name in names]
 
 
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"factors has {pattern!r}, which is no regular expression ({error}); "
+            "write special characters with a backslash."
+        ) from error
+
+
 def scale_gradients(
     factors: Mapping[str, float],
 ) -> optax.GradientTransformationExtraArgs:
@@ -59,8 +69,8 @@ def scale_gradients(
       A transformation without state.
 
     Raises:
-      ValueError: a factor is negative; at ``init`` and ``update``, a pattern matches
-        no leaf.
+      ValueError: a factor is negative, a pattern no regular expression; at ``init``
+        and ``update``, a pattern matches no leaf.
       TypeError: ``factors`` is not a mapping.
 
     Example:
@@ -81,6 +91,7 @@ def scale_gradients(
             "{'embed': 0.1}."
         )
     for pattern, by in factors.items():
+        _check_pattern(pattern)
         _validate.check_interval(
             f"factors[{pattern!r}]", by, "[0, inf)", "0.1 is GLM-130B's"
         )

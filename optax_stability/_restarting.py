@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability import _tree, _validate, thresholds
-from optax_stability._detection import check_threshold
 from optax_stability._in_place import run_if
 from optax_stability._numerics import increment, scale
 from optax_stability.thresholds import Threshold
+from optax_stability.thresholds._threshold import check_threshold
 
 
 class RestartMomentsState(NamedTuple):
@@ -110,7 +110,7 @@ def restart_moments(
     Raises:
       ValueError: neither ``every`` nor ``on_spike`` is given, an argument is outside
         its range, or ``update`` is called without ``params``.
-      TypeError: ``on_spike`` is not a ``Threshold``.
+      TypeError: ``inner`` is not a transformation, ``on_spike`` not a ``Threshold``.
 
     Example:
       >>> import optax
@@ -126,6 +126,7 @@ def restart_moments(
       reset are too small by 1 − β); ``on_spike``; SPAM's element-wise clip is
       ``scale_by_safe_adam(spike_ratio=5000)``.
     """
+    _validate.check_transformation("inner", inner)
     if every is None and on_spike is None:
         raise ValueError(
             "every=None and on_spike=None would never restart; give every=500, or "
@@ -133,7 +134,7 @@ def restart_moments(
         )
     if every is not None:
         _validate.check_count("every", every, 1, "500 is the published value")
-    check_threshold("on_spike", on_spike)
+    check_threshold("on_spike", on_spike, optional=True)
     _validate.check_count("warmup", warmup, 0, "150 is the published value")
     inner = optax.with_extra_args_support(inner)
     watch = on_spike or thresholds.constant(float("inf"))

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability import _tree, _validate, thresholds
-from optax_stability._detection import Detector, check_threshold, loss_of
+from optax_stability._detection import Detector, loss_of
 from optax_stability._in_place import apply_unless, run_if
 from optax_stability._numerics import scale
 from optax_stability._skip_state import advance, begin, decide
 from optax_stability.thresholds import Threshold
+from optax_stability.thresholds._threshold import check_threshold
 
 _FAR_ABOVE_THE_TREND = thresholds.detrended_mad(5.0, floor=5.0)
 # A level is accepted only so far above its limit at once: what enters Adam's second
@@ -117,7 +118,7 @@ def skip_spikes(
       the kinds nan, inf, norm, value. Steps are counted from 0; −1 is never.
 
     Raises:
-      TypeError: a threshold is not a ``Threshold``.
+      TypeError: ``inner`` is not a transformation, a threshold not a ``Threshold``.
       ValueError: an argument is outside its range; at ``update``, the loss is needed
         and missing, or not a scalar.
 
@@ -135,12 +136,13 @@ def skip_spikes(
       window's mean. Deviations: the threshold is a matter of its own; non-finite values
       are told apart and never learned; the two bounds on skipping.
     """
+    _validate.check_transformation("inner", inner)
     for name, threshold in (
         ("grad_norm", grad_norm),
         ("value", value),
         ("confirm", confirm),
     ):
-        check_threshold(name, threshold)
+        check_threshold(name, threshold, optional=True)
     _validate.check_count("max_consecutive", max_consecutive, 1, "5 is the default")
     _validate.check_count("budget", budget, 1, "16 is the default")
     _validate.check_interval("budget", budget, "[1, 10000]", "16 is the default")

@@ -69,6 +69,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {listed}.")
 
 
+def check_transformation(name: str, tx: Any) -> None:
+    """Raises TypeError unless ``tx`` has the two functions of a transformation."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, got {tx!r}; give one "
+            "that is made, such as optax.adamw(1e-3)."
+        )
+
+
 def check_float_dtype(name: str, dtype: Any) -> None:
     """Raises unless ``dtype`` is a floating-point dtype."""
     if isinstance(dtype, jax.Array):

@@ -229,3 +229,9 @@ def test_an_nnx_optimizer_takes_up_an_older_one():
         re.search("kernel", str(path)) for path, _ in jax.tree.leaves_with_path(mu)
     )
     new.update(model, gradient)
+
+
+@pytest.mark.parametrize("state", [None, {"0": {"mu": 1}}, "state"])
+def test_what_is_no_state_of_arrays_raises_and_names_the_remedy(state):
+    with pytest.raises(TypeError, match=r"old_tx\.init\(params\) as the target"):
+        ost.adopt_state(old_adamw(), PARAMS, state)

@@ -483,3 +483,23 @@ def test_the_ends_of_each_range_are_accepted(settings):
     limits, states = run(thresholds.zscore(**settings), noisy(40))
     chex.assert_tree_all_finite(states)
     assert np.isfinite(limits[-1])
+
+
+@pytest.mark.parametrize("wrong", [3.0, None, thresholds.zscore])
+def test_relearn_over_what_is_no_threshold_raises_by_name(wrong):
+    with pytest.raises(TypeError, match=r"threshold must be a Threshold.*constant"):
+        thresholds.relearn(wrong, after=5)
+
+
+def test_the_greatest_rise_can_be_traced():
+    values = [1.0, 1.1, 1.2, 9.0, 9.0, 9.0, 9.0]
+
+    def limits(max_rise):
+        threshold = thresholds.relearn(QUICK["adaptive"], after=3, max_rise=max_rise)
+        state, found = threshold.init(), []
+        for x in values:
+            limit, state = threshold.update(x, state)
+            found.append(limit)
+        return jnp.stack(found)
+
+    np.testing.assert_allclose(jax.jit(limits)(2.0), limits(2.0), rtol=ROUNDING)

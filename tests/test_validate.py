@@ -1,10 +1,14 @@
 """Argument checks: what passes, what raises, and what the message says."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import optax_stability as ost
 from optax_stability import _validate
 
 CHECKS = {
@@ -143,3 +147,15 @@ def test_a_size_that_is_too_small_or_broken_raises(value):
 def test_a_traced_size_names_the_static_argument():
     with pytest.raises(TypeError, match="static_args='window'"):
         _validate.check_size("window", jnp.int32(8), 2)
+
+
+@pytest.mark.parametrize("made", [optax.sgd(0.1), optax.MultiSteps(optax.sgd(0.1), 2)])
+def test_a_transformation_is_whatever_has_its_two_functions(made):
+    _validate.check_transformation("inner", made)
+
+
+@pytest.mark.parametrize("wrong", [0.1, None, optax.sgd])
+def test_what_is_no_transformation_raises_by_name(wrong):
+    for make in (ost.skip_spikes, functools.partial(ost.restart_moments, every=2)):
+        with pytest.raises(TypeError, match=r"inner must be an optax.*adamw\(1e-3\)"):
+            make(wrong)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability import _numerics, _validate
-from optax_stability.thresholds._threshold import Threshold
+from optax_stability.thresholds._threshold import Threshold, check_threshold
 
 
 class RelearnState(NamedTuple):
@@ -24,7 +24,9 @@ class RelearnState(NamedTuple):
     inner: Any
 
 
-def relearn(threshold: Threshold, *, after: int, max_rise: float = 10.0) -> Threshold:
+def relearn(
+    threshold: Threshold, *, after: int, max_rise: float | jax.Array = 10.0
+) -> Threshold:
     """Accepts a new level once ``after`` values in a row were above the limit.
 
     A spike is short. What stays above the limit is the new normal (a harder data mix, a
@@ -61,6 +63,7 @@ def relearn(threshold: Threshold, *, after: int, max_rise: float = 10.0) -> Thre
       A :class:`Threshold`.
 
     Raises:
+      TypeError: ``threshold`` is not a ``Threshold``.
       ValueError: ``after`` is less than 1, ``max_rise`` not above 1.
 
     Example:
@@ -72,10 +75,12 @@ def relearn(threshold: Threshold, *, after: int, max_rise: float = 10.0) -> Thre
       >>> print(limit)
       20.0
     """
+    check_threshold("threshold", threshold)
     _validate.check_count("after", after, 1, "25 follows a change within 25 steps")
     _validate.check_interval("max_rise", max_rise, "(1, inf]", "10 is the default")
-
-    first_rise = min(float(max_rise), _numerics.HUGE)
+    first_rise = _validate.as_float32(max_rise)
+    bound = min if _validate.is_concrete(max_rise) else jnp.minimum
+    first_rise = bound(first_rise, _numerics.HUGE)
 
     def init():
         return RelearnState(

@@ -74,3 +74,14 @@ def is_level(x) -> jax.Array:
     A zero norm means "no gradient"; learned, it would forbid the next one.
     """
     return jnp.isfinite(x) & (x >= _numerics.TINY)
+
+
+def check_threshold(name: str, threshold: Any, *, optional: bool = False) -> None:
+    """Raises TypeError unless ``threshold`` is a Threshold, or None where it may be."""
+    if isinstance(threshold, Threshold) or (optional and threshold is None):
+        return
+    kind = "a Threshold or None" if optional else "a Threshold"
+    raise TypeError(
+        f"{name} must be {kind}, got {threshold!r}; for a fixed limit use "
+        "thresholds.constant(limit)."
+    )
