@@ -83,5 +83,5 @@ def check_threshold(name: str, threshold: Any, *, optional: bool = False) -> Non
     kind = "a Threshold or None" if optional else "a Threshold"
     raise TypeError(
         f"{name} must be {kind}, got {threshold!r}; for a fixed limit use "
-        "thresholds.constant(limit)."
+        f"{name}=thresholds.constant(limit)."
     )
