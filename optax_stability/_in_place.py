@@ -1,8 +1,8 @@
 """A conditional step that works in the buffers of what it changes.
 
-*Problem*: ``lax.cond`` copies parameter-sized values that a branch passes through: XLA
-counts 80 bytes per parameter around AdamW, and 16 of temporary memory. A loop that runs
-once or not at all keeps its carry in place: 64 and 4, the gradient itself.
+*Problem*: on CPU, ``lax.cond`` copies parameter-sized values that a branch passes
+through. A loop that runs once or not at all keeps its carry in place: around AdamW the
+only temporary memory is then the gradient itself.
 
 *Cost*: reverse-mode differentiation does not pass it.
 """

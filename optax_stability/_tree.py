@@ -256,9 +256,9 @@ _known_norm: ContextVar[_KnownNorm | None] = ContextVar("known_norm", default=No
 def known_norm(tree: Any, norm: jax.Array, axis_name: AxisName) -> Iterator[None]:
     """While this tree is traced, :func:`global_norm` does not measure it again.
 
-    A pass over the gradient is a tenth of an optimizer step, and XLA does not see that
-    a norm inside a loop is the one measured before it. Arrays are told by identity:
-    what was changed on the way is measured.
+    XLA does not see that a norm inside a loop is the one measured before it, and would
+    read the gradient twice. Arrays are told by identity: what was changed on the way is
+    measured.
     """
     token = _known_norm.set(_KnownNorm(jax.tree.leaves(tree), axis_name, norm))
     try:
