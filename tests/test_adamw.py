@@ -86,7 +86,7 @@ def computation(tx):
         {"weight_decay": 0.1},
         {"mask": is_kernel(PARAMS)},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_every_option_is_passed_on(options):
     adam = dict(options)

@@ -463,7 +463,7 @@ def computation(tx, grads=None):
         {"scope": "leaf"},
         {"scope": SCOPES["labels"]},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_clip_by_zscore_is_the_composition(settings):
     published = {"z_max": 2.5, "decay": 0.97, "warmup": 25, "mode": "adaptive"}
@@ -524,7 +524,7 @@ def test_hyperparameters_can_be_injected(dtype):
         {"scope": SCOPES["labels"]},
         {"scope": "leaf", "stacked": True},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_clip_by_quantile_is_the_composition(settings):
     settings = {"q": 0.1} | settings

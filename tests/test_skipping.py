@@ -1108,7 +1108,7 @@ def computation(tx):
         {"confirm": None},
         {"value": thresholds.constant(3.0)},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_spike_guard_is_skip_spikes_with_the_three_thresholds(overrides):
     settings = {
@@ -1214,7 +1214,9 @@ def clipped_within(*first):
 
 
 @pytest.mark.parametrize(
-    ("first", "factor"), [((), 1.0), ((optax.scale(0.25),), 0.25)], ids=str
+    ("first", "factor"),
+    [((), 1.0), ((optax.scale(0.25),), 0.25)],
+    ids=["alone", "scaled"],
 )
 @pytest.mark.parametrize("norm", [2.0, 100.0], ids=["normal", "shortened"])
 def test_a_clip_inside_sees_the_norm_of_what_reaches_it(norm, first, factor):
