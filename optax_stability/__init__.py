@@ -6,6 +6,12 @@ See the README for the table *need → function → place in the chain*.
 from importlib.metadata import version as _version
 
 from optax_stability import thresholds as thresholds
+from optax_stability._accumulation import (
+    AccumulateMomentsState as AccumulateMomentsState,
+)
+from optax_stability._accumulation import accumulate_moments as accumulate_moments
+from optax_stability._accumulation import flush as flush
+from optax_stability._accumulation import has_updated as has_updated
 from optax_stability._adam import scale_by_safe_adam as scale_by_safe_adam
 from optax_stability._adam_state import SafeAdamState as SafeAdamState
 from optax_stability._adam_state import from_optax_adam_state as from_optax_adam_state
@@ -19,6 +25,9 @@ from optax_stability._clipping import ClipByThresholdState as ClipByThresholdSta
 from optax_stability._clipping import clip_by_threshold as clip_by_threshold
 from optax_stability._gradient_scaling import scale_gradients as scale_gradients
 from optax_stability._metrics import metrics as metrics
+from optax_stability._microbatching import microbatch_gradients as microbatch_gradients
+from optax_stability._moments import Moments as Moments
+from optax_stability._rates import scale_learning_rate as scale_learning_rate
 from optax_stability._recording import RecordState as RecordState
 from optax_stability._recording import record as record
 from optax_stability._restarting import RestartMomentsState as RestartMomentsState

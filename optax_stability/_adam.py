@@ -13,23 +13,22 @@ reduction per leaf with ``update_rms_max``, else none; no collectives.
 *Source*: Kingma & Ba, "Adam", 2015, arXiv:1412.6980, Algorithm 1.
 """
 
+import functools
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_stability import _numerics, _validate
+from optax_stability import _moments, _numerics, _validate
 from optax_stability._adam_state import SafeAdamState, absorbed, update_bound
+from optax_stability._moments import Moments
 
 # 1.27·atan2(m, m) ≈ 1 (4/π = 1.273): the same step as m/r where m = r.
 _ATAN2_SLOPE = 1.27
-
-# Not jnp.float32, which is callable: inject_hyperparams would call it as a schedule.
-FLOAT32 = jnp.dtype("float32")
 
 
 def _root(x):
@@ -43,38 +42,54 @@ def _below_one(decay):
     return decay if _validate.is_concrete(decay) else jnp.minimum(decay, 1 - 2.0**-24)
 
 
-def _clip_spikes(g, rms, limit):
+def _within(g, rms, limit):
     """Holds |g| to limit·r, except where r = 0: nothing is known there yet."""
     rms = rms.astype(jnp.float32)
     known = (rms > 0) & jnp.isfinite(g)
     return jnp.where(known, jnp.clip(g, -limit * rms, limit * rms), g)
 
 
-def _next_mu(g, mu, b1):
-    """Next mean: m ← β₁·m + (1 − β₁)·g, where g is finite."""
+class _Decay(NamedTuple):
+    """βᴷ, what is kept of the past, and 1 − βᴷ, what is learned."""
+
+    kept: float | jax.Array
+    learned: float | jax.Array
+
+
+def _decay(beta, count) -> _Decay:
+    if isinstance(count, int):
+        return _Decay(beta, 1 - beta)
+    learned = absorbed(count, beta)
+    return _Decay(1 - learned, learned)
+
+
+def _next_mu(g, mu, decay: _Decay):
+    """Next mean: m ← β₁ᴷ·m + (1 − β₁ᴷ)·g, where g is finite."""
     old = mu.astype(jnp.float32)
-    new = jnp.where(_numerics.is_finite(g), b1 * old + (1 - b1) * g, old)
+    new = jnp.where(_numerics.is_finite(g), decay.kept * old + decay.learned * g, old)
     return _numerics.round_to_range(new, mu.dtype)
 
 
-def _next_rms(g, rms, b2, step):
-    """Next root: r ← hypot(√β₂·r, √(1 − β₂)·g), where g is finite."""
+def _next_rms(g, size, rms, decay: _Decay, step):
+    """Next root: r ← hypot(√β₂ᴷ·r, √(1 − β₂ᴷ)·size), where g is finite."""
     old = rms.astype(jnp.float32)
-    new = _numerics.hypot(_root(b2) * old, _root(1 - b2) * jnp.abs(g))
+    new = _numerics.hypot(_root(decay.kept) * old, _root(decay.learned) * jnp.abs(size))
     new = jnp.where(_numerics.is_finite(g), new, old)
     return _numerics.round_at_random(new, step, rms.dtype)
 
 
-def _next_mu_unit(unit, step, b1):
+def _next_mu_unit(unit, total, b1, decay: _Decay):
     """1 − Πβ₁; a constant β₁ needs no running product, whose rounding would add up."""
-    return absorbed(step, b1) if _validate.is_concrete(b1) else b1 * unit + (1 - b1)
+    if _validate.is_concrete(b1):
+        return absorbed(total, b1)
+    return decay.kept * unit + decay.learned
 
 
-def _next_rms_unit(unit, step, b2):
+def _next_rms_unit(unit, total, b2, decay: _Decay):
     """√(1 − Πβ₂), likewise."""
     if _validate.is_concrete(b2):
-        return jnp.sqrt(absorbed(step, b2))
-    return _numerics.hypot(_root(b2) * unit, _root(1 - b2))
+        return jnp.sqrt(absorbed(total, b2))
+    return _numerics.hypot(_root(decay.kept) * unit, _root(decay.learned))
 
 
 def _divide(mu, rms, eps, bound, eps_mode: str):
@@ -86,11 +101,11 @@ def _divide(mu, rms, eps, bound, eps_mode: str):
     return lax.clamp(-bound, mu / jnp.maximum(divisor, _numerics.TINY), bound)
 
 
-def _rms_excess(g, rms, eps):
+def _rms_excess(size, rms, eps):
     """RMS of g/max(r, ε) over a leaf: how far this gradient exceeds the past ones."""
     divisor = jnp.maximum(rms.astype(jnp.float32), eps)
-    usable = jnp.isfinite(g) & (divisor > 0)
-    ratio = jnp.where(usable, g, 0.0) / jnp.where(usable, divisor, 1.0)
+    usable = jnp.isfinite(size) & (divisor > 0)
+    ratio = jnp.where(usable, size, 0.0) / jnp.where(usable, divisor, 1.0)
     return jnp.sqrt(jnp.mean(jnp.square(ratio)))
 
 
@@ -129,6 +144,22 @@ def _check_limits(update_rms_max, spike_ratio):
         )
 
 
+def _needed(moments: Moments | None) -> Moments:
+    """The moments, or an error that says where they come from."""
+    if moments is None:
+        raise ValueError(
+            "second_moment='microbatch' needs moments=: put accumulate_moments around, "
+            "or pass what microbatch_gradients(..., mean_square=True) returns, "
+            "tx.update(grads, state, params, moments=moments)."
+        )
+    if moments.mean_square is None:
+        raise ValueError(
+            "second_moment='microbatch' needs moments.mean_square, which is None; make "
+            "the moments with mean_square=True."
+        )
+    return moments
+
+
 def scale_by_safe_adam(
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
@@ -139,7 +170,7 @@ def scale_by_safe_adam(
     update_rms_max: float | jax.Array | None = None,
     spike_ratio: float | jax.Array | None = None,
     mu_dtype: Any = None,
-    rms_dtype: Any = FLOAT32,
+    rms_dtype: Any = _numerics.FLOAT32,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with ε = 0 by default, safe for any scale of the gradient.
 
@@ -152,6 +183,17 @@ def scale_by_safe_adam(
       u = 1.27·atan2(m̂, r̂)             eps_mode "atan2": no ε at all
       0/0 is 0, and |u| is held to B = (1−β₁)/√((1−β₂)(1−β₁²/β₂)), or with atan2 to 2
 
+    With ``second_moment="microbatch"``, for the mean ḡ of K microbatch gradients mₖ of
+    weight nₖ, N = Σnₖ, in the clock of microbatches for both moments::
+
+      m ← β₁ᴷ·m + (1 − β₁ᴷ)·ḡ                           m̂ = m/(1 − Πβ₁ᴷ)
+      r ← hypot(√β₂ᴷ·r, √(1 − β₂ᴷ)·s),  s² = Σnₖ·mₖ²/N  r̂ = r/√(1 − Πβ₂ᴷ)
+
+    After bias correction that is v ← β₂ᴷ·v + (1 − β₂)·Σmₖ². It makes training, to first
+    order in the learning rate, independent of how the same data are split into steps,
+    if the learning rate grows with K (:func:`scale_learning_rate`). That is all it buys:
+    for quality the evidence points both ways (References).
+
     **Guarantees**
 
     * ε = 0: multiplying every gradient by 2ᵏ changes no bit of the update, as long as
@@ -162,13 +204,17 @@ def scale_by_safe_adam(
       underflow of narrow storage would, so the bound changes nothing else.
     * A gradient that is not finite leaves m and r of its coordinate as they were; the
       update is finite.
-    * Bias correction follows β₁ and β₂ that change from step to step.
+    * Bias correction follows β₁, β₂ and K that change from step to step.
+    * With ``"microbatch"``: K = 1 is plain Adam; |u| ≤ B whatever K is; and what a clip
+      does to a leaf of ḡ is done to s as well.
 
     **Edge cases**: with rms_dtype float16 nothing is stored below 6e-8, which then acts
     like a floor under r. Below |g| = 1e-36 the moments underflow, and all that holds is
     |u| ≤ B. ``optax.inject_hyperparams`` keeps β in the dtype of the parameters: give
     it ``hyperparam_dtype=jnp.float32`` where that is bfloat16, in which 0.999 is 1
-    (taken here as the largest float32 below 1).
+    (taken here as the largest float32 below 1). Squares of microbatch gradients
+    below 1e-19 are lost: s is then |ḡ|, as in plain Adam. If all microbatches were
+    rejected, the moments stay as they are.
 
     Args:
       b1: β₁, decay of the mean, in [0, 1).
@@ -177,7 +223,8 @@ def scale_by_safe_adam(
         it.
       eps_mode: ``"add"``, ``"max"`` or ``"atan2"``, see above.
       second_moment: ``"mean"`` – v from the square of the gradient that arrives, as
-        everyone runs Adam.
+        everyone runs Adam; ``"microbatch"`` – from the squares of the microbatch
+        gradients behind it, which come as the extra argument ``moments=``.
       update_rms_max: per leaf, divide u by max(1, RMS(g/max(r̂, ε))/update_rms_max), as
         in StableAdamW, where it is 1. None switches it off. Under ``shard_map`` the RMS
         is that of the local shard.
@@ -198,7 +245,8 @@ def scale_by_safe_adam(
 
     Raises:
       TypeError: an argument is not a number.
-      ValueError: an argument is outside its range.
+      ValueError: an argument is outside its range; or, at ``update``, there are no
+        ``moments=`` with a ``mean_square`` and ``second_moment`` is "microbatch".
 
     Warns:
       UserWarning: β₁² ≥ β₂, where the update has no bound.
@@ -218,12 +266,15 @@ def scale_by_safe_adam(
       Wortsman et al., 2023, arXiv:2304.13013 (StableAdamW; deviation: the RMS does not
       replace the clip before it). Huang et al., "SPAM", 2025, arXiv:2501.06842
       (deviations: v is bias-corrected, so the rule needs no warm-up; m and v are not
-      reset).
+      reset). Wang & Aitchison, "Batch-size invariant Adam", 2024, arXiv:2402.18824
+      (the mean of squares; deviation: βᴷ in place of 1 − K(1 − β), its first order).
+      Against it: Roulet & Agarwala, 2025, arXiv:2510.00236, who find Adam best where
+      the square of the mean dominates v.
     """
     _check_decays(b1, b2)
     _check_eps(eps, eps_mode)
     _check_limits(update_rms_max, spike_ratio)
-    _validate.check_choice("second_moment", second_moment, ("mean",))
+    _validate.check_choice("second_moment", second_moment, ("mean", "microbatch"))
     _validate.check_float_dtype("rms_dtype", rms_dtype)
     if mu_dtype is not None:
         _validate.check_float_dtype("mu_dtype", mu_dtype)
@@ -234,51 +285,64 @@ def scale_by_safe_adam(
     def init_fn(params):
         return SafeAdamState(
             step=jnp.zeros((), jnp.int32),
+            microbatches=jnp.zeros((), jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
             rms=optax.tree.zeros_like(params, dtype=rms_dtype),
             mu_unit=jnp.zeros((), jnp.float32),
             rms_unit=jnp.zeros((), jnp.float32),
+            noise=jnp.zeros((), jnp.float32),
             b1=jnp.zeros((), jnp.float32),
             b2=jnp.zeros((), jnp.float32),
             eps=jnp.zeros((), jnp.float32),
         )
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, moments=None, **extra_args):
         del params, extra_args
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
+        count, sizes = 1, grads
+        if second_moment == "microbatch":
+            moments = _moments.visible(_needed(moments), updates)
+            count, sizes = moments.num_microbatches, _moments.sizes(moments, grads)
         if spike_ratio is not None:
             limit = _root(spike_ratio) / _nonzero(state.rms_unit)
-            grads = jax.tree.map(
-                lambda g, rms: _clip_spikes(g, rms, limit), grads, state.rms
-            )
-        mu = jax.tree.map(lambda g, mu: _next_mu(g, mu, b1), grads, state.mu)
+            clip = functools.partial(_within, limit=limit)
+            grads = jax.tree.map(clip, grads, state.rms)
+            sizes = jax.tree.map(clip, sizes, state.rms)
+        decay1, decay2 = _decay(b1, count), _decay(b2, count)
+        mu = jax.tree.map(lambda g, mu: _next_mu(g, mu, decay1), grads, state.mu)
         rms = jax.tree.map(
-            lambda g, rms: _next_rms(g, rms, b2, state.step), grads, state.rms
+            lambda g, size, rms: _next_rms(g, size, rms, decay2, state.step),
+            grads,
+            sizes,
+            state.rms,
         )
 
         # m̂ = m/mu_unit and r̂ = r/rms_unit; times rms_unit, r stays as it is stored.
-        step = _numerics.increment(state.step)
-        mu_unit = _next_mu_unit(state.mu_unit, step, b1)
-        rms_unit = _next_rms_unit(state.rms_unit, step, b2)
+        total = _numerics.increment(state.microbatches, count)
+        mu_unit = _next_mu_unit(state.mu_unit, total, b1, decay1)
+        rms_unit = _next_rms_unit(state.rms_unit, total, b2, decay2)
+        noise = decay1.kept**2 * state.noise + decay1.learned**2 / jnp.maximum(count, 1)
         eps_now = jnp.asarray(eps(state.step) if callable(eps) else eps, jnp.float32)
         bound = update_bound(jnp.float32(b1), jnp.float32(b2))
 
-        def direction(g, mu, rms):
+        def direction(size, mu, rms):
             rms = rms.astype(jnp.float32)
-            mu = mu.astype(jnp.float32) * (rms_unit / mu_unit)
+            mu = mu.astype(jnp.float32) * (rms_unit / _nonzero(mu_unit))
             u = _divide(mu, rms, eps_now * rms_unit, bound, eps_mode)
             if update_rms_max is not None:
-                excess = _rms_excess(g * rms_unit, rms, eps_now * rms_unit)
+                excess = _rms_excess(size * rms_unit, rms, eps_now * rms_unit)
                 u = u / jnp.maximum(excess / update_rms_max, 1.0)
             return u
 
-        directions = jax.tree.map(direction, grads, mu, rms)
+        directions = jax.tree.map(direction, sizes, mu, rms)
         return optax.tree.cast_like(directions, updates), SafeAdamState(
-            step=step,
+            step=_numerics.increment(state.step),
+            microbatches=total,
             mu=mu,
             rms=rms,
             mu_unit=mu_unit,
             rms_unit=rms_unit,
+            noise=noise,
             b1=jnp.asarray(b1, jnp.float32),
             b2=jnp.asarray(b2, jnp.float32),
             eps=eps_now,

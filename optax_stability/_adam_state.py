@@ -20,6 +20,8 @@ class SafeAdamState(NamedTuple):
 
     Attributes:
       step: int32[] – calls of ``update``.
+      microbatches: int32[] – microbatch gradients in the moments; ``step`` if each call
+        counts as one.
       mu: tree like the parameters, ``mu_dtype`` – m, mean of the gradients.
       rms: tree like the parameters, ``rms_dtype`` – r = √v, root mean square of the
         gradients.
@@ -27,16 +29,20 @@ class SafeAdamState(NamedTuple):
         ``mu / mu_unit``. Equals 1 − Πβ₁, whatever β₁ did.
       rms_unit: float32[] – the same for ``rms``: r̂ is ``rms / rms_unit``. Equals
         √(1 − Πβ₂).
+      noise: float32[] – what the mean of ``mu²`` would be had the gradients been
+        independent, of mean 0 and mean square 1.
       b1: float32[] – β₁ of the last step, for the metrics.
       b2: float32[] – β₂ of the last step, for the metrics.
       eps: float32[] – ε of the last step, for the metrics.
     """
 
     step: jax.Array
+    microbatches: jax.Array
     mu: Any
     rms: Any
     mu_unit: jax.Array
     rms_unit: jax.Array
+    noise: jax.Array
     b1: jax.Array
     b2: jax.Array
     eps: jax.Array
@@ -52,11 +58,17 @@ class SafeAdamState(NamedTuple):
         return _metrics(self)
 
 
-def absorbed(steps, decay: float) -> jax.Array:
-    """1 − decayᵗ for t ≥ 1, without cancellation, float32[]."""
-    # With decay 0 the logarithm is −∞, and the share 1.
-    log_decay = math.log(decay) if decay > 0 else -math.inf
-    return -jnp.expm1(jnp.asarray(steps, jnp.float32) * log_decay)
+def _log(decay):
+    """The logarithm, in double precision where the decay is a plain number."""
+    if not _validate.is_concrete(decay):
+        return jnp.log(decay)
+    return math.log(decay) if decay > 0 else -math.inf
+
+
+def absorbed(count, decay) -> jax.Array:
+    """1 − decayᵗ after t gradients, without cancellation, float32[]."""
+    count = jnp.asarray(count, jnp.float32)
+    return jnp.where(count > 0, -jnp.expm1(count * _log(decay)), 0.0)
 
 
 def update_bound(b1, b2):
@@ -83,11 +95,12 @@ def _leaf_sums(mu, rms, scale, bound, eps):
     return jnp.stack([jnp.sum(u * u), jnp.sum(_ratio(eps, rms + eps)), zeros])
 
 
-def _correlation(mean_square, b1, mu_unit):
-    """Lag-1 correlation of the gradients, from the mean square of the update."""
-    # c is what independent gradients give; 2/w − 1 is its correction for few steps.
-    c = (1 - b1) / (1 + b1) * (_ratio(2.0, mu_unit) - 1)
-    return _ratio(mean_square - c, b1 * (mean_square + c))
+def _correlation(mean_square, c):
+    """Lag-1 correlation of the gradients, from the mean square of the update.
+
+    ``c`` is what independent gradients would give; equal ones give 1.
+    """
+    return _ratio((mean_square - c) * (1 + c), (mean_square + c) * (1 - c))
 
 
 @jax.jit
@@ -95,6 +108,7 @@ def _metrics(state: SafeAdamState) -> dict[str, jax.Array]:
     """All ``adam/…`` metrics; under ``jit`` what is not used is not computed."""
     mus, rmss = jax.tree.leaves(state.mu), jax.tree.leaves(state.rms)
     scale = _ratio(state.rms_unit, state.mu_unit)
+    independent = _ratio(state.noise, jnp.square(state.mu_unit))
     bound, eps = update_bound(state.b1, state.b2), state.eps * state.rms_unit
     sums = [
         _leaf_sums(mu, rms, scale, bound, eps)
@@ -112,7 +126,7 @@ def _metrics(state: SafeAdamState) -> dict[str, jax.Array]:
         seen = _ratio(mean_square, 1 - zero_fraction)
         return {
             f"adam/update_rms{suffix}": jnp.sqrt(mean_square),
-            f"adam/correlation{suffix}": _correlation(seen, state.b1, state.mu_unit),
+            f"adam/correlation{suffix}": _correlation(seen, independent),
             f"adam/eps_share{suffix}": eps_share,
             f"adam/zero_fraction{suffix}": zero_fraction,
         }
@@ -166,13 +180,15 @@ def from_optax_adam_state(
             ),
             adam.nu,
         )
-        started = jnp.asarray(adam.count) > 0
+        count = jnp.asarray(adam.count)
         return SafeAdamState(
-            step=jnp.asarray(adam.count),
+            step=count,
+            microbatches=count,
             mu=adam.mu,
             rms=rms,
-            mu_unit=jnp.where(started, absorbed(adam.count, b1), 0.0),
-            rms_unit=jnp.where(started, jnp.sqrt(absorbed(adam.count, b2)), 0.0),
+            mu_unit=absorbed(count, b1),
+            rms_unit=jnp.sqrt(absorbed(count, b2)),
+            noise=(1 - b1) / (1 + b1) * absorbed(count, b1 * b1),
             b1=jnp.asarray(b1, jnp.float32),
             b2=jnp.asarray(b2, jnp.float32),
             eps=jnp.asarray(eps, jnp.float32),
@@ -184,7 +200,8 @@ def from_optax_adam_state(
 def to_optax_adam_state(state: Any, *, nu_dtype: Any = jnp.float32) -> Any:
     """Turns the state of safe Adam into that of ``optax.scale_by_adam``.
 
-    **Rule**: nu = rms²; mu and the count stay. ``nu`` underflows where |g| < 1e-19.
+    **Rule**: nu = rms², count = microbatches, mu stays. ``nu`` underflows where
+    |g| < 1e-19.
 
     Args:
       state: a :class:`SafeAdamState`, or any optimizer state that holds some.
@@ -202,7 +219,7 @@ def to_optax_adam_state(state: Any, *, nu_dtype: Any = jnp.float32) -> Any:
         nu = jax.tree.map(
             lambda rms: jnp.square(rms.astype(jnp.float32)).astype(nu_dtype), safe.rms
         )
-        return optax.ScaleByAdamState(count=safe.step, mu=safe.mu, nu=nu)
+        return optax.ScaleByAdamState(count=safe.microbatches, mu=safe.mu, nu=nu)
 
     return _replace(state, SafeAdamState, convert)
 

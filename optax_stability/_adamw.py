@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import optax
 
-from optax_stability._adam import FLOAT32, scale_by_safe_adam
+from optax_stability import _numerics
+from optax_stability._adam import scale_by_safe_adam
 
 
 def safe_adamw(
@@ -27,7 +28,7 @@ def safe_adamw(
     update_rms_max: float | jax.Array | None = None,
     spike_ratio: float | jax.Array | None = None,
     mu_dtype: Any = None,
-    rms_dtype: Any = FLOAT32,
+    rms_dtype: Any = _numerics.FLOAT32,
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.adamw`` with :func:`scale_by_safe_adam` in place of Adam.
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 Carry = TypeVar("Carry")
@@ -32,29 +33,47 @@ def run_if(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
     return lax.while_loop(lambda loop: loop[0], body, (run, carry))[1]
 
 
-def apply_unless(skip, inner_update, updates, inner_state):
-    """``inner_update(updates, inner_state)``, or zeros and the old state if ``skip``.
+def _fits(output, buffer) -> bool:
+    """Whether the buffer's dtype holds every value of the output's."""
+    return jnp.promote_types(output.dtype, buffer.dtype) == buffer.dtype
 
-    Where the update has the dtype of the gradient it takes over its buffer.
+
+def apply_if(run, inner_update, buffers, inner_state):
+    """``inner_update(buffers, inner_state)`` if ``run`` holds, zeros if it does not.
+
+    The update is written over what it is made from, where the dtype allows.
+
+    Args:
+      run: bool[].
+      inner_update: from a tree of arrays and a state to a tree of updates, of the same
+        shapes, and the next state.
+      buffers: what ``inner_update`` reads.
+      inner_state: is kept as it is where ``run`` does not hold.
+
+    Returns:
+      Updates, buffers and state. The buffers hold the update if it ran, wherever it
+      fits; elsewhere, and if it did not run, they are as they were.
     """
-    outputs, _ = jax.eval_shape(inner_update, updates, inner_state)
+    outputs, _ = jax.eval_shape(inner_update, buffers, inner_state)
 
-    def start(leaf, output):
-        same = leaf.dtype == output.dtype
-        return leaf if same else jnp.zeros_like(leaf, dtype=output.dtype)
+    def start(buffer, output):
+        fits = _fits(output, buffer)
+        return buffer if fits else jnp.zeros_like(buffer, dtype=output.dtype)
+
+    def given(buffer, output, target):
+        return target if _fits(output, buffer) else buffer
 
     def step(carry):
-        in_place, inner_state = carry
+        targets, inner_state = carry
+        inputs = jax.tree.map(given, buffers, outputs, targets)
+        updates, inner_state = inner_update(inputs, inner_state)
+        return optax.tree.cast_like(updates, targets), inner_state
 
-        def given(leaf, output):
-            return output if leaf.dtype == output.dtype else leaf
-
-        return inner_update(jax.tree.map(given, updates, in_place), inner_state)
-
-    carry = jax.tree.map(start, updates, outputs), inner_state
-    updates, inner_state = run_if(~skip, step, carry)
-
-    def zero(leaf):
-        return jnp.where(skip, jnp.zeros((), leaf.dtype), leaf)
-
-    return jax.tree.map(zero, updates), inner_state
+    targets = jax.tree.map(start, buffers, outputs)
+    targets, inner_state = run_if(run, step, (targets, inner_state))
+    updates = jax.tree.map(lambda target: jnp.where(run, target, 0), targets)
+    return (
+        optax.tree.cast_like(updates, outputs),
+        jax.tree.map(given, buffers, outputs, targets),
+        inner_state,
+    )

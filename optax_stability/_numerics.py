@@ -17,6 +17,8 @@ from jax import lax
 
 TINY = float(jnp.finfo(jnp.float32).tiny)
 HUGE = float(jnp.finfo(jnp.float32).max)
+# Not jnp.float32, which is callable: inject_hyperparams would call it as a schedule.
+FLOAT32 = jnp.dtype("float32")
 
 _MANTISSA_BITS = 0x007FFFFF
 _EXPONENT_BITS = 0x7F800000
@@ -27,9 +29,9 @@ def is_finite(x) -> jax.Array:
     return jnp.abs(x) <= HUGE
 
 
-def increment(count) -> jax.Array:
-    """Count + 1, or the largest int32 once that is reached."""
-    return jnp.minimum(count, jnp.iinfo(jnp.int32).max - 1) + 1
+def increment(count, by: int | jax.Array = 1) -> jax.Array:
+    """Count + by, or the largest int32 once that is reached; ``by`` ≥ 0."""
+    return jnp.minimum(count, jnp.iinfo(jnp.int32).max - by) + by
 
 
 def scale(leaf, factor):

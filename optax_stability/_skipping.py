@@ -19,7 +19,7 @@ import optax
 
 from optax_stability import _tree, _validate, thresholds
 from optax_stability._detection import Detector, loss_of
-from optax_stability._in_place import apply_unless, run_if
+from optax_stability._in_place import apply_if, run_if
 from optax_stability._numerics import scale
 from optax_stability._skip_state import advance, begin, decide
 from optax_stability.thresholds import Threshold
@@ -175,7 +175,7 @@ def skip_spikes(
             with _tree.known_norm(updates, shortened, axis_name):
                 return inner.update(updates, inner_state, params, **extra_args)
 
-        updates, inner_state = apply_unless(skip, step, updates, state.inner_state)
+        updates, _, inner_state = apply_if(~skip, step, updates, state.inner_state)
         state = advance(
             state, reading, decision, budget, learned=learned, inner_state=inner_state
         )

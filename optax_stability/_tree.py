@@ -4,6 +4,7 @@
 runs only when a norm is above 4e9. No buffer the size of a parameter.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,6 +59,16 @@ def mark_leaves(tree: Any) -> Any:
     return jax.tree.map(lambda _: Leaf(), pure(tree))
 
 
+def number_leaves(marks: Any) -> Any:
+    """The tree that :func:`mark_leaves` has marked, with 0, 1, 2 … for its leaves."""
+    count = itertools.count()
+    return jax.tree.map(
+        lambda node: next(count) if _is_leaf_mark(node) else node,
+        marks,
+        is_leaf=_is_leaf_mark,
+    )
+
+
 def leaf_names(params: Any) -> list[str]:
     """Names the leaves of a tree, in ``jax.tree.leaves`` order.
 
@@ -99,8 +110,14 @@ def names_of_marks(marks: Any) -> list[str]:
     return names
 
 
-def _sum_over_axes(values, axis_name: AxisName):
+def sum_over_axes(values, axis_name: AxisName):
+    """The values, added up over the mesh axes of ``shard_map``."""
     return values if axis_name is None else lax.psum(values, axis_name)
+
+
+def everywhere(holds, axis_name: AxisName):
+    """Whether a bool[] holds on every device along the mesh axes."""
+    return holds if axis_name is None else lax.pmin(holds.astype(int), axis_name) > 0
 
 
 def _sum(leaf, layered: bool):
@@ -125,7 +142,7 @@ def _sums_of_squares(leaves, scales, join: Join, layered: Layered, axis_name: Ax
         _sum(jnp.square(x.astype(jnp.float32) * scale), split)
         for x, scale, split in zip(leaves, scales, layered, strict=True)
     ]
-    return _sum_over_axes(join(sums), axis_name)
+    return sum_over_axes(join(sums), axis_name)
 
 
 def _measure_norms(leaves, join: Join, layered: Layered, axis_name: AxisName):
@@ -148,7 +165,7 @@ def _measure_norms(leaves, join: Join, layered: Layered, axis_name: AxisName):
         lax.full_like(x, jnp.inf, jnp.float32, shape=x.shape[: int(split)])
         for x, split in zip(leaves, layered, strict=True)
     ]
-    norms = _sum_over_axes(join(start), axis_name)
+    norms = sum_over_axes(join(start), axis_name)
     carry = jnp.any(norms > 0), scales, norms
     return lax.while_loop(lambda carry: carry[0], measure, carry)[2]
 
@@ -171,7 +188,7 @@ def _norms_jvp(join: Join, layered: Layered, axis_name: AxisName, primals, tange
             leaves, tangent_leaves, by_leaf, layered, strict=True
         )
     ]
-    return norms, _sum_over_axes(join(dots), axis_name)
+    return norms, sum_over_axes(join(dots), axis_name)
 
 
 def count_parts(leaves, layered: Layered) -> list[int]:

@@ -1,0 +1,373 @@
+"""Gradient accumulation across calls, in the place of ``optax.MultiSteps``.
+
+*Problem*: ``optax.MultiSteps`` runs the inner optimizer on every call, keeps three more
+copies of the parameters, is poisoned for good by one NaN, drops extra arguments and
+loses what Σg² would tell.
+
+*Where in the chain*: outermost, around everything that is to see whole batches.
+
+*Cost*: on most calls one pass that adds the gradient up; ``inner`` runs only when a
+window is full. State: a float32 buffer like the parameters for the mean and, with
+``mean_square``, one for the mean square; no other memory.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_stability import _moments, _numerics, _tree, _validate
+from optax_stability._in_place import apply_if
+from optax_stability._moments import Aggregate, Moments
+
+
+class AccumulateMomentsState(NamedTuple):
+    """State of :func:`accumulate_moments`.
+
+    Attributes:
+      mini_step: int32[] – microbatches in the present window, kept or not.
+      gradient_step: int32[] – steps that ``inner`` has taken.
+      updated: bool[] – whether the last call was one of them.
+      rejected_total: int32[] – microbatches that were not kept.
+      inner_opt_state: state of ``inner``.
+      acc_grads: tree like the parameters, ``accumulator_dtype`` – mean of the gradients
+        in the window. Means nothing while ``mini_step`` is 0.
+      value: float32[] – mean loss of the window, 0 where none was given.
+      moments: statistics of the window; its ``norm`` is None.
+    """
+
+    mini_step: jax.Array
+    gradient_step: jax.Array
+    updated: jax.Array
+    rejected_total: jax.Array
+    inner_opt_state: Any
+    acc_grads: Any
+    value: jax.Array
+    moments: Moments
+
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """``accumulate/…``: place in the window, and microbatches not kept."""
+        return {
+            "accumulate/mini_step": self.mini_step,
+            "accumulate/rejected_total": self.rejected_total,
+        }
+
+
+def _window(state: AccumulateMomentsState) -> Aggregate:
+    """What the present window holds; at its start nothing."""
+    begun = state.mini_step > 0
+    scalars = (
+        state.moments.num_microbatches,
+        state.moments.weight,
+        state.moments.deviation,
+    )
+    count, weight, deviation = (jnp.where(begun, each, 0) for each in scalars)
+    # The buffers still hold the last update; with weight 0 they count for nothing.
+    moments = state.moments._replace(
+        num_microbatches=count, weight=weight, deviation=deviation
+    )
+    return Aggregate(mean=state.acc_grads, value=state.value, moments=moments)
+
+
+def _losses(extra_args: dict[str, Any]) -> dict[str, Any]:
+    """The loss among the extra arguments, by the names it was given."""
+    names = [name for name in ("value", "loss") if extra_args.get(name) is not None]
+    return {name: extra_args[name] for name in names}
+
+
+def _check_moments(moments: Moments, weight: Any, mean_square: bool) -> None:
+    if weight is not None:
+        raise ValueError(
+            "weight= and moments= were both given; leave weight= out, moments have one."
+        )
+    if mean_square and moments.mean_square is None:
+        raise ValueError(
+            "moments.mean_square is None: make them with microbatch_gradients(..., "
+            "mean_square=True), or give accumulate_moments(..., mean_square=False)."
+        )
+
+
+def _incoming(updates, loss, weight, moments, *, mean_square: bool) -> Aggregate:
+    """What one call brings: one microbatch, or, with moments, the mean of several."""
+    if moments is None:
+        weight = 1.0 if weight is None else weight
+        return _moments.single(updates, loss, weight, mean_square=mean_square)
+    _check_moments(moments, weight, mean_square)
+    return Aggregate(
+        mean=updates,
+        value=jnp.asarray(loss, jnp.float32),
+        moments=moments if mean_square else moments._replace(mean_square=None),
+    )
+
+
+def _hand_over(
+    inner, run, window: Aggregate, inner_state, params, extra_args, *, like, axis_name
+):
+    """Runs ``inner`` on the mean of the window if ``run`` holds.
+
+    Returns:
+      Updates, ``acc_grads``, into whose memory they are written, and inner state.
+    """
+
+    def update(mean, inner_state):
+        mean = optax.tree.cast_like(mean, like)
+        norm = _tree.leaf_norms(mean, axis_name)
+        moments = window.moments._replace(norm=norm)
+        return inner.update(mean, inner_state, params, moments=moments, **extra_args)
+
+    # Always true. It makes XLA read the mean, for the deviation, before it is written
+    # over: otherwise it would have to keep a copy.
+    measured = ~(jnp.sum(window.moments.deviation) < 0)
+    return apply_if(run & measured, update, window.mean, inner_state)
+
+
+def _state(
+    state: AccumulateMomentsState, window: Aggregate, **fields: Any
+) -> AccumulateMomentsState:
+    """The next state: the window as it is now, and the given fields."""
+    moments = window.moments._replace(norm=None, leaves=state.moments.leaves)
+    return state._replace(value=window.value, moments=moments, **fields)
+
+
+def has_updated(state: Any) -> jax.Array:
+    """Whether the last call of :func:`accumulate_moments` took a step, bool[].
+
+    Args:
+      state: an :class:`AccumulateMomentsState`; with NNX ``optimizer.opt_state``.
+
+    Returns:
+      True if ``inner`` ran, and the updates are its own; False if they were zeros.
+
+    Raises:
+      TypeError: ``state`` is that of something else.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"w": jnp.ones(2)}
+      >>> tx = accumulate_moments(optax.sgd(0.1), every_k=2)
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> print(has_updated(state))
+      False
+    """
+    return _checked(state).updated
+
+
+def _checked(state: Any) -> AccumulateMomentsState:
+    if not isinstance(state, AccumulateMomentsState):
+        raise TypeError(
+            f"state must be that of accumulate_moments, got {type(state).__name__}; "
+            "if something is around it, pass what that holds."
+        )
+    return _tree.pure(state)
+
+
+def flush(
+    inner: optax.GradientTransformation, state: Any, params: Any = None, **extra_args
+) -> tuple[Any, AccumulateMomentsState]:
+    """Takes the step of a window that is not full, such as the last of an epoch.
+
+    **Rule**: what :func:`accumulate_moments` would have done had the last microbatch
+    filled the window; the mean is over those that are there.
+
+    **Edge cases**: with nothing in the window the updates are 0 and ``inner`` is
+    untouched. The mean comes in the dtype of ``params``, if they are given.
+
+    Args:
+      inner: the transformation that ``accumulate_moments`` wraps.
+      state: its state; with NNX ``nnx.as_pure(optimizer.opt_state)``.
+      params: the parameters, for an ``inner`` that needs them.
+      extra_args: passed on; the mean loss of the window is, as ``value=``.
+
+    Returns:
+      Updates and state.
+
+    Raises:
+      TypeError: ``inner`` or ``state`` is something else.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> params, inner = {"w": jnp.ones(2)}, optax.sgd(0.1)
+      >>> tx = accumulate_moments(inner, every_k=8)
+      >>> _, state = tx.update({"w": jnp.array([1.0, -3.0])}, tx.init(params), params)
+      >>> updates, state = flush(inner, state, params)
+      >>> print(updates["w"])
+      [-0.1  0.3]
+    """
+    _validate.check_transformation("inner", inner)
+    state = _checked(state)
+    window = _window(state)
+    run = window.moments.num_microbatches > 0
+    updates, acc_grads, inner_state = _hand_over(
+        optax.with_extra_args_support(inner),
+        run,
+        window,
+        state.inner_opt_state,
+        params,
+        {"value": window.value, **extra_args},
+        like=state.acc_grads if params is None else params,
+        axis_name=None,
+    )
+    return updates, _state(
+        state,
+        window,
+        mini_step=jnp.zeros_like(state.mini_step),
+        gradient_step=jnp.where(
+            run, _numerics.increment(state.gradient_step), state.gradient_step
+        ),
+        updated=run,
+        inner_opt_state=inner_state,
+        acc_grads=acc_grads,
+    )
+
+
+def accumulate_moments(
+    inner: optax.GradientTransformation,
+    every_k: int | jax.Array | optax.Schedule,
+    *,
+    mean_square: bool = True,
+    reject_nonfinite: bool = True,
+    accumulator_dtype: Any = _numerics.FLOAT32,
+    axis_name: _tree.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Averages gradients over ``every_k`` calls, and then lets ``inner`` take a step.
+
+    In the place of ``optax.MultiSteps``, and called like it: zero updates until a
+    window is full.
+
+    **Rule**, for microbatch gradients mₖ of weight nₖ, over those that are kept::
+
+      N = Σnₖ    ḡ = Σnₖ·mₖ/N    deviation = Σnₖ‖mₖ − ḡ‖²    mean_square = Σnₖ·mₖ²/N
+
+      kept        if every entry of mₖ and the loss are finite, and 0 < nₖ < ∞
+      window full after every_k(gradient_step) calls, kept or not
+      then        inner.update(ḡ, moments=Moments(...), value=Σnₖ·lossₖ/N, ...)
+
+    **Guarantees**
+
+    * A microbatch that is not finite changes nothing but the counts: mean, moments and
+      loss are those of the others, and the calendar holds.
+    * If none of a window is kept, the updates are 0 and ``inner`` is untouched.
+    * ``inner`` runs once per window: its schedules count gradient steps.
+    * On all other calls the updates are 0 and the state of ``inner`` is untouched, bit
+      for bit.
+    * A run that is resumed in the middle of a window with another ``every_k`` loses no
+      microbatch and begins no window with those of another: a window that has enough
+      already is closed by the next call.
+    * The order of microbatches does not matter, to rounding: for float32, ḡ is within
+      2⁻²² of the largest |mₖ|, for up to 64 of them.
+
+    **Edge cases**
+
+    * An entry above 8e37 counts as not finite.
+    * What clips or skips *inside*, ``accumulate_moments(chain(clip, adam))``, sees the
+      whole batch once; in front of it, ``chain(clip, accumulate_moments(adam))``, every
+      microbatch.
+    * ``inner`` gets ḡ in the dtype of the gradients, and other extra arguments as the
+      last call of the window gave them.
+    * Layers that use statistics of the batch, such as BatchNorm, still see microbatches
+      only: accumulation does not make their batch larger.
+    * Reverse-mode differentiation does not pass.
+
+    Args:
+      inner: what takes the steps: the whole chain.
+      every_k: calls per step, ≥ 1, or a schedule from the gradient step to it.
+      mean_square: keep Σnₖ·mₖ² as well, for
+        ``scale_by_safe_adam(second_moment="microbatch")``; costs one buffer.
+      reject_nonfinite: False keeps every microbatch, whatever it holds.
+      accumulator_dtype: of the mean; narrower than float32 it loses small gradients.
+      axis_name: under ``shard_map``, the mesh axes that shard the gradient: all devices
+        keep or reject alike, and deviations are those of whole leaves. Leave it None
+        under ``jit``.
+
+    Returns:
+      A transformation with state :class:`AccumulateMomentsState`. Its ``update`` takes
+      ``weight=`` (nₖ, 1 by default), the loss as ``value=`` or ``loss=``, and
+      ``moments=`` where :func:`microbatch_gradients` made the gradient from several
+      microbatches. Metrics: ``accumulate/mini_step`` (0 after a step) and
+      ``accumulate/rejected_total``. See :func:`has_updated` and :func:`flush`.
+
+    Raises:
+      TypeError: ``inner`` is no transformation, or ``every_k`` no number.
+      ValueError: ``every_k`` is below 1, ``accumulator_dtype`` is no float dtype, or
+        ``moments=`` lack what is asked for.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"w": jnp.zeros(2)}
+      >>> tx = accumulate_moments(optax.sgd(1.0), every_k=2)
+      >>> state = tx.init(params)
+      >>> for g in ([1.0, 2.0], [3.0, -2.0]):
+      ...     updates, state = tx.update({"w": jnp.array(g)}, state, params)
+      ...     print(updates["w"])
+      [0. 0.]
+      [-2. -0.]
+
+    References:
+      Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983,
+      eq. 2.1, with weights, for the deviation.
+    """
+    _validate.check_transformation("inner", inner)
+    if not callable(every_k):
+        _validate.check_count("every_k", every_k, 1, "1 takes a step on every call")
+    _validate.check_float_dtype("accumulator_dtype", accumulator_dtype)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        empty = _moments.nothing(
+            params, mean_square=mean_square, dtype=accumulator_dtype
+        )
+        return AccumulateMomentsState(
+            mini_step=jnp.zeros((), jnp.int32),
+            gradient_step=jnp.zeros((), jnp.int32),
+            updated=jnp.zeros((), bool),
+            rejected_total=jnp.zeros((), jnp.int32),
+            inner_opt_state=inner.init(params),
+            acc_grads=empty.mean,
+            value=empty.value,
+            moments=empty.moments,
+        )
+
+    def update_fn(updates, state, params=None, *, weight=None, moments=None, **extra):
+        losses = _losses(extra)
+        loss = next(iter(losses.values()), 0.0)
+        incoming = _incoming(updates, loss, weight, moments, mean_square=mean_square)
+        keep = _moments.usable_weight(incoming.moments.weight)
+        if reject_nonfinite:
+            finite = _moments.all_finite(updates, incoming.value)
+            keep &= _tree.everywhere(finite, axis_name)
+        window = _moments.merge(
+            _window(state), _moments.if_kept(incoming, keep), axis_name
+        )
+
+        k = every_k(state.gradient_step) if callable(every_k) else every_k
+        full = state.mini_step + 1 >= k
+        run = full & (window.moments.num_microbatches > 0)
+        extra |= dict.fromkeys(losses, window.value)
+        outputs, acc_grads, inner_state = _hand_over(
+            inner,
+            run,
+            window,
+            state.inner_opt_state,
+            params,
+            extra,
+            like=updates,
+            axis_name=axis_name,
+        )
+        return outputs, _state(
+            state,
+            window,
+            mini_step=jnp.where(full, 0, _numerics.increment(state.mini_step)),
+            gradient_step=jnp.where(
+                run, _numerics.increment(state.gradient_step), state.gradient_step
+            ),
+            updated=run,
+            rejected_total=jnp.where(
+                keep, state.rejected_total, _numerics.increment(state.rejected_total)
+            ),
+            inner_opt_state=inner_state,
+            acc_grads=acc_grads,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,212 @@
+"""The gradient of a batch in parts, with what the parts say about its noise.
+
+*Problem*: a large batch does not fit into memory; its gradient hides how far the parts
+agree; and one NaN in one sequence costs the whole step.
+
+*Where*: in place of ``jax.value_and_grad``, inside the jitted step.
+
+*Cost*: that of a ``lax.scan`` or ``jax.vmap`` over the parts, and two reductions over
+each part's gradient. Memory: the gradients of the ``vmap_size`` parts that are
+evaluated together and one accumulator; with ``mean_square`` one more.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optax_stability import _moments, _tree, _validate
+from optax_stability._moments import Aggregate, Moments
+
+
+def _check_batch(batch: Any, num_microbatches: int) -> None:
+    """Raises unless every array of the batch can be cut into equal parts."""
+    leaves = jax.tree.leaves(batch)
+    if not leaves:
+        raise ValueError(
+            f"batch={batch!r} holds no array; its arrays are cut along axis 0."
+        )
+    for name, leaf in zip(_tree.leaf_names(batch), leaves, strict=True):
+        shape = jnp.shape(leaf)
+        if not shape or shape[0] % num_microbatches:
+            raise ValueError(
+                f"batch: axis 0 of {name!r}, of shape {shape}, is no multiple of "
+                f"num_microbatches={num_microbatches}; change one of them."
+            )
+
+
+def _cut(leaf, sizes: tuple[int, int, int]):
+    """Cuts axis 0 into three, the outermost of which keeps the sharding."""
+    shape = (*sizes, *leaf.shape[1:])
+    sharding = jax.typeof(leaf).sharding
+    if all(axis is None for axis in sharding.spec):
+        return leaf.reshape(shape)
+    spec = PartitionSpec(sharding.spec[0], None, None, *sharding.spec[1:])
+    return leaf.reshape(shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def _split(batch: Any, groups: int, vmap_size: int, *, across_devices: bool) -> Any:
+    """Cuts axis 0 into [groups, vmap_size, examples], and no row leaves its device."""
+
+    def split(leaf):
+        leaf = jnp.asarray(leaf)
+        examples = leaf.shape[0] // (groups * vmap_size)
+        if across_devices:
+            # Each device makes whole microbatches of its rows.
+            return jnp.moveaxis(_cut(leaf, (vmap_size, groups, examples)), 0, 1)
+        return jnp.moveaxis(_cut(leaf, (examples, groups, vmap_size)), 0, 2)
+
+    return jax.tree.map(split, batch)
+
+
+def _count_examples(microbatch: Any) -> float:
+    """The longest first axis: keys and the like may be fewer than examples."""
+    return float(max(leaf.shape[0] for leaf in jax.tree.leaves(microbatch)))
+
+
+def microbatch_gradients(
+    loss_fn: Callable[..., Any],
+    num_microbatches: int,
+    *,
+    vmap_size: int | None = None,
+    has_aux: bool = False,
+    weight_fn: Callable[[Any], Any] | None = None,
+    mean_square: bool = False,
+    reject_nonfinite: bool = True,
+    spmd_axis_name: Any = None,
+) -> Callable[[Any, Any], tuple[Any, Any, Moments]]:
+    """``jax.value_and_grad`` over K microbatches, with their :class:`Moments`.
+
+    **Rule**, for the losses lₖ and gradients mₖ of K equal parts of the batch, of
+    weight nₖ, over those that are kept::
+
+      N = Σnₖ    loss = Σnₖ·lₖ/N    grads = ḡ = Σnₖ·mₖ/N
+      deviation = Σnₖ‖mₖ − ḡ‖²      mean_square = Σnₖ·mₖ²/N
+
+      kept  if every entry of mₖ and lₖ are finite, and 0 < nₖ < ∞
+
+    **Guarantees**
+
+    * If ``loss_fn`` is a mean over examples, or over what ``weight_fn`` counts, loss
+      and gradient are those of the whole batch, to rounding, whatever K and
+      ``vmap_size`` are: within 2⁻²² of the largest |mₖ| in float32, for K up to 64.
+    * A microbatch that is not finite changes nothing but K and N.
+    * Sums are formed in float32 at least; the gradient has the dtype of the parameters.
+    * Rows stay on the device that holds them, under Auto and Explicit meshes.
+
+    **Edge cases**
+
+    * If no microbatch is kept, the loss is NaN and the gradient 0: ``skip_spikes``
+      leaves the step out.
+    * An entry above 8e37 counts as not finite.
+    * Microbatch k has the rows k, k + K, k + 2K …; with ``spmd_axis_name`` they are
+      neighbours.
+    * The arrays of a batch may differ in length, as long as K divides each. Randomness
+      such as dropout needs a key per microbatch: put ``jax.random.split(key, K)`` into
+      the batch, and take ``batch["key"][0]`` in the loss.
+    * Layers that use statistics of the batch, such as BatchNorm, see the microbatch:
+      neither splitting nor accumulating makes their batch larger.
+    * To clip each microbatch is not to clip their mean; what stands in the chain does
+      the latter.
+    * ``jax.checkpoint`` inside ``loss_fn`` works as usual.
+
+    Args:
+      loss_fn: ``loss_fn(params, microbatch) -> loss``, a float scalar; with ``has_aux``
+        ``(loss, aux)``.
+      num_microbatches: K ≥ 1; divides axis 0 of every array in the batch.
+      vmap_size: how many microbatches are evaluated together, a divisor of K. None: all
+        (one ``jax.vmap``, K gradients in memory); 1: one after the other
+        (``lax.scan``, two gradients in memory).
+      has_aux: whether ``loss_fn`` returns something beside the loss.
+      weight_fn: from a microbatch to its weight nₖ, such as its number of tokens that
+        are no padding; the unit of the noise scale. None: its number of rows.
+      mean_square: keep Σnₖ·mₖ² as well, for
+        ``scale_by_safe_adam(second_moment="microbatch")``; costs one buffer.
+      reject_nonfinite: False keeps every microbatch, whatever it holds.
+      spmd_axis_name: mesh axis that shards the batch, to give every device microbatches
+        of its own: the noise between devices at the price of one all-reduce. Its size
+        divides ``vmap_size``. For use under ``jit``, not ``shard_map``.
+
+    Returns:
+      ``fn(params, batch) -> (value, grads, moments)``, to be called inside ``jit``.
+      value is the loss, or ``(loss, aux)`` with aux stacked over the K microbatches, in
+      the order in which they were evaluated.
+
+    Raises:
+      TypeError: a size is no integer.
+      ValueError: sizes do not divide each other, or K does not divide the batch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def loss_fn(params, x):
+      ...     return jnp.mean((x @ params) ** 2)
+      >>> fn = microbatch_gradients(loss_fn, num_microbatches=2)
+      >>> loss, grads, moments = fn(jnp.ones(2), jnp.array([[1.0, 0.0], [3.0, 0.0]]))
+      >>> print(loss, grads, moments.num_microbatches, moments.weight)
+      5.0 [10.  0.] 2 2.0
+
+    References:
+      Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983,
+      eq. 2.1, with weights, for the deviation.
+    """
+    _validate.check_size("num_microbatches", num_microbatches, 1)
+    if vmap_size is None:
+        vmap_size = num_microbatches
+    _validate.check_size("vmap_size", vmap_size, 1)
+    if num_microbatches % vmap_size:
+        raise ValueError(
+            f"vmap_size={vmap_size} does not divide num_microbatches="
+            f"{num_microbatches}; give a divisor, or None for all at once."
+        )
+    groups = num_microbatches // vmap_size
+    weight_fn = _count_examples if weight_fn is None else weight_fn
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
+
+    def evaluate(params, microbatch):
+        value, grads = value_and_grad(params, microbatch)
+        loss, aux = value if has_aux else (value, None)
+        weight = jnp.asarray(weight_fn(microbatch), jnp.float32)
+        keep = _moments.usable_weight(weight)
+        if reject_nonfinite:
+            keep &= _moments.all_finite(grads, loss)
+        return grads, loss, jnp.where(keep, weight, 0), aux
+
+    def evaluate_group(params, microbatches):
+        if vmap_size == 1:
+            only = jax.tree.map(lambda leaf: leaf[0], microbatches)
+            grads, loss, weight, aux = evaluate(params, only)
+            part = _moments.single(grads, loss, weight, mean_square=mean_square)
+            return part, jax.tree.map(lambda leaf: leaf[None], aux)
+        *parts, aux = jax.vmap(
+            evaluate, in_axes=(None, 0), spmd_axis_name=spmd_axis_name
+        )(params, microbatches)
+        return _moments.stacked(*parts, mean_square=mean_square), aux
+
+    def evaluate_all(params, batch) -> tuple[Aggregate, Any]:
+        if groups == 1:
+            return evaluate_group(params, jax.tree.map(lambda leaf: leaf[0], batch))
+
+        def add(total, microbatches):
+            part, aux = evaluate_group(params, microbatches)
+            return _moments.merge(total, part), aux
+
+        nothing = _moments.nothing(params, mean_square=mean_square)
+        total, aux = lax.scan(add, nothing, batch)
+        return total, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
+
+    def fn(params, batch):
+        _check_batch(batch, num_microbatches)
+        parts = _split(
+            batch, groups, vmap_size, across_devices=spmd_axis_name is not None
+        )
+        total, aux = evaluate_all(params, parts)
+        grads = optax.tree.cast_like(total.mean, params)
+        moments = total.moments._replace(norm=_tree.leaf_norms(grads))
+        loss = jnp.where(moments.weight > 0, total.value, jnp.nan)
+        return (loss, aux) if has_aux else loss, grads, moments
+
+    return fn

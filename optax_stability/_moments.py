@@ -1,0 +1,300 @@
+"""What is worth knowing of K microbatch gradients once only their mean is left.
+
+*Problem*: the mean hides how far the K gradients were apart, and the square of the mean
+is not the mean of the squares. Both are sums that can be kept while the mean is formed.
+
+*Cost*: two reductions over each microbatch gradient (is it finite, how far is it from
+the mean) and one scalar per leaf; with the mean square one buffer like the parameters.
+
+*Source*: Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983,
+eq. 2.1, with weights. No difference of large sums is formed.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_stability import _numerics, _tree
+
+# Two entries below it can be subtracted without overflow.
+_LARGEST_ENTRY = _numerics.HUGE / 4
+
+
+class Moments(NamedTuple):
+    """Statistics of the K microbatch gradients mₖ, of weight nₖ, behind a mean ḡ.
+
+    Made by :func:`microbatch_gradients` and :func:`accumulate_moments`; read, as the
+    extra argument ``moments=``, by ``scale_by_safe_adam(second_moment="microbatch")``.
+    N = Σnₖ and ḡ = Σnₖ·mₖ/N, over the microbatches that were kept.
+
+    Attributes:
+      num_microbatches: int32[] – K, how many were kept.
+      weight: float32[] – N, in the unit of the weights: examples or tokens.
+      deviation: float32[n_leaves] – Σ nₖ‖mₖ − ḡ‖² of each leaf. It is ∞ where a
+        distance is above 1e19, and loses distances below 1e-19.
+      mean_square: tree like the gradients – Σ nₖ·mₖ²/N of each entry, or None. It ends
+        at 3e38, and loses entries below 1e-19.
+      norm: float32[n_leaves] – ‖ḡ‖ of each leaf when it was made: what a later clip did
+        to it can be told from that. None where it is not known.
+      leaves: marks that name the entries of the vectors, or None.
+    """
+
+    num_microbatches: jax.Array
+    weight: jax.Array
+    deviation: jax.Array
+    mean_square: Any
+    norm: Any = None
+    leaves: Any = None
+
+
+class Aggregate(NamedTuple):
+    """Some microbatches as one: what is averaged, and how it was spread.
+
+    Attributes:
+      mean: tree like the gradients – ḡ, at least float32 unless it was made narrower.
+      value: float32[] – mean of their losses, with the same weights.
+      moments: statistics of what went into ``mean``.
+    """
+
+    mean: Any
+    value: jax.Array
+    moments: Moments
+
+
+def _wide(leaf) -> Any:
+    return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+def widen(tree: Any) -> Any:
+    """The tree with float32 in place of narrower leaves."""
+    return jax.tree.map(lambda leaf: leaf.astype(_wide(leaf)), tree)
+
+
+def _stack(scalars: list) -> jax.Array:
+    return jnp.stack(scalars) if scalars else jnp.zeros((0,), jnp.float32)
+
+
+def _total(leaf):
+    """The sum over a leaf, float32[]."""
+    return jnp.sum(leaf, dtype=jnp.float32)
+
+
+def _square(leaf):
+    return jnp.minimum(jnp.square(leaf), _numerics.HUGE)
+
+
+def _share(part, whole):
+    """part/whole, or 0 of nothing."""
+    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0)
+
+
+def nothing(like: Any, *, mean_square: bool, dtype: Any = None) -> Aggregate:
+    """The aggregate of no microbatch; ``dtype`` is that of the mean."""
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros_like(leaf, dtype=dtype or _wide(leaf)), like
+    )
+    squares = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=_wide(leaf)), like)
+    return Aggregate(
+        mean=zeros,
+        value=jnp.zeros((), jnp.float32),
+        moments=Moments(
+            num_microbatches=jnp.zeros((), jnp.int32),
+            weight=jnp.zeros((), jnp.float32),
+            deviation=jnp.zeros((len(jax.tree.leaves(like)),), jnp.float32),
+            mean_square=squares if mean_square else None,
+            leaves=_tree.mark_leaves(like),
+        ),
+    )
+
+
+def all_finite(tree: Any, value: Any = 0.0) -> jax.Array:
+    """Whether no entry is NaN, Inf or above 8e37, and the loss is finite, bool[]."""
+    # A NaN is the maximum of whatever it is among, and below nothing.
+    largest = [
+        jnp.max(jnp.abs(leaf), initial=0).astype(_wide(leaf))
+        for leaf in jax.tree.leaves(tree)
+    ]
+    return jnp.all(_stack(largest) <= _LARGEST_ENTRY) & jnp.isfinite(value)
+
+
+def usable_weight(weight) -> jax.Array:
+    """Whether a weight is a number above 0, bool[]."""
+    return (weight > 0) & (weight <= _LARGEST_ENTRY)
+
+
+def single(grads, value, weight, *, mean_square: bool) -> Aggregate:
+    """One microbatch as an aggregate; of weight 0 if it does not count."""
+    weight = jnp.asarray(weight, jnp.float32)
+    return Aggregate(
+        mean=grads,
+        value=jnp.asarray(value, jnp.float32),
+        moments=Moments(
+            num_microbatches=(weight > 0).astype(jnp.int32),
+            weight=weight,
+            deviation=jnp.zeros((len(jax.tree.leaves(grads)),), jnp.float32),
+            mean_square=jax.tree.map(_square, widen(grads)) if mean_square else None,
+            leaves=_tree.mark_leaves(grads),
+        ),
+    )
+
+
+def if_kept(given: Aggregate, keep) -> Aggregate:
+    """The aggregate, or an empty one, its buffers untouched."""
+    moments = given.moments
+    return given._replace(
+        moments=moments._replace(
+            num_microbatches=jnp.where(keep, moments.num_microbatches, 0),
+            weight=jnp.where(keep, moments.weight, 0),
+            deviation=jnp.where(keep, moments.deviation, 0),
+        )
+    )
+
+
+def merge(a: Aggregate, b: Aggregate, axis_name: _tree.AxisName = None) -> Aggregate:
+    """Two aggregates as one, with the dtypes of the first.
+
+    One of weight 0 counts for nothing, whatever its arrays hold.
+
+    Args:
+      a: an aggregate, say of what came before.
+      b: another.
+      axis_name: under ``shard_map``, the mesh axes that shard the means.
+    """
+    weight = a.moments.weight + b.moments.weight
+    share = _share(b.moments.weight, weight)
+
+    def towards(x, y):
+        wide = _wide(x)
+        old = jnp.where(a.moments.weight > 0, x.astype(wide), 0)
+        new = old + share * (y.astype(wide) - old)
+        return jnp.where(b.moments.weight > 0, new, old).astype(x.dtype)
+
+    def distance(x, y):
+        step = y.astype(_wide(x)) - x.astype(_wide(x))
+        return _total(jnp.square(step))
+
+    mean = jax.tree.map(towards, a.mean, b.mean)
+    # Measured from the new mean, N/Nₐ times nearer than the old one: the old one need
+    # not be kept for it.
+    distances = _stack(jax.tree.leaves(jax.tree.map(distance, mean, b.mean)))
+    distances = _tree.sum_over_axes(distances, axis_name)
+    factor = b.moments.weight * _share(weight, a.moments.weight)
+    spread = jnp.where(factor > 0, factor * distances, 0.0)
+    return Aggregate(
+        mean=mean,
+        value=towards(a.value, b.value),
+        moments=Moments(
+            num_microbatches=a.moments.num_microbatches + b.moments.num_microbatches,
+            weight=weight,
+            deviation=a.moments.deviation + b.moments.deviation + spread,
+            mean_square=jax.tree.map(
+                towards, a.moments.mean_square, b.moments.mean_square
+            ),
+            leaves=a.moments.leaves,
+        ),
+    )
+
+
+def stacked(grads, values, weights, *, mean_square: bool) -> Aggregate:
+    """Microbatches along the first axis of every array, as one aggregate.
+
+    Those of weight 0 count for nothing, whatever their arrays hold.
+    """
+    kept, weight = weights > 0, jnp.sum(weights)
+    shares = _share(weights, weight)
+
+    def along(vector, leaf):
+        return vector.reshape(-1, *[1] * (leaf.ndim - 1))
+
+    def average(leaf):
+        parts = along(shares, leaf) * leaf
+        return jnp.sum(jnp.where(along(kept, leaf), parts, 0), axis=0)
+
+    def deviation(leaf, mean):
+        distances = along(weights, leaf) * jnp.square(leaf - mean)
+        return _total(jnp.where(along(kept, leaf), distances, 0))
+
+    grads = widen(grads)
+    mean = jax.tree.map(average, grads)
+    squares = jax.tree.map(lambda leaf: average(_square(leaf)), grads)
+    return Aggregate(
+        mean=mean,
+        value=average(values.astype(jnp.float32)),
+        moments=Moments(
+            num_microbatches=jnp.sum(kept, dtype=jnp.int32),
+            weight=weight,
+            deviation=_stack(jax.tree.leaves(jax.tree.map(deviation, grads, mean))),
+            mean_square=squares if mean_square else None,
+            leaves=_tree.mark_leaves(mean),
+        ),
+    )
+
+
+def _shown(updates: Any, tree: Any) -> Any:
+    """The part of a tree that a mask leaves of the updates."""
+
+    def is_masked(node):
+        return isinstance(node, optax.MaskedNode)
+
+    return jax.tree.map(
+        lambda update, part: update if is_masked(update) else part,
+        updates,
+        tree,
+        is_leaf=is_masked,
+    )
+
+
+def visible(moments: Moments, updates: Any) -> Moments:
+    """The moments of those leaves that a mask leaves of the gradients.
+
+    ``optax.masked`` and ``optax.partition`` hide leaves of the gradients from what they
+    wrap, but hand on extra arguments as they are.
+
+    Args:
+      moments: of all leaves.
+      updates: the gradients, with ``optax.MaskedNode`` for what is hidden.
+
+    Raises:
+      ValueError: the moments are not those of these gradients.
+    """
+    try:
+        squares = _shown(updates, moments.mean_square)
+        marks = _shown(updates, _tree.number_leaves(moments.leaves))
+    except ValueError as error:
+        raise ValueError(
+            "moments are of another tree than the gradients; give those that came "
+            f"with them from microbatch_gradients or accumulate_moments. {error}"
+        ) from error
+    places = np.array(jax.tree.leaves(marks), np.int32)
+    return moments._replace(
+        mean_square=squares,
+        deviation=moments.deviation[places],
+        norm=None if moments.norm is None else moments.norm[places],
+        leaves=_tree.mark_leaves(updates),
+    )
+
+
+def sizes(moments: Moments, grads: Any) -> Any:
+    """Root mean square of the microbatch gradients, entry by entry, float32.
+
+    What a clip has done to a leaf of their mean since then is done to it as well. It is
+    at least |ḡ|, which holds for exact squares and is needed where they underflowed.
+
+    Args:
+      moments: with a ``mean_square``.
+      grads: ḡ as it is now, float32.
+    """
+    leaves, treedef = jax.tree.flatten(grads)
+    factors = jnp.ones((len(leaves),), jnp.float32)
+    if moments.norm is not None:
+        factors = _tree.leaf_norms(grads) / moments.norm
+        factors = jnp.where(jnp.isfinite(factors), factors, 1.0)
+
+    def size(square, g, i):
+        return jnp.maximum(jnp.sqrt(square) * factors[i], jnp.abs(g))
+
+    squares = jax.tree.leaves(moments.mean_square)
+    return jax.tree.unflatten(treedef, map(size, squares, leaves, range(len(leaves))))
