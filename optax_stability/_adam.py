@@ -191,8 +191,8 @@ def scale_by_safe_adam(
 
     After bias correction that is v ← β₂ᴷ·v + (1 − β₂)·Σmₖ². It makes training, to first
     order in the learning rate, independent of how the same data are split into steps,
-    if the learning rate grows with K (:func:`scale_learning_rate`). That is all it buys:
-    for quality the evidence points both ways (References).
+    if the learning rate grows with K (:func:`scale_learning_rate`). It buys nothing
+    else: for quality the evidence points both ways (References).
 
     **Guarantees**
 

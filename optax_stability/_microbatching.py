@@ -23,7 +23,7 @@ from optax_stability import _moments, _tree, _validate
 from optax_stability._moments import Aggregate, Moments
 
 
-def _check_batch(batch: Any, num_microbatches: int) -> None:
+def check_batch(batch: Any, num_microbatches: int) -> None:
     """Raises unless every array of the batch can be cut into equal parts."""
     leaves = jax.tree.leaves(batch)
     if not leaves:
@@ -63,7 +63,7 @@ def _split(batch: Any, groups: int, vmap_size: int, *, across_devices: bool) -> 
     return jax.tree.map(split, batch)
 
 
-def _count_examples(microbatch: Any) -> float:
+def count_examples(microbatch: Any) -> float:
     """The longest first axis: keys and the like may be fewer than examples."""
     return float(max(leaf.shape[0] for leaf in jax.tree.leaves(microbatch)))
 
@@ -163,7 +163,7 @@ def microbatch_gradients(
             f"{num_microbatches}; give a divisor, or None for all at once."
         )
     groups = num_microbatches // vmap_size
-    weight_fn = _count_examples if weight_fn is None else weight_fn
+    weight_fn = count_examples if weight_fn is None else weight_fn
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
 
     def evaluate(params, microbatch):
@@ -199,7 +199,7 @@ def microbatch_gradients(
         return total, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
 
     def fn(params, batch):
-        _check_batch(batch, num_microbatches)
+        check_batch(batch, num_microbatches)
         parts = _split(
             batch, groups, vmap_size, across_devices=spmd_axis_name is not None
         )

@@ -1,14 +1,21 @@
 """What Flax users need beside the transformations. This module alone imports Flax.
 
-NNX needs no adapter to pass a loss: ``optimizer.update(model, grads, value=loss)``.
+NNX needs no adapter to pass on what the transformations can be told:
+``optimizer.update(model, grads, value=loss, moments=moments)``.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+from flax import nnx
 from flax.training import train_state
+
+from optax_stability import _microbatching, _tree
+from optax_stability._moments import Moments
 
 
 class TrainState(train_state.TrainState):
@@ -51,3 +58,133 @@ class TrainState(train_state.TrainState):
         told = self.replace(tx=optax.GradientTransformation(tx.init, update))
         stepped = super(TrainState, told).apply_gradients(grads=grads, **kwargs)
         return stepped.replace(tx=self.tx)
+
+
+def _fork(streams: Any, number: int) -> tuple[Any, Any]:
+    """A number of random streams in place of each one, and those moved on by one key.
+
+    What ``nnx.split_rngs`` does, for states, in graph and in tree mode alike.
+    """
+    forks, moved_on = {}, {}
+    flat = dict(nnx.to_flat_state(streams))
+    for path, count in flat.items():
+        *stream, last = path
+        if last == "count":
+            key = jax.random.fold_in(flat[*stream, "key"], count)
+            forks[*stream, "key"] = jax.random.split(key, number)
+            forks[path] = jnp.zeros((number,), count.dtype)
+            moved_on[path] = count + 1
+    return nnx.from_flat_state(forks), nnx.from_flat_state(moved_on)
+
+
+def _changes(before: Any, after: Any) -> list:
+    """For each leaf what it has become, or None if nothing was assigned to it."""
+    old, old_structure = jax.tree.flatten(before)
+    new, new_structure = jax.tree.flatten(_tree.pure(after))
+    if old_structure != new_structure:
+        raise ValueError(
+            "loss_fn added variables to the model or removed some; microbatches cannot "
+            "be put together then. Return such values, with has_aux=True."
+        )
+    # A variable that nobody has written holds the very array it held before.
+    return [b if b is not a else None for a, b in zip(old, new, strict=True)]
+
+
+def _mean_of_finite(values):
+    """Mean along axis 0 over the finite entries, or what is there if there is none."""
+    finite = jnp.isfinite(values)
+    total = jnp.sum(jnp.where(finite, values, 0), axis=0)
+    count = jnp.sum(finite, axis=0)
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), values[0])
+
+
+def _joined(values):
+    """One variable from its K versions."""
+    is_float = jnp.issubdtype(values.dtype, jnp.floating)
+    return _mean_of_finite(values).astype(values.dtype) if is_float else values[0]
+
+
+def microbatch_gradients(
+    loss_fn: Callable[..., Any],
+    num_microbatches: int,
+    *,
+    wrt: Any = nnx.Param,
+    has_aux: bool = False,
+    weight_fn: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> Callable[[Any, Any], tuple[Any, Any, Moments]]:
+    """:func:`optax_stability.microbatch_gradients` for an NNX module.
+
+    In place of ``nnx.value_and_grad(loss_fn)(model, batch)``.
+
+    **Rule**: that of the functional one, with respect to the variables that ``wrt``
+    selects. Every microbatch starts from the model as it is, with random keys of its
+    own, as from ``nnx.split_rngs``. What ``loss_fn`` writes to other variables is put
+    together: floats, such as the running statistics of BatchNorm, by their mean over
+    the microbatches where they are finite; all else is taken from the first.
+
+    **Guarantees**: those of the functional one; the model is left with the structure it
+    had, and its random streams have moved on by one.
+
+    Args:
+      loss_fn: ``loss_fn(model, microbatch) -> loss``, or ``(loss, aux)``.
+      num_microbatches: K, divides axis 0 of every array in the batch.
+      wrt: filter of the variables to differentiate by, as in ``nnx.Optimizer``.
+      has_aux: whether ``loss_fn`` returns something beside the loss.
+      weight_fn: from a microbatch to its weight, by default its number of rows.
+      options: the others of :func:`optax_stability.microbatch_gradients`.
+
+    Returns:
+      ``fn(model, batch) -> (value, grads, moments)``; grads are an ``nnx.State`` for
+      ``optimizer.update(model, grads, moments=moments)``.
+
+    Raises:
+      ValueError: ``loss_fn`` adds or removes variables; and as the functional one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from optax_stability.flax import microbatch_gradients
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> def loss_fn(model, x):
+      ...     return jnp.mean(model(x) ** 2)
+      >>> fn = microbatch_gradients(loss_fn, num_microbatches=4)
+      >>> loss, grads, moments = fn(model, jnp.ones((8, 2)))
+      >>> print(grads["kernel"].shape, moments.num_microbatches)
+      (2, 1) 4
+    """
+    weigh = _microbatching.count_examples if weight_fn is None else weight_fn
+
+    def fn(model, batch):
+        _microbatching.check_batch(batch, num_microbatches)
+        graphdef, params, streams, others = nnx.split(model, wrt, nnx.RngState, ...)
+        # Values only: the variables themselves belong to the model.
+        streams, others = _tree.pure((streams, others))
+        keys, moved_on = _fork(streams, num_microbatches)
+
+        def pure_loss(params, part):
+            keys, microbatch = part
+            keys = jax.tree.map(lambda leaf: leaf[0], keys)
+            copy = nnx.merge(graphdef, params, keys, others)
+            value = loss_fn(copy, microbatch)
+            loss, aux = value if has_aux else (value, None)
+            written = nnx.split(copy, wrt, nnx.RngState, ...)[3]
+            return loss, (aux, _changes(others, written))
+
+        (loss, (aux, written)), grads, moments = _microbatching.microbatch_gradients(
+            pure_loss,
+            num_microbatches,
+            has_aux=True,
+            weight_fn=lambda part: weigh(part[1]),
+            **options,
+        )(params, (keys, batch))
+
+        values, structure = jax.tree.flatten(others)
+        joined = [
+            old if new is None else _joined(new)
+            for old, new in zip(values, written, strict=True)
+        ]
+        nnx.update(model, moved_on, jax.tree.unflatten(structure, joined))
+        return (loss, aux) if has_aux else loss, grads, moments
+
+    return fn
