@@ -88,9 +88,9 @@ def skip_spikes(
       ``clip_by_threshold(thresholds.constant(1.0))`` around or before.
     * A norm jump with a normal loss is for clipping: with ``confirm`` it is not
       skipped, but the step is shortened to the limit.
-    * Inside ``optax.MultiSteps`` a NaN microbatch stays in its accumulator, and every
-      later mean is skipped: put ``skip_spikes`` around it, or give
-      ``should_skip_update_fn=optax.skip_not_finite`` as well.
+    * To accumulate gradients, put :func:`accumulate_moments` around: it averages the
+      loss as well. In the accumulator of ``optax.MultiSteps`` a NaN microbatch stays,
+      and every later mean is skipped.
     * Skipping does not cure a divergence: the parameters are bad by then. Rewind.
     * Reverse-mode differentiation does not pass.
 

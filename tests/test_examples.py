@@ -78,7 +78,7 @@ def test_a_run_can_be_repeated_exactly(tmp_path, text):
 
 def test_clipping_can_wait_for_the_end_of_the_warm_up():
     config = train.Config(steps=40, warmup_steps=8, clip_after_warmup=True)
-    tx = train.make_optimizer(config, train.make_schedule(config))
+    tx = train.make_optimizer(config)
     params = {"w": jnp.ones((2, 2))}
     step = jax.jit(lambda state: tx.update(params, state, params, value=1.0)[1])
     state, limits = tx.init(params), []
@@ -93,7 +93,7 @@ def test_clipping_can_wait_for_the_end_of_the_warm_up():
 @pytest.mark.parametrize("guard", [True, False])
 def test_the_guard_leaves_out_a_step_whose_loss_is_not_finite(guard):
     config = train.Config(guard=guard)
-    tx = train.make_optimizer(config, train.make_schedule(config))
+    tx = train.make_optimizer(config)
     params = {"w": jnp.ones((2, 2))}
     updates, state = tx.update(params, tx.init(params), params, value=jnp.nan)
     assert bool((updates["w"] == 0).all()) == guard
@@ -221,3 +221,20 @@ def test_loss_scale_changes_no_bit_of_a_run():
     expected = train_scaled(1.0)
     for exponent in (-60, 60):
         chex.assert_trees_all_equal(train_scaled(2.0**exponent), expected)
+
+
+def test_microbatches_do_not_change_the_course_of_training(tmp_path, text):
+    settings = QUICK | {"batch_size": 32, "steps": 8, "eval_every": 8}
+    curves = []
+    for parts in (1, 4):
+        folder = tmp_path / str(parts)
+        config = train.Config(data=text, out=folder, microbatches=parts, **settings)
+        train.train(config)
+        curves.append([row["loss"] for row in read_log(folder)[0]])
+    np.testing.assert_allclose(*curves, rtol=1e-4)
+    assert curves[0][-1] < curves[0][0] - 0.5
+
+
+def test_microbatches_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(train.InputError, match="--microbatches: 3 does not divide"):
+        train.check(train.Config(batch_size=8, microbatches=3))

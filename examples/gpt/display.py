@@ -113,9 +113,8 @@ class Screen:
         text += f" limit {_or_dash(row['clip/limit'])}  {self._pace(step)}"
         self._live.update(self._task, completed=step, description=text)
         if not self.console.is_terminal and step % self._log_every == 0:
-            clipped, rate = row["clip/fraction"], row["learning_rate"]
-            text += f"  clipped {clipped:.0%}  skipped {row['skip/total']:.0f}"
-            text += f"  lr {rate:.1e}"
+            text += f"  clipped {row['clip/fraction']:.0%}"
+            text += f"  skipped {row['skip/total']:.0f}  lr {row['learning_rate']:.1e}"
             self.say(f"step {step:>5}  {text}")
 
     def evaluation(self, row: Row) -> None:

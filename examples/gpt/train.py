@@ -28,6 +28,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from model import GPT, SIZES, next_token_loss
 
 import optax_stability as ost
+from optax_stability.flax import microbatch_gradients
 
 Metrics = dict[str, jax.Array]
 Row = dict[str, float]
@@ -47,6 +48,8 @@ class Config:
     """Optimizer steps."""
     batch_size: int = 8
     """Windows of text per step; a multiple of the number of devices."""
+    microbatches: int = 4
+    """Parts of a batch that are evaluated one by one; a bad one is left out."""
     learning_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Peak of the schedule. By default what suits the size: 3e-3, 1e-3 or 6e-4."""
     min_learning_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
@@ -84,7 +87,8 @@ def check(config: Config) -> None:
             raise InputError(f"--{flag}: {value} {remedy}")
 
     require(config.size in SIZES, "size", f"is no size; choose from {', '.join(SIZES)}")
-    for field in ("steps", "batch_size", "eval_every", "eval_batches", "log_every"):
+    counts = "steps batch_size microbatches eval_every eval_batches log_every"
+    for field in counts.split():
         require(getattr(config, field) > 0, field, "is too small; give 1 or more")
     for field in ("warmup_steps", "weight_decay", "sample_tokens", "seed"):
         require(getattr(config, field) >= 0, field, "is negative; give 0 or more")
@@ -93,6 +97,8 @@ def check(config: Config) -> None:
     require(config.warmup_steps < steps, "warmup_steps", remedy)
     remedy = f"cannot be shared by {devices} devices; give a multiple of {devices}"
     require(config.batch_size % devices == 0, "batch_size", remedy)
+    remedy = f"does not divide the {config.batch_size} windows of --batch-size"
+    require(config.batch_size % config.microbatches == 0, "microbatches", remedy)
     require(peak is None or peak > 0, "learning_rate", "is no rate; give one above 0")
 
 
@@ -110,9 +116,7 @@ def make_schedule(config: Config) -> optax.Schedule:
     )
 
 
-def make_optimizer(
-    config: Config, schedule: optax.Schedule
-) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """The stability chain: look at the gradient; leave it out, or clip it and step.
 
     The parts have names, so that ``adopt_state`` finds them when one is added.
@@ -123,7 +127,7 @@ def make_optimizer(
             clip, lambda step, **_: jnp.asarray(step) >= config.warmup_steps
         )
     adamw = ost.safe_adamw(
-        schedule,
+        make_schedule(config),
         b1=0.9,
         b2=0.95,
         weight_decay=config.weight_decay,
@@ -135,35 +139,36 @@ def make_optimizer(
     return optax.named_chain(("record", ost.record("grad")), ("step", step))
 
 
-def create(
-    config: Config, vocabulary: int, schedule: optax.Schedule
-) -> tuple[GPT, nnx.Optimizer]:
+def create(config: Config, vocabulary: int) -> tuple[GPT, nnx.Optimizer]:
     """A new model and its optimizer."""
     dtype = jnp.bfloat16 if config.bf16 else jnp.float32
     model = GPT(SIZES[config.size], vocabulary, dtype, nnx.Rngs(config.seed))
-    optimizer = nnx.Optimizer(model, make_optimizer(config, schedule), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, make_optimizer(config), wrt=nnx.Param)
     return model, optimizer
 
 
 def train_step(
-    graphdef: Any, schedule: optax.Schedule, state: Any, windows: jax.Array
+    graphdef: Any, config: Config, state: Any, windows: jax.Array
 ) -> tuple[Any, Metrics]:
     """One step of training, as a pure function of the state."""
     model, optimizer = nnx.merge(graphdef, state)
-    learning_rate = schedule(optimizer.step[...])
-    loss, grads = nnx.value_and_grad(next_token_loss)(model, windows)
-    optimizer.update(model, grads, value=loss)
+    learning_rate = make_schedule(config)(optimizer.step[...])
+    parts = config.microbatches
+    gradients = microbatch_gradients(next_token_loss, parts, vmap_size=1)
+    loss, grads, moments = gradients(model, windows)
+    optimizer.update(model, grads, value=loss, moments=moments)
     measured = ost.metrics(optimizer.opt_state)
     limit = measured["clip/limit"]
     metrics = {
         "loss": loss,
         "learning_rate": learning_rate,
         "grad/norm": measured["grad/norm"],
-        # A clip that is not yet switched on has seen no gradient, and says 0.
+        # 0 before a clip is switched on.
         "clip/limit": jnp.where(limit > 0, limit, jnp.inf),
         "clip/fraction": measured["clip/fraction"],
         "skip/skipped": measured.get("skip/skipped", False),
         "skip/total": measured.get("skip/total", 0),
+        "microbatches/rejected": parts - moments.num_microbatches,
     }
     # The donated state comes first and in the order it came in: XLA hands buffers on
     # in order of appearance, and would have to copy if they were out of order.
@@ -195,31 +200,27 @@ class Run:
 
     def __init__(self, config: Config, corpus: data.Corpus):
         """Initialises the model for a checked configuration."""
-        size, schedule = SIZES[config.size], make_schedule(config)
+        size = SIZES[config.size]
         vocabulary = max(size.vocabulary, corpus.vocabulary)
         mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._shared_out = NamedSharding(mesh, PartitionSpec("data"))
 
         # Compiled: much faster than op by op.
-        model, optimizer = nnx.jit(lambda: create(config, vocabulary, schedule))()
+        model, optimizer = nnx.jit(lambda: create(config, vocabulary))()
         self.parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
         graphdef, state = nnx.split((model, optimizer))
         self.state = jax.device_put(state, everywhere)
 
-        self._train_step = jax.jit(
-            functools.partial(train_step, graphdef, schedule),
-            donate_argnums=0,
-            out_shardings=everywhere,
-        )
+        step = functools.partial(train_step, graphdef, config)
+        self._train_step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
         self._eval_step = jax.jit(
             lambda state, windows: next_token_loss(
                 nnx.merge(graphdef, state)[0], windows
             )
         )
-        self._write_on = jax.jit(
-            functools.partial(write_on, graphdef, config.sample_tokens)
-        )
+        write = functools.partial(write_on, graphdef, config.sample_tokens)
+        self._write_on = jax.jit(write)
 
         shape = size.context, config.batch_size
         self._batch = data.batches(corpus.train, *shape, config.seed)
