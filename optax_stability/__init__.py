@@ -6,12 +6,12 @@ See the README for the table *need → function → place in the chain*.
 from importlib.metadata import version as _version
 
 from optax_stability import thresholds as thresholds
-from optax_stability._accumulation import (
-    AccumulateMomentsState as AccumulateMomentsState,
-)
 from optax_stability._accumulation import accumulate_moments as accumulate_moments
 from optax_stability._accumulation import flush as flush
-from optax_stability._accumulation import has_updated as has_updated
+from optax_stability._accumulation_state import (
+    AccumulateMomentsState as AccumulateMomentsState,
+)
+from optax_stability._accumulation_state import has_updated as has_updated
 from optax_stability._adam import scale_by_safe_adam as scale_by_safe_adam
 from optax_stability._adam_state import SafeAdamState as SafeAdamState
 from optax_stability._adam_state import from_optax_adam_state as from_optax_adam_state

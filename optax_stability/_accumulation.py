@@ -11,64 +11,21 @@ window is full. State: a float32 buffer like the parameters for the mean and, wi
 ``mean_square``, one for the mean square; no other memory.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_stability import _moments, _numerics, _tree, _validate
-from optax_stability._in_place import apply_if
+from optax_stability._accumulation_state import (
+    AccumulateMomentsState,
+    advance,
+    begin,
+    checked,
+    window_of,
+)
 from optax_stability._moments import Aggregate, Moments
-
-
-class AccumulateMomentsState(NamedTuple):
-    """State of :func:`accumulate_moments`.
-
-    Attributes:
-      mini_step: int32[] – microbatches in the present window, kept or not.
-      gradient_step: int32[] – steps that ``inner`` has taken.
-      updated: bool[] – whether the last call was one of them.
-      rejected_total: int32[] – microbatches that were not kept.
-      inner_opt_state: state of ``inner``.
-      acc_grads: tree like the parameters, ``accumulator_dtype`` – mean of the gradients
-        in the window. Means nothing while ``mini_step`` is 0.
-      value: float32[] – mean loss of the window, 0 where none was given.
-      moments: statistics of the window; its ``norm`` is None.
-    """
-
-    mini_step: jax.Array
-    gradient_step: jax.Array
-    updated: jax.Array
-    rejected_total: jax.Array
-    inner_opt_state: Any
-    acc_grads: Any
-    value: jax.Array
-    moments: Moments
-
-    @property
-    def metrics(self) -> dict[str, jax.Array]:
-        """``accumulate/…``: place in the window, and microbatches not kept."""
-        return {
-            "accumulate/mini_step": self.mini_step,
-            "accumulate/rejected_total": self.rejected_total,
-        }
-
-
-def _window(state: AccumulateMomentsState) -> Aggregate:
-    """What the present window holds; at its start nothing."""
-    begun = state.mini_step > 0
-    scalars = (
-        state.moments.num_microbatches,
-        state.moments.weight,
-        state.moments.deviation,
-    )
-    count, weight, deviation = (jnp.where(begun, each, 0) for each in scalars)
-    # The buffers still hold the last update; with weight 0 they count for nothing.
-    moments = state.moments._replace(
-        num_microbatches=count, weight=weight, deviation=deviation
-    )
-    return Aggregate(mean=state.acc_grads, value=state.value, moments=moments)
 
 
 def _losses(extra_args: dict[str, Any]) -> dict[str, Any]:
@@ -100,67 +57,6 @@ def _incoming(updates, loss, weight, moments, *, mean_square: bool) -> Aggregate
         value=jnp.asarray(loss, jnp.float32),
         moments=moments if mean_square else moments._replace(mean_square=None),
     )
-
-
-def _hand_over(
-    inner, run, window: Aggregate, inner_state, params, extra_args, *, like, axis_name
-):
-    """Runs ``inner`` on the mean of the window if ``run`` holds.
-
-    Returns:
-      Updates, ``acc_grads``, into whose memory they are written, and inner state.
-    """
-
-    def update(mean, inner_state):
-        mean = optax.tree.cast_like(mean, like)
-        norm = _tree.leaf_norms(mean, axis_name)
-        moments = window.moments._replace(norm=norm)
-        return inner.update(mean, inner_state, params, moments=moments, **extra_args)
-
-    # Always true. It makes XLA read the mean, for the deviation, before it is written
-    # over: otherwise it would have to keep a copy.
-    measured = ~(jnp.sum(window.moments.deviation) < 0)
-    return apply_if(run & measured, update, window.mean, inner_state)
-
-
-def _state(
-    state: AccumulateMomentsState, window: Aggregate, **fields: Any
-) -> AccumulateMomentsState:
-    """The next state: the window as it is now, and the given fields."""
-    moments = window.moments._replace(norm=None, leaves=state.moments.leaves)
-    return state._replace(value=window.value, moments=moments, **fields)
-
-
-def has_updated(state: Any) -> jax.Array:
-    """Whether the last call of :func:`accumulate_moments` took a step, bool[].
-
-    Args:
-      state: an :class:`AccumulateMomentsState`; with NNX ``optimizer.opt_state``.
-
-    Returns:
-      True if ``inner`` ran, and the updates are its own; False if they were zeros.
-
-    Raises:
-      TypeError: ``state`` is that of something else.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> params = {"w": jnp.ones(2)}
-      >>> tx = accumulate_moments(optax.sgd(0.1), every_k=2)
-      >>> _, state = tx.update(params, tx.init(params), params)
-      >>> print(has_updated(state))
-      False
-    """
-    return _checked(state).updated
-
-
-def _checked(state: Any) -> AccumulateMomentsState:
-    if not isinstance(state, AccumulateMomentsState):
-        raise TypeError(
-            f"state must be that of accumulate_moments, got {type(state).__name__}; "
-            "if something is around it, pass what that holds."
-        )
-    return _tree.pure(state)
 
 
 def flush(
@@ -196,29 +92,16 @@ def flush(
       [-0.1  0.3]
     """
     _validate.check_transformation("inner", inner)
-    state = _checked(state)
-    window = _window(state)
-    run = window.moments.num_microbatches > 0
-    updates, acc_grads, inner_state = _hand_over(
+    state = checked(state)
+    window = window_of(state)
+    return advance(
         optax.with_extra_args_support(inner),
-        run,
+        state,
         window,
-        state.inner_opt_state,
+        jnp.array(True),
         params,
         {"value": window.value, **extra_args},
         like=state.acc_grads if params is None else params,
-        axis_name=None,
-    )
-    return updates, _state(
-        state,
-        window,
-        mini_step=jnp.zeros_like(state.mini_step),
-        gradient_step=jnp.where(
-            run, _numerics.increment(state.gradient_step), state.gradient_step
-        ),
-        updated=run,
-        inner_opt_state=inner_state,
-        acc_grads=acc_grads,
     )
 
 
@@ -315,18 +198,11 @@ def accumulate_moments(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        empty = _moments.nothing(
-            params, mean_square=mean_square, dtype=accumulator_dtype
-        )
-        return AccumulateMomentsState(
-            mini_step=jnp.zeros((), jnp.int32),
-            gradient_step=jnp.zeros((), jnp.int32),
-            updated=jnp.zeros((), bool),
-            rejected_total=jnp.zeros((), jnp.int32),
-            inner_opt_state=inner.init(params),
-            acc_grads=empty.mean,
-            value=empty.value,
-            moments=empty.moments,
+        return begin(
+            inner.init(params),
+            params,
+            mean_square=mean_square,
+            dtype=accumulator_dtype,
         )
 
     def update_fn(updates, state, params=None, *, weight=None, moments=None, **extra):
@@ -338,36 +214,23 @@ def accumulate_moments(
             finite = _moments.all_finite(updates, incoming.value)
             keep &= _tree.everywhere(finite, axis_name)
         window = _moments.merge(
-            _window(state), _moments.if_kept(incoming, keep), axis_name
+            window_of(state), _moments.if_kept(incoming, keep), axis_name
         )
 
-        k = every_k(state.gradient_step) if callable(every_k) else every_k
-        full = state.mini_step + 1 >= k
-        run = full & (window.moments.num_microbatches > 0)
-        extra |= dict.fromkeys(losses, window.value)
-        outputs, acc_grads, inner_state = _hand_over(
-            inner,
-            run,
-            window,
-            state.inner_opt_state,
-            params,
-            extra,
-            like=updates,
-            axis_name=axis_name,
+        rejected = jnp.where(keep, 0, 1)
+        state = state._replace(
+            rejected_total=_numerics.increment(state.rejected_total, rejected)
         )
-        return outputs, _state(
+        k = every_k(state.gradient_step) if callable(every_k) else every_k
+        return advance(
+            inner,
             state,
             window,
-            mini_step=jnp.where(full, 0, _numerics.increment(state.mini_step)),
-            gradient_step=jnp.where(
-                run, _numerics.increment(state.gradient_step), state.gradient_step
-            ),
-            updated=run,
-            rejected_total=jnp.where(
-                keep, state.rejected_total, _numerics.increment(state.rejected_total)
-            ),
-            inner_opt_state=inner_state,
-            acc_grads=acc_grads,
+            state.mini_step + 1 >= k,
+            params,
+            extra | dict.fromkeys(losses, window.value),
+            like=updates,
+            axis_name=axis_name,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
