@@ -72,12 +72,14 @@ def flush(
 
     Args:
       inner: the transformation that ``accumulate_moments`` wraps.
-      state: its state; with NNX ``nnx.as_pure(optimizer.opt_state)``.
-      params: the parameters, for an ``inner`` that needs them.
-      extra_args: passed on; the mean loss of the window is, as ``value=``.
+      state: its state; with NNX ``optimizer.opt_state``.
+      params: the parameters, for an ``inner`` that needs them; with NNX
+        ``nnx.state(model, nnx.Param)``.
+      extra_args: passed on, as is the mean loss of the window, as ``value=`` unless
+        they hold another.
 
     Returns:
-      Updates and state.
+      Updates and state, as plain arrays.
 
     Raises:
       TypeError: ``inner`` or ``state`` is something else.
@@ -92,7 +94,7 @@ def flush(
       [-0.1  0.3]
     """
     _validate.check_transformation("inner", inner)
-    state = checked(state)
+    state, params = checked(state), _tree.pure(params)
     window = window_of(state)
     return advance(
         optax.with_extra_args_support(inner),

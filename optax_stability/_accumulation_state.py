@@ -131,7 +131,7 @@ def advance(
         inner_opt_state=inner_opt_state,
         acc_grads=acc_grads,
         value=window.value,
-        moments=window.moments._replace(norm=None, leaves=state.moments.leaves),
+        moments=window.moments,
     )
 
 

@@ -981,15 +981,16 @@ def test_in_a_call_and_across_calls_is_one_window():
     chex.assert_trees_all_close(seen, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_call_whose_microbatches_were_all_rejected_is_rejected():
+def test_a_call_whose_loss_is_nan_counts_for_nothing():
     batch = rows(4)
     fn = jax.jit(ost.microbatch_gradients(quadratic, 2, mean_square=True))
     good = fn(PARAMS, batch)
     bad = fn(PARAMS, {**batch, "x": np.full_like(batch["x"], np.nan)})
-    calls = [good, bad]
+    # The moments of the last are in order, and do not count either.
+    calls = [good, bad, (np.nan, good[1], good[2])]
     extras = [{"value": value, "moments": moments} for value, _, moments in calls]
-    _, states = watch(2, [grads for _, grads, _ in calls], extras)
-    assert int(states[-1].rejected_total) == 1
+    _, states = watch(3, [grads for _, grads, _ in calls], extras)
+    assert int(states[-1].rejected_total) == 2
     seen = states[-1].inner_opt_state
     assert int(seen.number) == 2
     assert float(seen.weight) == 4

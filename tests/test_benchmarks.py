@@ -351,3 +351,23 @@ def test_the_readme_quotes_the_last_full_runs():
     assert fault_table.readme_table(fault_table.read_results()) in README
     detection = json.loads(spike_detection.RESULTS.read_text())["rules"]
     assert spike_detection.table(detection) in README
+
+
+def read(name):
+    return json.loads((fault_table.RESULTS.parent / name).read_text())
+
+
+def test_the_readme_quotes_the_accumulation_benchmark():
+    given = read("accumulation.json")["across_steps"]["gradient given"]
+    for row in given.values():
+        mini_step, cycle = row["mini_step_ratio"], row["cycle_ratio"]
+        temp = row["temp_bytes_per_parameter"]
+        cells = f"{mini_step['median']:.2f} | {cycle['median']:.2f} | {temp:.1f} |"
+        assert cells in README
+
+
+def test_the_readme_quotes_the_batch_invariance_benchmark():
+    for by_k in read("batch_invariance.json")["b2"]["0.999"].values():
+        regimes = by_k["8"]
+        cells = [by_k[k][regime]["ratio"] for regime in regimes for k in ("8", "32")]
+        assert " | ".join(f"{cell:.2f}" for cell in cells) in README

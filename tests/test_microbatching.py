@@ -951,13 +951,16 @@ def test_microbatches_of_their_own_are_added_up_once(axis_type, parts, spmd):
     assert 0 <= reduced_entries(program) - gradients * params.size <= 16
 
 
-def test_a_batch_can_be_sharded_along_a_second_axis():
+def test_a_batch_sharded_along_a_second_axis_is_not_gathered():
     rows = np.random.default_rng(0).standard_normal((16, 8, 3)).astype(np.float32)
     params = np.ones(3, np.float32)
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(AxisType.Explicit,) * 2)
+    fn = ost.microbatch_gradients(dot, 4, vmap_size=2)
     with jax.set_mesh(mesh):
         arguments = place(params, mesh), place(rows, mesh, "data", "seq")
-        _, grads, _ = compiled(4, 2, loss=dot)(*arguments)
+        program = jax.jit(fn).lower(*arguments).compile()
+        _, grads, _ = program(*arguments)
+    assert {operation for operation, _ in collectives(program)} == {"all-reduce"}
     np.testing.assert_allclose(grads, rows.mean((0, 1)), atol=ROUNDING)
 
 
