@@ -52,10 +52,11 @@ def _incoming(updates, loss, weight, moments, *, mean_square: bool) -> Aggregate
         weight = 1.0 if weight is None else weight
         return _moments.single(updates, loss, weight, mean_square=mean_square)
     _check_moments(moments, weight, mean_square)
+    moments = moments if mean_square else moments._replace(mean_square=None)
     return Aggregate(
         mean=updates,
         value=jnp.asarray(loss, jnp.float32),
-        moments=moments if mean_square else moments._replace(mean_square=None),
+        moments=_moments.rescaled(moments, updates),
     )
 
 
@@ -141,11 +142,11 @@ def accumulate_moments(
       microbatch and begins no window with those of another: a window that has enough
       already is closed by the next call.
     * The order of microbatches does not matter, to rounding: for float32, ḡ is within
-      2⁻²² of the largest |mₖ|, for up to 64 of them.
+      2⁻²⁰ of the largest |mₖ|, for up to 64 of them.
 
     **Edge cases**
 
-    * An entry above 8e37 counts as not finite.
+    * A leaf whose norm is above 8e37 counts as not finite.
     * What clips or skips *inside*, ``accumulate_moments(chain(clip, adam))``, sees the
       whole batch once; in front of it, ``chain(clip, accumulate_moments(adam))``, every
       microbatch.
@@ -162,6 +163,7 @@ def accumulate_moments(
         ``scale_by_safe_adam(second_moment="microbatch")``; costs one buffer.
       reject_nonfinite: False keeps every microbatch, whatever it holds.
       accumulator_dtype: of the mean; narrower than float32 it loses small gradients.
+        Gradients narrower than it need a copy in its dtype while ``inner`` runs.
       axis_name: under ``shard_map``, the mesh axes that shard the gradient: all devices
         keep or reject alike, and deviations are those of whole leaves. Leave it None
         under ``jit``.
@@ -213,8 +215,8 @@ def accumulate_moments(
         incoming = _incoming(updates, loss, weight, moments, mean_square=mean_square)
         keep = _moments.usable_weight(incoming.moments.weight)
         if reject_nonfinite:
-            finite = _moments.all_finite(updates, incoming.value)
-            keep &= _tree.everywhere(finite, axis_name)
+            keep &= _moments.all_finite(updates, incoming.value)
+        keep = _tree.everywhere(keep, axis_name)
         window = _moments.merge(
             window_of(state), _moments.if_kept(incoming, keep), axis_name
         )
@@ -232,7 +234,6 @@ def accumulate_moments(
             params,
             extra | dict.fromkeys(losses, window.value),
             like=updates,
-            axis_name=axis_name,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

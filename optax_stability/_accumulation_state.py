@@ -20,10 +20,10 @@ class AccumulateMomentsState(NamedTuple):
     """State of :func:`accumulate_moments`.
 
     Attributes:
-      mini_step: int32[] – microbatches in the present window, kept or not.
+      mini_step: int32[] – calls in the present window, kept or not.
       gradient_step: int32[] – steps that ``inner`` has taken.
       updated: bool[] – whether the last call was one of them.
-      rejected_total: int32[] – microbatches that were not kept.
+      rejected_total: int32[] – calls whose gradient was not kept.
       inner_opt_state: state of ``inner``.
       acc_grads: tree like the parameters, ``accumulator_dtype`` – mean of the gradients
         in the window. Means nothing while ``mini_step`` is 0.
@@ -91,7 +91,6 @@ def advance(
     extra_args: dict[str, Any],
     *,
     like: Any,
-    axis_name: _tree.AxisName = None,
 ) -> tuple[Any, AccumulateMomentsState]:
     """Goes on with the window, or ends it if it is ``full``.
 
@@ -105,13 +104,11 @@ def advance(
       params: the parameters, or None.
       extra_args: for ``inner``.
       like: tree with the dtypes in which ``inner`` gets the mean.
-      axis_name: under ``shard_map``, the mesh axes that shard the gradient.
     """
 
     def update(mean, inner_state):
         mean = optax.tree.cast_like(mean, like)
-        norm = _tree.leaf_norms(mean, axis_name)
-        moments = window.moments._replace(norm=norm)
+        moments = window.moments._replace(norm=_tree.leaf_norms(mean))
         return inner.update(mean, inner_state, params, moments=moments, **extra_args)
 
     run = full & (window.moments.num_microbatches > 0)

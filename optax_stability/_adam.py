@@ -189,7 +189,8 @@ def scale_by_safe_adam(
       m ← β₁ᴷ·m + (1 − β₁ᴷ)·ḡ                           m̂ = m/(1 − Πβ₁ᴷ)
       r ← hypot(√β₂ᴷ·r, √(1 − β₂ᴷ)·s),  s² = Σnₖ·mₖ²/N  r̂ = r/√(1 − Πβ₂ᴷ)
 
-    After bias correction that is v ← β₂ᴷ·v + (1 − β₂)·Σmₖ². It makes training, to first
+    While K and the weights stay as they are, that is v ← β₂ᴷ·v + (1 − β₂)·Σmₖ² after
+    bias correction. It makes training, to first
     order in the learning rate, independent of how the same data are split into steps,
     if the learning rate grows with K (:func:`scale_learning_rate`). It buys nothing
     else: for quality the evidence points both ways (References).
@@ -205,16 +206,21 @@ def scale_by_safe_adam(
     * A gradient that is not finite leaves m and r of its coordinate as they were; the
       update is finite.
     * Bias correction follows β₁, β₂ and K that change from step to step.
-    * With ``"microbatch"``: K = 1 is plain Adam; |u| ≤ B whatever K is; and what a clip
-      does to a leaf of ḡ is done to s as well.
+    * With ``"microbatch"``: K = 1 is plain Adam, to rounding; |u| ≤ B whatever K is;
+      and what scales a leaf of ḡ as a whole, such as a clip by its norm or the global
+      one, scales s as well. (What changes entries of a leaf one by one changes s by
+      their norm only: clip single layers or entries of microbatches, not of ḡ.)
 
     **Edge cases**: with rms_dtype float16 nothing is stored below 6e-8, which then acts
     like a floor under r. Below |g| = 1e-36 the moments underflow, and all that holds is
     |u| ≤ B. ``optax.inject_hyperparams`` keeps β in the dtype of the parameters: give
     it ``hyperparam_dtype=jnp.float32`` where that is bfloat16, in which 0.999 is 1
-    (taken here as the largest float32 below 1). Squares of microbatch gradients
-    below 1e-19 are lost: s is then |ḡ|, as in plain Adam. If all microbatches were
-    rejected, the moments stay as they are.
+    (taken here as the largest float32 below 1). Squares of microbatch gradients below
+    1e-19 are lost, and of those above 1e19: s is then |ḡ|, as in plain Adam, and scale
+    invariance ends there. If all microbatches were
+    rejected, the moments stay as they are. ``optax.masked`` and ``optax.partition``
+    hide gradients but hand on ``moments=`` whole; those of the leaves that are left are
+    picked out here.
 
     Args:
       b1: β₁, decay of the mean, in [0, 1).
@@ -226,8 +232,8 @@ def scale_by_safe_adam(
         everyone runs Adam; ``"microbatch"`` – from the squares of the microbatch
         gradients behind it, which come as the extra argument ``moments=``.
       update_rms_max: per leaf, divide u by max(1, RMS(g/max(r̂, ε))/update_rms_max), as
-        in StableAdamW, where it is 1. None switches it off. Under ``shard_map`` the RMS
-        is that of the local shard.
+        in StableAdamW, where it is 1; with "microbatch" s takes the place of g. None
+        switches it off. Under ``shard_map`` the RMS is that of the local shard.
       spike_ratio: per coordinate, hold g² to spike_ratio·v̂ of the steps before, as in
         SPAM, where it is 5000. None switches it off.
       mu_dtype: storage of m; None for the dtype of the parameter, as in optax.
@@ -237,9 +243,10 @@ def scale_by_safe_adam(
 
     Returns:
       A transformation with state :class:`SafeAdamState` and metrics ``adam/update_rms``
-      (of m̂/r̂; 0.229 for independent gradients at β₁ = 0.9), ``adam/correlation`` (ρ̂,
-      lag-1 correlation of successive gradients: with R = mean(u²) and
-      c = (1−β₁)/(1+β₁), ρ̂ = (R−c)/(β₁(R+c)) for gradients that follow AR(1)),
+      (of m̂/r̂; for independent gradients 0.229 at β₁ = 0.9 and K = 1),
+      ``adam/correlation`` (ρ̂, lag-1 correlation of successive gradients, of equal
+      weights and AR(1): with R = mean(u²), and c the R of independent ones,
+      ρ̂ = (R−c)(1+c)/((R+c)(1−c)); at K = 1, c = (1−β₁)/(1+β₁) in the long run),
       ``adam/eps_share`` (mean of ε/(r̂+ε); 0.5 means ε = r̂) and ``adam/zero_fraction``
       (coordinates that never had a gradient), each also with ``/per_leaf``.
 

@@ -220,7 +220,8 @@ def adopt_state(
     **Edge cases**: old states without arrays (``clip_by_global_norm``) may be missing
     in the new chain. To go from ``optax.adam`` to ``scale_by_safe_adam``, convert the
     Adam state with :func:`from_optax_adam_state` first. From a chain to a
-    ``named_chain`` works in the order of its names, if no two states are equal.
+    ``named_chain`` works in the order of its names, if no two states are equal. From
+    ``optax.MultiSteps``, between two windows, pass its ``inner_opt_state``.
 
     Args:
       new_tx: the transformation to go on with.

@@ -33,6 +33,12 @@ def run_if(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
     return lax.while_loop(lambda loop: loop[0], body, (run, carry))[1]
 
 
+def _as_before(new, old):
+    dtype = jnp.asarray(old).dtype
+    new = jnp.asarray(new)
+    return new if new.dtype == dtype else new.astype(dtype)
+
+
 def _fits(output, buffer) -> bool:
     """Whether the buffer's dtype holds every value of the output's."""
     return jnp.promote_types(output.dtype, buffer.dtype) == buffer.dtype
@@ -66,8 +72,10 @@ def apply_if(run, inner_update, buffers, inner_state):
     def step(carry):
         targets, inner_state = carry
         inputs = jax.tree.map(given, buffers, outputs, targets)
-        updates, inner_state = inner_update(inputs, inner_state)
-        return optax.tree.cast_like(updates, targets), inner_state
+        updates, new_state = inner_update(inputs, inner_state)
+        # As optax.MultiSteps does: some states take the dtype of the gradient.
+        new_state = jax.tree.map(_as_before, new_state, inner_state)
+        return optax.tree.cast_like(updates, targets), new_state
 
     targets = jax.tree.map(start, buffers, outputs)
     targets, inner_state = run_if(run, step, (targets, inner_state))

@@ -93,7 +93,7 @@ def microbatch_gradients(
 
     * If ``loss_fn`` is a mean over examples, or over what ``weight_fn`` counts, loss
       and gradient are those of the whole batch, to rounding, whatever K and
-      ``vmap_size`` are: within 2⁻²² of the largest |mₖ| in float32, for K up to 64.
+      ``vmap_size`` are: within 2⁻²⁰ of the largest |mₖ| in float32, for K up to 64.
     * A microbatch that is not finite changes nothing but K and N.
     * Sums are formed in float32 at least; the gradient has the dtype of the parameters.
     * Rows stay on the device that holds them, under Auto and Explicit meshes.
@@ -102,7 +102,7 @@ def microbatch_gradients(
 
     * If no microbatch is kept, the loss is NaN and the gradient 0: ``skip_spikes``
       leaves the step out.
-    * An entry above 8e37 counts as not finite.
+    * A leaf whose norm is above 8e37 counts as not finite.
     * Microbatch k has the rows k, k + K, k + 2K …; with ``spmd_axis_name`` they are
       neighbours.
     * The arrays of a batch may differ in length, as long as K divides each. Randomness

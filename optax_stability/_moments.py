@@ -19,8 +19,8 @@ import optax
 
 from optax_stability import _numerics, _tree
 
-# Two entries below it can be subtracted without overflow.
-_LARGEST_ENTRY = _numerics.HUGE / 4
+# Two numbers below it can be subtracted without overflow.
+_LARGEST = _numerics.HUGE / 4
 
 
 class Moments(NamedTuple):
@@ -34,11 +34,13 @@ class Moments(NamedTuple):
       num_microbatches: int32[] – K, how many were kept.
       weight: float32[] – N, in the unit of the weights: examples or tokens.
       deviation: float32[n_leaves] – Σ nₖ‖mₖ − ḡ‖² of each leaf. It is ∞ where a
-        distance is above 1e19, and loses distances below 1e-19.
+        distance is above 1e19, loses distances below 1e-19, and digits where one weight
+        is more than 1e4 times the sum of those before.
       mean_square: tree like the gradients – Σ nₖ·mₖ²/N of each entry, or None. It ends
         at 3e38, and loses entries below 1e-19.
-      norm: float32[n_leaves] – ‖ḡ‖ of each leaf when it was made: what a later clip did
-        to it can be told from that. None where it is not known.
+      norm: float32[n_leaves] – ‖ḡ‖ of each leaf when it was made, under ``shard_map``
+        of the local shard: what a later clip did to it can be told from that. None
+        where it is not known.
       leaves: marks that name the entries of the vectors, or None.
     """
 
@@ -92,7 +94,17 @@ def _share(part, whole):
 
 
 def nothing(like: Any, *, mean_square: bool, dtype: Any = None) -> Aggregate:
-    """The aggregate of no microbatch; ``dtype`` is that of the mean."""
+    """The aggregate of no microbatch; ``dtype`` is that of the mean.
+
+    Raises:
+      TypeError: a leaf is complex.
+    """
+    for leaf in jax.tree.leaves(like):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"gradients of dtype {leaf.dtype} cannot be accumulated; wrap all in "
+                "optax.contrib.split_real_and_imaginary."
+            )
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros_like(leaf, dtype=dtype or _wide(leaf)), like
     )
@@ -111,18 +123,17 @@ def nothing(like: Any, *, mean_square: bool, dtype: Any = None) -> Aggregate:
 
 
 def all_finite(tree: Any, value: Any = 0.0) -> jax.Array:
-    """Whether no entry is NaN, Inf or above 8e37, and the loss is finite, bool[]."""
-    # A NaN is the maximum of whatever it is among, and below nothing.
-    largest = [
-        jnp.max(jnp.abs(leaf), initial=0).astype(_wide(leaf))
-        for leaf in jax.tree.leaves(tree)
-    ]
-    return jnp.all(_stack(largest) <= _LARGEST_ENTRY) & jnp.isfinite(value)
+    """Whether no entry is NaN or Inf, no leaf has a norm above 8e37, and so the loss.
+
+    By norms, which are sums: over devices, the maximum of numbers and NaN is a number
+    on some backends.
+    """
+    return jnp.all(_tree.leaf_norms(tree) <= _LARGEST) & jnp.isfinite(value)
 
 
 def usable_weight(weight) -> jax.Array:
     """Whether a weight is a number above 0, bool[]."""
-    return (weight > 0) & (weight <= _LARGEST_ENTRY)
+    return (weight > 0) & (weight <= _LARGEST)
 
 
 def single(grads, value, weight, *, mean_square: bool) -> Aggregate:
@@ -164,10 +175,10 @@ def merge(a: Aggregate, b: Aggregate, axis_name: _tree.AxisName = None) -> Aggre
       axis_name: under ``shard_map``, the mesh axes that shard the means.
     """
     weight = a.moments.weight + b.moments.weight
-    share = _share(b.moments.weight, weight)
 
     def towards(x, y):
         wide = _wide(x)
+        share = _share(b.moments.weight.astype(wide), weight.astype(wide))
         old = jnp.where(a.moments.weight > 0, x.astype(wide), 0)
         new = old + share * (y.astype(wide) - old)
         return jnp.where(b.moments.weight > 0, new, old).astype(x.dtype)
@@ -262,7 +273,9 @@ def visible(moments: Moments, updates: Any) -> Moments:
     """
     try:
         squares = _shown(updates, moments.mean_square)
-        marks = _shown(updates, _tree.number_leaves(moments.leaves))
+        leaves = moments.leaves
+        leaves = _tree.mark_leaves(moments.mean_square) if leaves is None else leaves
+        marks = _shown(updates, _tree.number_leaves(leaves))
     except ValueError as error:
         raise ValueError(
             "moments are of another tree than the gradients; give those that came "
@@ -277,24 +290,44 @@ def visible(moments: Moments, updates: Any) -> Moments:
     )
 
 
+def _factors(moments: Moments, grads: Any) -> jax.Array:
+    """By what each leaf of the mean was scaled since it was made, float32[n_leaves]."""
+    if moments.norm is None:
+        return jnp.ones((len(jax.tree.leaves(grads)),), jnp.float32)
+    factors = _tree.leaf_norms(grads) / moments.norm
+    return jnp.where(jnp.isfinite(factors), factors, 1.0)
+
+
+def rescaled(moments: Moments, grads: Any) -> Moments:
+    """The moments as if every microbatch gradient had been scaled as their mean was."""
+    if moments.norm is None:
+        return moments
+    squares = jnp.square(_factors(moments, grads))
+    leaves, treedef = jax.tree.flatten(moments.mean_square)
+    scaled = [leaf * squares[i] for i, leaf in enumerate(leaves)]
+    return moments._replace(
+        deviation=moments.deviation * squares,
+        mean_square=jax.tree.unflatten(treedef, scaled),
+    )
+
+
 def sizes(moments: Moments, grads: Any) -> Any:
     """Root mean square of the microbatch gradients, entry by entry, float32.
 
-    What a clip has done to a leaf of their mean since then is done to it as well. It is
-    at least |ḡ|, which holds for exact squares and is needed where they underflowed.
+    By what a leaf of their mean was scaled since then, it is scaled as well. It is at
+    least |ḡ|, which holds for exact squares and is needed where they underflowed.
 
     Args:
       moments: with a ``mean_square``.
       grads: ḡ as it is now, float32.
     """
     leaves, treedef = jax.tree.flatten(grads)
-    factors = jnp.ones((len(leaves),), jnp.float32)
-    if moments.norm is not None:
-        factors = _tree.leaf_norms(grads) / moments.norm
-        factors = jnp.where(jnp.isfinite(factors), factors, 1.0)
+    factors = _factors(moments, grads)
 
     def size(square, g, i):
-        return jnp.maximum(jnp.sqrt(square) * factors[i], jnp.abs(g))
+        root = jnp.sqrt(square) * factors[i]
+        # A square that was not finite, or a sum of them that is not.
+        return jnp.maximum(jnp.where(_numerics.is_finite(root), root, 0), jnp.abs(g))
 
     squares = jax.tree.leaves(moments.mean_square)
     return jax.tree.unflatten(treedef, map(size, squares, leaves, range(len(leaves))))

@@ -852,6 +852,13 @@ def test_correlation_is_that_of_successive_microbatches(correlation, k):
     assert measured == pytest.approx(exact, abs=error * MEAN_SQUARE)
 
 
+def test_the_correlation_of_independent_gradients_is_zero_from_the_first_step():
+    # (Σg)²/(K·Σg²) has the mean 1/K, whatever K is; over 2048 of them, to 3 %.
+    _, _, state = run(DEFAULT, ar1(8, 0.0, seed=0)[:1], pad=np.asarray)
+    found = float(state.metrics["adam/correlation"])
+    assert found == pytest.approx(0.0, abs=0.06)
+
+
 def test_update_rms_of_independent_gradients_depends_on_k():
     roots = {k: np.sqrt(ar1_update(k, 0.0)[0]) for k in STEPS}
     assert roots == pytest.approx({1: 0.229, 8: 0.223, 32: 0.171}, abs=5e-4)
