@@ -61,7 +61,10 @@ def _incoming(updates, loss, weight, moments, *, mean_square: bool) -> Aggregate
 
 
 def flush(
-    inner: optax.GradientTransformation, state: Any, params: Any = None, **extra_args
+    inner: optax.GradientTransformation,
+    state: Any,
+    params: Any = None,
+    **extra_args: Any,
 ) -> tuple[Any, AccumulateMomentsState]:
     """Takes the step of a window that is not full, such as the last of an epoch.
 

@@ -170,21 +170,25 @@ def microbatch_gradients(
         value, grads = value_and_grad(params, microbatch)
         loss, aux = value if has_aux else (value, None)
         weight = jnp.asarray(weight_fn(microbatch), jnp.float32)
-        keep = _moments.usable_weight(weight)
-        if reject_nonfinite:
-            keep &= _moments.all_finite(grads, loss)
-        return grads, loss, jnp.where(keep, weight, 0), aux
+        weight = jnp.where(_moments.usable_weight(weight), weight, 0)
+        return grads, loss, weight, aux
+
+    def kept(weight, finite):
+        return jnp.where(finite, weight, 0) if reject_nonfinite else weight
 
     def evaluate_group(params, microbatches):
         if vmap_size == 1:
             only = jax.tree.map(lambda leaf: leaf[0], microbatches)
             grads, loss, weight, aux = evaluate(params, only)
+            weight = kept(weight, _moments.all_finite(grads, loss))
             part = _moments.single(grads, loss, weight, mean_square=mean_square)
             return part, jax.tree.map(lambda leaf: leaf[None], aux)
-        *parts, aux = jax.vmap(
+        grads, losses, weights, aux = jax.vmap(
             evaluate, in_axes=(None, 0), spmd_axis_name=spmd_axis_name
         )(params, microbatches)
-        return _moments.stacked(*parts, mean_square=mean_square), aux
+        weights = kept(weights, _moments.each_finite(grads, losses))
+        part = _moments.stacked(grads, losses, weights, mean_square=mean_square)
+        return part, aux
 
     def evaluate_all(params, batch) -> tuple[Aggregate, Any]:
         if groups == 1:
