@@ -18,6 +18,8 @@ from optax_stability._adam_state import from_optax_adam_state as from_optax_adam
 from optax_stability._adam_state import to_optax_adam_state as to_optax_adam_state
 from optax_stability._adamw import safe_adamw as safe_adamw
 from optax_stability._adoption import adopt_state as adopt_state
+from optax_stability._batch_size import BatchSizeSchedule as BatchSizeSchedule
+from optax_stability._batch_size import batch_size_schedule as batch_size_schedule
 from optax_stability._clip_presets import clip_by_leaf_history as clip_by_leaf_history
 from optax_stability._clip_presets import clip_by_quantile as clip_by_quantile
 from optax_stability._clip_presets import clip_by_zscore as clip_by_zscore
@@ -27,6 +29,18 @@ from optax_stability._gradient_scaling import scale_gradients as scale_gradients
 from optax_stability._metrics import metrics as metrics
 from optax_stability._microbatching import microbatch_gradients as microbatch_gradients
 from optax_stability._moments import Moments as Moments
+from optax_stability._noise_reading import NoiseScale as NoiseScale
+from optax_stability._noise_reading import batch_efficiency as batch_efficiency
+from optax_stability._noise_reading import critical_batch_range as critical_batch_range
+from optax_stability._noise_reading import noise_scale as noise_scale
+from optax_stability._noise_scale import (
+    EstimateNoiseScaleState as EstimateNoiseScaleState,
+)
+from optax_stability._noise_scale import estimate_noise_scale as estimate_noise_scale
+from optax_stability._noise_scaling import (
+    ScaleByNoiseScaleState as ScaleByNoiseScaleState,
+)
+from optax_stability._noise_scaling import scale_by_noise_scale as scale_by_noise_scale
 from optax_stability._rates import scale_learning_rate as scale_learning_rate
 from optax_stability._recording import RecordState as RecordState
 from optax_stability._recording import record as record
@@ -36,5 +50,7 @@ from optax_stability._skip_state import SkipSpikesState as SkipSpikesState
 from optax_stability._skipping import skip_spikes as skip_spikes
 from optax_stability._skipping import spike_guard as spike_guard
 from optax_stability._tree import leaf_names as leaf_names
+from optax_stability._when_noisy import WhenNoisyState as WhenNoisyState
+from optax_stability._when_noisy import when_noisy as when_noisy
 
 __version__ = _version("optax_stability")

@@ -25,6 +25,7 @@ from optax_stability._accumulation_state import (
     checked,
     window_of,
 )
+from optax_stability._batch_size import BatchSizeSchedule
 from optax_stability._moments import Aggregate, Moments
 
 
@@ -58,6 +59,13 @@ def _incoming(updates, loss, weight, moments, *, mean_square: bool) -> Aggregate
         value=jnp.asarray(loss, jnp.float32),
         moments=_moments.rescaled(moments, updates),
     )
+
+
+def _calls_per_step(every_k: Any, state: AccumulateMomentsState):
+    """How many calls the present window has."""
+    if isinstance(every_k, BatchSizeSchedule):
+        return every_k.num_microbatches(state.inner_opt_state)
+    return every_k(state.gradient_step) if callable(every_k) else every_k
 
 
 def flush(
@@ -113,7 +121,7 @@ def flush(
 
 def accumulate_moments(
     inner: optax.GradientTransformation,
-    every_k: int | jax.Array | optax.Schedule,
+    every_k: int | jax.Array | optax.Schedule | BatchSizeSchedule,
     *,
     mean_square: bool = True,
     reject_nonfinite: bool = True,
@@ -161,7 +169,8 @@ def accumulate_moments(
 
     Args:
       inner: what takes the steps: the whole chain.
-      every_k: calls per step, ≥ 1, or a schedule from the gradient step to it.
+      every_k: calls per step, ≥ 1; or a schedule from the gradient step to it; or a
+        :func:`batch_size_schedule`, which follows the noise scale.
       mean_square: keep Σnₖ·mₖ² as well, for
         ``scale_by_safe_adam(second_moment="microbatch")``; costs one buffer.
       reject_nonfinite: False keeps every microbatch, whatever it holds.
@@ -175,8 +184,10 @@ def accumulate_moments(
       A transformation with state :class:`AccumulateMomentsState`. Its ``update`` takes
       ``weight=`` (nₖ, 1 by default), the loss as ``value=`` or ``loss=``, and
       ``moments=`` where :func:`microbatch_gradients` made the gradient from several
-      microbatches. Metrics: ``accumulate/mini_step`` (0 after a step) and
-      ``accumulate/rejected_total``. See :func:`has_updated` and :func:`flush`.
+      microbatches. Metrics: ``accumulate/mini_step`` (0 after a step),
+      ``accumulate/num_microbatches`` (kept in the window so far, after a step in that
+      of the step) and ``accumulate/rejected_total``. See :func:`has_updated` and
+      :func:`flush`.
 
     Raises:
       TypeError: ``inner`` is no transformation, or ``every_k`` no number.
@@ -199,7 +210,7 @@ def accumulate_moments(
       eq. 2.1, with weights, for the deviation.
     """
     _validate.check_transformation("inner", inner)
-    if not callable(every_k):
+    if not (callable(every_k) or isinstance(every_k, BatchSizeSchedule)):
         _validate.check_count("every_k", every_k, 1, "1 takes a step on every call")
     _validate.check_float_dtype("accumulator_dtype", accumulator_dtype)
     inner = optax.with_extra_args_support(inner)
@@ -228,7 +239,7 @@ def accumulate_moments(
         state = state._replace(
             rejected_total=_numerics.increment(state.rejected_total, rejected)
         )
-        k = every_k(state.gradient_step) if callable(every_k) else every_k
+        k = _calls_per_step(every_k, state)
         return advance(
             inner,
             state,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability import _moments, _tree
-from optax_stability._in_place import apply_if
+from optax_stability._in_place import after, apply_if
 from optax_stability._moments import Aggregate, Moments
 from optax_stability._numerics import increment
 
@@ -42,8 +42,9 @@ class AccumulateMomentsState(NamedTuple):
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
-        """``accumulate/…``: place in the window, and microbatches not kept."""
+        """``accumulate/…``: place in the window, microbatches kept and not kept."""
         return {
+            "accumulate/num_microbatches": self.moments.num_microbatches,
             "accumulate/mini_step": self.mini_step,
             "accumulate/rejected_total": self.rejected_total,
         }
@@ -112,11 +113,8 @@ def advance(
         return inner.update(mean, inner_state, params, moments=moments, **extra_args)
 
     run = full & (window.moments.num_microbatches > 0)
-    # Always true. It makes XLA read the mean, for the deviation, before it is written
-    # over: otherwise it would keep a copy.
-    measured = ~(jnp.sum(window.moments.deviation) < 0)
     updates, acc_grads, inner_opt_state = apply_if(
-        run & measured, update, window.mean, state.inner_opt_state
+        after(run, window.moments.deviation), update, window.mean, state.inner_opt_state
     )
     return updates, AccumulateMomentsState(
         mini_step=jnp.where(full, 0, increment(state.mini_step)),

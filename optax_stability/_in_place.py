@@ -18,6 +18,21 @@ from jax import lax
 Carry = TypeVar("Carry")
 
 
+def after(run, *measured):
+    """The bool[] ``run``, known only once other things are.
+
+    XLA then reads what those are made from before it is written over. Without it, it
+    would keep a copy.
+
+    Args:
+      run: bool[].
+      measured: arrays of numbers that are not below 0.
+    """
+    for each in measured:
+        run &= ~(jnp.sum(each) < 0)
+    return run
+
+
 def run_if(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
     """``step(carry)`` if the bool[] ``run`` holds, and ``carry`` as it is if not.
 

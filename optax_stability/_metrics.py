@@ -10,13 +10,14 @@ that are used.
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from optax_stability import _tree
 
 _PER_LEAF = "/per_leaf"
+State = TypeVar("State")
 
 
 def _reports(node: Any) -> bool:
@@ -35,6 +36,12 @@ def _reporting(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
         if _reports(node):
             yield path + sub_path, node
             yield from _reporting(node, path + sub_path)
+
+
+def find(tree: Any, kind: type[State]) -> list[State]:
+    """All states of one kind inside a tree, outer before inner."""
+    found = (node for _, node in _reporting([tree]))
+    return [_tree.pure(node) for node in found if isinstance(node, kind)]
 
 
 def _distinguish(paths: list[tuple]) -> list[str]:

@@ -284,8 +284,11 @@ def visible(moments: Moments, updates: Any) -> Moments:
     Raises:
       ValueError: the moments are not those of these gradients.
     """
+    if moments.leaves is None and moments.mean_square is None:
+        return moments
     try:
-        squares = _shown(updates, moments.mean_square)
+        squares = moments.mean_square
+        squares = None if squares is None else _shown(updates, squares)
         leaves = moments.leaves
         leaves = _tree.mark_leaves(moments.mean_square) if leaves is None else leaves
         marks = _shown(updates, _tree.number_leaves(leaves))

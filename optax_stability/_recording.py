@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
@@ -40,16 +39,10 @@ def _largest_entries(leaves, axis_name: _tree.AxisName):
     return stacked if axis_name is None else lax.pmax(stacked, axis_name)
 
 
-def _sizes(leaves, axis_name: _tree.AxisName):
-    """The number of entries of each leaf, over all shards, float32[n_leaves]."""
-    sizes = np.array([x.size for x in leaves], np.float32)
-    return sizes if axis_name is None else lax.psum(sizes, axis_name)
-
-
 def _measure(tree, axis_name: _tree.AxisName) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Each quantity as (global, per leaf)."""
     leaves = jax.tree.leaves(tree)
-    norms, sizes = _tree.leaf_norms(tree, axis_name), _sizes(leaves, axis_name)
+    norms, sizes = _tree.leaf_norms(tree, axis_name), _tree.leaf_sizes(tree, axis_name)
     largest, norm = _largest_entries(leaves, axis_name), _tree.join_norms(norms)
     return {
         "norm": (norm, norms),

@@ -38,7 +38,7 @@ class Parts(NamedTuple):
         return len(self.layered)
 
 
-def _per_leaf(prefix, tree) -> list:
+def per_leaf(prefix, tree) -> list:
     """A value for every leaf, from a tree (or prefix) of values or a callable."""
     prefix = prefix(tree) if callable(prefix) else prefix
     return jax.tree.leaves(jax.tree.broadcast(prefix, tree))
@@ -49,14 +49,14 @@ def split(tree, scope, stacked) -> Parts:
     leaves = jax.tree.leaves(tree)
     layered = (False,) * len(leaves)
     if stacked is not None:
-        layered = tuple(bool(each) for each in _per_leaf(stacked, tree))
+        layered = tuple(bool(each) for each in per_leaf(stacked, tree))
         _check_layers(tree, layered)
     leaf = np.repeat(np.arange(len(leaves)), _tree.count_parts(leaves, layered))
     if scope == "global":
         return Parts(np.zeros_like(leaf), leaf, layered)
     if scope == "leaf":
         return Parts(np.arange(len(leaf)), leaf, layered)
-    labels = _per_leaf(scope, tree)
+    labels = per_leaf(scope, tree)
     numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     return Parts(np.array([numbers[label] for label in labels], int), leaf, layered)
 

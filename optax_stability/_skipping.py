@@ -19,7 +19,7 @@ import optax
 
 from optax_stability import _tree, _validate, thresholds
 from optax_stability._detection import Detector, loss_of
-from optax_stability._in_place import apply_if, run_if
+from optax_stability._in_place import after, apply_if, run_if
 from optax_stability._numerics import scale
 from optax_stability._skip_state import advance, begin, decide
 from optax_stability.thresholds import Threshold
@@ -29,6 +29,13 @@ _FAR_ABOVE_THE_TREND = thresholds.detrended_mad(5.0, floor=5.0)
 # A level is accepted only so far above its limit at once: what enters Adam's second
 # moment stays there for long.
 _MAX_RISE = 10.0
+
+
+def _measured(extra_args: dict[str, Any]) -> list:
+    """What was measured on the gradient, where moments are among the arguments."""
+    moments = extra_args.get("moments")
+    known = () if moments is None else (moments.deviation, moments.norm)
+    return [each for each in known if each is not None]
 
 
 def skip_spikes(
@@ -165,7 +172,7 @@ def skip_spikes(
         # In place and rarely: a factor of 1 would cost a pass over the gradient.
         factor = reading.norm_limit / norm
         updates = run_if(
-            (norm > reading.norm_limit) & ~skip,
+            after((norm > reading.norm_limit) & ~skip, *_measured(extra_args)),
             lambda updates: jax.tree.map(lambda x: scale(x, factor), updates),
             updates,
         )

@@ -284,6 +284,12 @@ def known_norm(tree: Any, norm: jax.Array, axis_name: AxisName) -> Iterator[None
         _known_norm.reset(token)
 
 
+def leaf_sizes(tree: Any, axis_name: AxisName = None):
+    """The number of entries of each leaf, over all shards, float32[n_leaves]."""
+    sizes = np.array([leaf.size for leaf in jax.tree.leaves(tree)], np.float32)
+    return sum_over_axes(sizes, axis_name)
+
+
 def join_norms(norms) -> jax.Array:
     """Joins the norms of parts into the norm of the whole, float32[]."""
     largest = jnp.max(norms, initial=0.0)

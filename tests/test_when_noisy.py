@@ -1,0 +1,110 @@
+"""Switching on and off with the noise scale."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_noise_scale import synthetic
+
+import optax_stability as ost
+
+PARAMS = {"w": jnp.ones(())}
+HALF = optax.scale(0.5)
+
+
+def run(tx, traces, params=PARAMS):
+    """Whether it acted, and the state, after steps of some trace and ‖G‖² = 1."""
+    state, update, acted = tx.init(params), jax.jit(tx.update), []
+    for trace in traces:
+        moments = synthetic(trace, 1.0)
+        updates, state = update(params, state, params, moments=moments)
+        acted.append(float(updates["w"]) != 1.0)
+        assert bool(ost.metrics(state)["when_noisy/active"]) == acted[-1]
+    return acted, state
+
+
+def quick(**settings):
+    return ost.estimate_noise_scale(decay=0.5, scope="global", **settings)
+
+
+def test_it_switches_with_the_noise_and_not_between_the_levels():
+    tx = ost.when_noisy(HALF, above=10.0, below=2.0, estimator=quick())
+    quiet, noisy, between = [1.0] * 12, [100.0] * 12, [5.0] * 30
+    acted, _ = run(tx, quiet + noisy + between + quiet + between)
+    blocks = np.split(np.array(acted), np.cumsum([12, 12, 30, 12])[:4])
+    assert not blocks[0].any()
+    assert blocks[1][-1]
+    assert blocks[2].all()
+    assert not blocks[3][-1]
+    assert not blocks[4].any()
+
+
+def test_chance_does_not_switch():
+    """The estimate is above the level, its interval holds it."""
+    tx = ost.when_noisy(HALF, above=10.0, estimator=ost.estimate_noise_scale())
+    acted, state = run(tx, [2.0, 25.0, 4.0, 18.0, 2.0, 30.0])
+    found = ost.noise_scale(state)
+    assert found.valid
+    assert found.low < 10 < found.b_simple
+    assert not any(acted)
+    # More of the same is no chance any more.
+    assert run(tx, [2.0, 25.0, 4.0, 18.0, 2.0, 30.0] * 20)[0][-1]
+
+
+def test_a_lower_bound_is_enough_to_switch_on():
+    tx = ost.when_noisy(HALF, above=10.0, estimator=quick())
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    for sign in (1, -1) * 6:
+        moments = synthetic(1000.0, 1.0)
+        norm = jnp.sqrt(1000.0 / 8 + 30.0 * sign)[None]
+        moments = moments._replace(norm=norm)
+        updates, state = update(PARAMS, state, PARAMS, moments=moments)
+    assert not ost.noise_scale(state).valid
+    assert float(updates["w"]) == 0.5
+
+
+def test_the_ratio_to_the_weights_can_be_the_measure():
+    tx = ost.when_noisy(HALF, above=2.0, below=1.0, measure="noise_to_weight")
+    # √(trace·K/N), of one coordinate: K/N = 1/2.
+    acted, _ = run(tx, [1.0, 1.0])
+    assert acted == [False, False]
+    acted, _ = run(tx, [50.0, 50.0])
+    assert acted == [True, True]
+    # Without the parameters it is not known, and nothing acts.
+    update = jax.jit(tx.update)
+    updates, _ = update(PARAMS, tx.init(PARAMS), moments=synthetic(50.0, 1.0))
+    assert float(updates["w"]) == 1.0
+
+
+def test_what_is_inside_learns_all_the_time():
+    clip = ost.clip_by_zscore(warmup=2)
+    tx = ost.when_noisy(clip, above=1e9)
+    _, state = run(tx, [1.0] * 5)
+    expected = clip.init(PARAMS)
+    for _ in range(5):
+        _, expected = clip.update(PARAMS, expected, PARAMS)
+    chex.assert_trees_all_close(state.inner_state, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"above": -1.0}, ValueError, r"above=-1.0 is outside"),
+        ({"above": 1.0, "below": 2.0}, ValueError, r"below=2.0 is above above=1.0"),
+        ({"above": 1.0, "measure": "b"}, ValueError, r"measure='b' is unknown"),
+        ({"above": 1.0, "estimator": HALF}, TypeError, "estimator must be"),
+        ({"above": 1.0, "estimator": 3}, TypeError, "estimator must be"),
+        ({"above": 1.0, "inner": 3}, TypeError, "inner must be"),
+    ],
+)
+def test_what_is_wrong_is_named(arguments, error, match):
+    with pytest.raises(error, match=match):
+        ost.when_noisy(**{"inner": HALF, **arguments})
+
+
+def test_without_moments_the_remedy_is_named():
+    tx = ost.when_noisy(HALF, above=1.0)
+    with pytest.raises(ValueError, match="microbatch_gradients"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
