@@ -248,7 +248,8 @@ def stacked(grads, values, weights, *, mean_square: bool) -> Aggregate:
         mean=mean,
         value=average(values.astype(jnp.float32)),
         moments=Moments(
-            num_microbatches=jnp.sum(kept, dtype=jnp.int32),
+            # As float32, so that over devices it travels with the deviations.
+            num_microbatches=_total(kept).astype(jnp.int32),
             weight=weight,
             deviation=_stack(jax.tree.leaves(jax.tree.map(deviation, grads, mean))),
             mean_square=squares if mean_square else None,
@@ -291,7 +292,7 @@ def visible(moments: Moments, updates: Any) -> Moments:
         squares = None if squares is None else _shown(updates, squares)
         leaves = moments.leaves
         leaves = _tree.mark_leaves(moments.mean_square) if leaves is None else leaves
-        marks = _shown(updates, _tree.number_leaves(leaves))
+        marks = _shown(_tree.pure(updates), _tree.number_leaves(leaves))
     except ValueError as error:
         raise ValueError(
             "moments are of another tree than the gradients; give those that came "
