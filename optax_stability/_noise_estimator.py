@@ -32,7 +32,7 @@ def checked(
     return optax.with_extra_args_support(estimator)
 
 
-def whole(estimate: EstimateNoiseScaleState) -> dict[str, jax.Array]:
+def whole(estimate: Any) -> dict[str, jax.Array]:
     """What is known of the whole gradient, by name."""
     return {key: values[0] for key, values in readings(estimate).items()}
 

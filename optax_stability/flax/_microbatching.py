@@ -1,63 +1,20 @@
-"""What Flax users need beside the transformations. This module alone imports Flax.
+"""Microbatches of NNX modules.
 
-NNX needs no adapter to pass on what the transformations can be told:
-``optimizer.update(model, grads, value=loss, moments=moments)``.
+*Problem*: a module carries more than parameters; random streams and running statistics
+must be split and put together as well.
+
+*Where* and *cost*: as of :func:`optax_stability.microbatch_gradients`.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
-from flax.training import train_state
 
 from optax_stability import _microbatching, _tree
 from optax_stability._moments import Moments
-
-
-class TrainState(train_state.TrainState):
-    """Flax's ``TrainState`` for Linen, whose optimizer can be told more than gradients.
-
-    Fields, ``create`` and everything else are those of
-    ``flax.training.train_state.TrainState``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax_stability as ost
-      >>> from optax_stability.flax import TrainState
-      >>> state = TrainState.create(
-      ...     apply_fn=None,
-      ...     params={"w": jnp.ones(2)},
-      ...     tx=ost.spike_guard(ost.safe_adamw(1e-3)),
-      ... )
-      >>> grads, loss = {"w": jnp.ones(2)}, jnp.float32(2.5)
-      >>> state = state.apply_gradients(grads=grads, extra_args={"value": loss})
-      >>> print(state.step, ost.metrics(state)["skip/value"])
-      1 2.5
-    """
-
-    def apply_gradients(
-        self, *, grads: Any, extra_args: Mapping[str, Any] | None = None, **kwargs: Any
-    ):
-        """Updates parameters and optimizer state by one step.
-
-        Args:
-          grads: gradients, of the structure of ``params``.
-          extra_args: handed to the optimizer's ``update`` by name, such as
-            ``{"value": loss}``; ignored by optimizers that take none.
-          **kwargs: further fields to replace, as in Flax.
-
-        Returns:
-          The next state.
-        """
-        tx = optax.with_extra_args_support(self.tx)
-        update = functools.partial(tx.update, **(extra_args or {}))
-        told = self.replace(tx=optax.GradientTransformation(tx.init, update))
-        stepped = super(TrainState, told).apply_gradients(grads=grads, **kwargs)
-        return stepped.replace(tx=self.tx)
 
 
 def _fork(streams: Any, number: int) -> tuple[Any, Any]:

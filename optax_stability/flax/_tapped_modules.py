@@ -1,0 +1,321 @@
+"""Modules of NNX that can tell the norm of every example's gradient.
+
+*Problem*: the gradient of a batch is a sum; once it is formed, nothing is left of how
+large the gradients of its examples were.
+
+*How*: in place of the modules of ``nnx`` with the same name. As long as they hold no
+taps they are those. :func:`per_example_gradients` gives taps to a copy of the model.
+
+*Cost*: none without taps; with taps that of :mod:`optax_stability._norm_taps`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.extend import core
+
+from optax_stability import _norm_taps
+
+
+class NormTap(nnx.Param):
+    """A zero beside a parameter, by which the backward pass tells what it has seen.
+
+    It is a ``Param`` so that ``nnx.scan`` and ``nnx.vmap`` over layers cut it as they
+    cut the parameter: it has the same leading axes. Its cotangent, along the last axis:
+    the squared norms of B examples, how often the parameter was used, and the squared
+    norm of its gradient.
+    """
+
+    @property
+    def squares(self) -> jax.Array:
+        """The part for the norms, [B]."""
+        return self[...][:-2]
+
+    @property
+    def seen(self) -> jax.Array:
+        """The part for the number of uses and the norm of the gradient, [2]."""
+        return self[...][-2:]
+
+
+class _Use(NamedTuple):
+    """Where a parameter was used; what a lookup hands to the output head.
+
+    Attributes:
+      trace: of JAX, what can be told apart from arrays that must not leak.
+      ids: int[B, ...] – what was looked up, or None.
+      link: float[B, ..., D] – from :func:`_norm_taps.looked_up`, or None.
+      embedding: float[V, D] – the one that was used, or None.
+    """
+
+    trace: Any
+    ids: Any = None
+    link: Any = None
+    embedding: Any = None
+
+
+_uses: ContextVar[dict[str, _Use] | None] = ContextVar("uses", default=None)
+
+
+@contextmanager
+def one_evaluation() -> Iterator[None]:
+    """While the loss is traced, once: which parameters were used where."""
+    token = _uses.set({})
+    try:
+        yield
+    finally:
+        _uses.reset(token)
+
+
+def _current_trace() -> Any:
+    return core.get_opaque_trace_state(convention="nnx")
+
+
+def _earlier_use(tap: NormTap) -> _Use | None:
+    """The use of this parameter in the function that is being traced, if any."""
+    use = (_uses.get() or {}).get(tap.parameter)
+    # What a loop body or a checkpoint used is out of reach. A body is traced twice now
+    # and then, which is no second use; if it was one, the count of uses tells.
+    return use if use is not None and use.trace == _current_trace() else None
+
+
+def _note_use(tap: NormTap, **lookup: Any) -> None:
+    if _earlier_use(tap) is not None:
+        raise ValueError(
+            f"{tap.parameter!r} is used twice in one evaluation of loss_fn; the norms "
+            "of its gradients do not add up. Use nnx's own module there, which leaves "
+            "the noise of this parameter unknown, or one module per use."
+        )
+    uses = _uses.get()
+    if uses is not None:
+        uses[tap.parameter] = _Use(_current_trace(), **lookup)
+
+
+def _check_rows(x: Any, tap: NormTap, least: int) -> None:
+    """Raises unless axis 0 of an input is that of the examples."""
+    taps = tap[...].shape
+    if len(taps) != 1:
+        raise ValueError(
+            f"{tap.parameter!r} is stacked but its tap, of shape {taps}, was not cut "
+            "into layers; cut variables of type nnx.Param along axis 0."
+        )
+    if x.ndim < least or x.shape[0] != taps[0] - 2:
+        raise ValueError(
+            f"{tap.parameter!r} is used on an input of shape {x.shape}, whose axis 0 "
+            f"does not hold the {taps[0] - 2} examples of the batch. Broadcast the "
+            "input to them, or use nnx's own module there."
+        )
+
+
+def _refuse(module: nnx.Module, tap: NormTap, **given: bool) -> None:
+    """Raises if anything is given, by name, that a tapped module cannot do."""
+    for name, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"{type(module).__name__}: there are no norms with {name}; use nnx's "
+                f"own module for {tap.parameter!r}, or leave its type out of only=."
+            )
+
+
+def _first(*taps: NormTap | None) -> NormTap | None:
+    return next((tap for tap in taps if tap is not None), None)
+
+
+def _tapped(variable: nnx.Param | None, tap: NormTap | None, x: Any, least: int) -> Any:
+    """The value of a parameter, watched, once it is sure that it can be tapped."""
+    if variable is None or tap is None:
+        return None if variable is None else variable[...]
+    _check_rows(x, tap, least)
+    _note_use(tap)
+    return _norm_taps.watch(variable[...], tap.seen)
+
+
+def _multiplied(x: Any, kernel: Any, tap: NormTap | None, *options: Any) -> jax.Array:
+    if tap is None:
+        return _norm_taps.multiply(x, kernel, *options)
+    return _norm_taps.dense(x, kernel, tap.squares, *options)
+
+
+def _shifted(y: jax.Array, bias: jax.Array | None, tap: NormTap | None) -> jax.Array:
+    if bias is None:
+        return y
+    dtype = jnp.result_type(y, bias)
+    y, bias = y.astype(dtype), bias.astype(dtype)
+    return y + bias if tap is None else _norm_taps.shift(y, bias, tap.squares)
+
+
+def _scaled(x: jax.Array, scale: jax.Array | None, tap: NormTap | None) -> jax.Array:
+    if scale is None:
+        return x
+    scale = scale.astype(x.dtype)
+    return x * scale if tap is None else _norm_taps.scale(x, scale, tap.squares)
+
+
+def _check_normalization(module: Any, tap: NormTap, mask: Any) -> None:
+    last = -1, (-1,)
+    _refuse(
+        module,
+        tap,
+        mask=mask is not None,
+        axis_name=module.axis_name is not None,
+        reduction_axes=module.reduction_axes not in last,
+        feature_axes=module.feature_axes not in last,
+    )
+
+
+def _options(module: Any, x: jax.Array) -> dict[str, Any]:
+    """For a normalisation like the module's that has no parameters.
+
+    Its result is wide, as it is within nnx: rounded before the scale, it would be
+    rounded twice.
+    """
+    return {
+        "epsilon": module.epsilon,
+        "dtype": jnp.promote_types(x.dtype, jnp.float32),
+        "use_fast_variance": module.use_fast_variance,
+        "rngs": nnx.Rngs(),
+    }
+
+
+class Linear(nnx.Linear):
+    """``nnx.Linear``, of which :func:`per_example_gradients` can take norms.
+
+    Arguments, variables and results are those of ``nnx.Linear``. Not supported under
+    taps: another ``dot_general``, ``out_sharding``.
+    """
+
+    tapped: ClassVar[dict[str, int]] = {"kernel": 2, "bias": 1}
+    kernel_tap: NormTap | None = None
+    bias_tap: NormTap | None = None
+
+    def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
+        """Applies the linear map along the last axis of ``inputs[batch, ...]``."""
+        tap = _first(self.kernel_tap, self.bias_tap)
+        if tap is None:
+            return super().__call__(inputs, out_sharding=out_sharding)
+        _refuse(
+            self,
+            tap,
+            dot_general=self.dot_general is not lax.dot_general,
+            out_sharding=out_sharding is not None,
+        )
+        kernel = _tapped(self.kernel, self.kernel_tap, inputs, 2)
+        bias = _tapped(self.bias, self.bias_tap, inputs, 2)
+        inputs, kernel, bias = self.promote_dtype(
+            (inputs, kernel, bias), dtype=self.dtype
+        )
+        options = self.precision, self.preferred_element_type
+        y = _multiplied(inputs, kernel, self.kernel_tap, *options)
+        return _shifted(y, bias, self.bias_tap)
+
+
+class Embed(nnx.Embed):
+    """``nnx.Embed``, of which :func:`per_example_gradients` can take norms.
+
+    Arguments, variables and results are those of ``nnx.Embed``. Not supported under
+    taps: ``out_sharding``. One lookup, one ``attend``, or a lookup and then one
+    ``attend``, as of an output head that shares the matrix, are exact.
+    """
+
+    tapped: ClassVar[dict[str, int]] = {"embedding": 2}
+    embedding_tap: NormTap | None = None
+
+    def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
+        """Looks up ``inputs``, int[batch, ...]."""
+        tap = self.embedding_tap
+        if tap is None:
+            return super().__call__(inputs, out_sharding=out_sharding)
+        _refuse(self, tap, out_sharding=out_sharding is not None)
+        _check_rows(inputs, tap, 1)
+        embedding = _norm_taps.watch(self.embedding[...], tap.seen)
+        (rows,) = self.promote_dtype((embedding,), dtype=self.dtype, inexact=False)
+        # nnx takes the only row there is, whatever the id.
+        ids = inputs % 1 if self.num_embeddings == 1 else inputs
+        y = jnp.take(rows, ids, axis=0)
+        ids = jnp.where(ids < 0, ids + self.num_embeddings, ids)
+        y, link = _norm_taps.looked_up(y, ids, tap.squares)
+        _note_use(tap, ids=ids, link=link, embedding=embedding)
+        return y
+
+    def attend(self, query: Any, out_sharding: Any = None) -> jax.Array:
+        """Inner products of ``query[batch, ..., features]`` with every embedding."""
+        tap = self.embedding_tap
+        if tap is None:
+            return super().attend(query, out_sharding=out_sharding)
+        _refuse(self, tap, out_sharding=out_sharding is not None)
+        _check_rows(query, tap, 2)
+        lookup = _earlier_use(tap)
+        if lookup is None or lookup.link is None:
+            embedding = _tapped(self.embedding, tap, query, 2)
+            return self._multiply(query, embedding, tap)[1]
+        query, logits = self._multiply(query, lookup.embedding, tap)
+        # A second head finds no link, and that it is the second.
+        self._forget_link(tap)
+        return _norm_taps.link(logits, query, lookup.ids, lookup.link)
+
+    def _multiply(self, query: Any, embedding: Any, tap: NormTap) -> tuple[Any, Any]:
+        query, embedding = self.promote_dtype((query, embedding), dtype=self.dtype)
+        return query, _norm_taps.dense(query, embedding.T, tap.squares)
+
+    def _forget_link(self, tap: NormTap) -> None:
+        uses = _uses.get()
+        if uses is not None:
+            uses[tap.parameter] = _Use(_current_trace())
+
+
+class LayerNorm(nnx.LayerNorm):
+    """``nnx.LayerNorm``, of which :func:`per_example_gradients` can take norms.
+
+    Arguments, variables and results are those of ``nnx.LayerNorm``. Not supported under
+    taps: a ``mask``, ``axis_name``, axes other than the last.
+    """
+
+    tapped: ClassVar[dict[str, int]] = {"scale": 1, "bias": 1}
+    scale_tap: NormTap | None = None
+    bias_tap: NormTap | None = None
+
+    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+        """Normalises ``x[batch, ..., features]`` along its last axis."""
+        tap = _first(self.scale_tap, self.bias_tap)
+        if tap is None:
+            return super().__call__(x, mask=mask)
+        _check_normalization(self, tap, mask)
+        scale = _tapped(self.scale, self.scale_tap, x, 2)
+        bias = _tapped(self.bias, self.bias_tap, x, 2)
+        x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
+        normalize = nnx.LayerNorm(
+            self.num_features, use_bias=False, use_scale=False, **_options(self, x)
+        )
+        y = _scaled(normalize(x), scale, self.scale_tap)
+        return _shifted(y, bias, self.bias_tap).astype(x.dtype)
+
+
+class RMSNorm(nnx.RMSNorm):
+    """``nnx.RMSNorm``, of which :func:`per_example_gradients` can take norms.
+
+    Arguments, variables and results are those of ``nnx.RMSNorm``. Not supported under
+    taps: a ``mask``, ``axis_name``, axes other than the last.
+    """
+
+    tapped: ClassVar[dict[str, int]] = {"scale": 1}
+    scale_tap: NormTap | None = None
+
+    def __call__(self, x: Any, mask: Any = None) -> jax.Array:
+        """Normalises ``x[batch, ..., features]`` along its last axis."""
+        tap = self.scale_tap
+        if tap is None:
+            return super().__call__(x, mask=mask)
+        _check_normalization(self, tap, mask)
+        scale = _tapped(self.scale, tap, x, 2)
+        x, scale = self.promote_dtype((x, scale), dtype=self.dtype)
+        normalize = nnx.RMSNorm(self.num_features, use_scale=False, **_options(self, x))
+        return _scaled(normalize(x), scale, tap).astype(x.dtype)
+
+
+# Each says in ``tapped`` how many axes its parameters have where they are not stacked.
+DROP_INS = Linear, Embed, LayerNorm, RMSNorm
