@@ -20,7 +20,7 @@ from optax_stability._noise_scale import readings
 def _digits(value: float) -> str:
     """Three digits, as people write them: 1,234,567 is 1.23M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if size <= value < math.inf:
+        if 0.9995 * size <= value < math.inf:
             return f"{value / size:#.3g}".rstrip(".") + letter
     return f"{value:.3g}"
 

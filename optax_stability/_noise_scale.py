@@ -36,7 +36,7 @@ class EstimateNoiseScaleState(NamedTuple):
     """State of :func:`estimate_noise_scale`. Stream 0 is the whole gradient.
 
     Attributes:
-      averages: of S and G², float32[n_streams] each.
+      averages: of S and G², float32[n_memories, n_streams] each.
       size: float32[n_streams] – coordinates that count, d.
       param_rms: float32[n_streams] – root mean square of the parameters; NaN where they
         were not given.
@@ -77,7 +77,7 @@ class EstimateNoiseScaleState(NamedTuple):
 
 def readings(state: EstimateNoiseScaleState) -> dict[str, jax.Array]:
     """All that is known of each stream, by name, [n_streams] each."""
-    averages = state.averages
+    averages = _noise_statistics.trusted(state.averages)
     scale = _noise_statistics.interval(averages, state.confidence)
     variance = averages.trace / (state.microbatch * state.size)
     return {
@@ -213,7 +213,9 @@ def estimate_noise_scale(
       S  = deviation/(K − 1)     E S  = tr Σ, Σ the covariance of one example's gradient
       G² = ‖ḡ‖² − S/N            E G² = ‖G‖², G the true gradient
 
-    Over steps both are averaged, with weights that decay, and::
+    Over steps both are averaged, with weights that decay, in memories of three lengths:
+    of ``decay``, its third and its tenth power. Of these the longest is read that no
+    shorter one contradicts (their intervals of 75 % meet), and::
 
       trace = mean S    grad_sq = mean G²    b_simple = trace/grad_sq
 
@@ -228,7 +230,8 @@ def estimate_noise_scale(
     * S and G² have no bias, whatever the weights of the microbatches are, and none of
       them is clamped: G² may be below 0.
     * The interval holds the true ratio with the stated confidence, for independent
-      steps of one distribution; where G² is not told from 0 it has no upper end.
+      steps of one distribution, within 3 %; where G² is not told from 0 it has no upper
+      end.
     * A loss that is multiplied by a constant has the same noise scale.
     * What is not finite is not learned, nor a step of one microbatch or none.
 
@@ -238,8 +241,10 @@ def estimate_noise_scale(
       the interval has no upper end. ``low`` is a lower bound then: the noise scale is
       at least that. ``trace`` and ``grad_sq`` are given all the same.
     * With one microbatch per step nothing is learned, unless ``difference``.
-    * Averages lag: while ‖G‖² falls by a factor e in T steps, ``b_simple`` is by
-      1/(T·(1 − decay)) too low: a third for T = 300 and the default.
+    * It says what was so over the last ``steps`` steps, not what is so in the last one,
+      and the interval is that of the mean. A change is seen once a memory is sure of
+      it; the shortest is of 20 steps by default. In the first steps of a run, where
+      ‖G‖² falls tenfold in ten steps, every average is too low.
     * Examples of one batch must be independent. Tokens of one sequence are not: weigh
       by sequences, or take a figure in tokens for a lower bound.
     * Squares of norms have the range of float32: a norm above 1e19, or a whole gradient
@@ -252,7 +257,8 @@ def estimate_noise_scale(
 
     Args:
       decay: weight of a step relative to the next, in [0, 1); the averages are as good
-        as (1 + decay)/(1 − decay) steps, 199 by default. Below 0.5 it is never valid.
+        as (1 + decay)/(1 − decay) steps at most, 199 by default. Below 0.5 it is never
+        valid.
       half_life: in the unit of the moments, examples or tokens, takes the place of
         ``decay``: what is that far back weighs half. Stays right when the batch grows.
       confidence: of the interval, in (0, 1).
@@ -299,7 +305,8 @@ def estimate_noise_scale(
       McCandlish et al., 2018, arXiv:1812.06162, App. A.1, with microbatches in the
       place of devices. Deviations: any number of microbatches of unequal weight; S from
       distances to the mean, which cancels no digits; averages of S and G² as published,
-      but debiased by their weights; no clamp. Fieller, 1954, for the interval.
+      but debiased by their weights; no clamp. Fieller, 1954, for the interval. Lepski,
+      1990, for the memories.
       AdaptDL (Qiao et al., "Pollux", 2021, arXiv:2008.12260) for pairs; deviation: they
       do not overlap, so that steps are independent.
     """

@@ -2,13 +2,16 @@
 
 *Problem*: the noise scale is the ratio of two means, and the lower one may be close to
 0. The mean of ratios is then meaningless, and so is an interval from the delta method,
-which is always finite.
+which is always finite. And both means move: an average that is long enough to be sure
+of is sure of the past.
 
-*Cost*: seven scalars per stream; element-wise.
+*Cost*: 21 scalars per stream; element-wise.
 
 *Source*: Fieller, "Some Problems in Interval Estimation", 1954, J. R. Stat. Soc. B 16,
 §2, for the interval. West, "Updating Mean and Variance Estimates", 1979, CACM 22(9),
-with weights that decay, for the averages. Student's quantile from the normal one by
+with weights that decay, for the averages. Lepski, "On a Problem of Adaptive Estimation
+in Gaussian White Noise", 1990, Theory Probab. Appl. 35(3), for how far back to look.
+Student's quantile from the normal one by
 Abramowitz & Stegun, "Handbook of Mathematical Functions", 1964, eq. 26.7.5.
 """
 
@@ -23,13 +26,19 @@ from optax_stability._numerics import hypot
 # From fewer steps no variance is taken: three steps under a decay count for a little
 # less than three.
 _FEWEST_STEPS = 2.5
+# Decays are powers of the longest one: memories of a third and a tenth of its steps.
+_POWERS = (1, 3, 10)
+# Memories agree if their intervals of this confidence meet. With wider ones a change is
+# noticed late; with narrower ones chance looks like one, and coverage suffers.
+_AGREEMENT = 0.75
 
 
 class Averages(NamedTuple):
     """Weighted means of trace S and squared gradient G², with their spread.
 
-    Each step weighs ``decay`` times the one after it. The spread is kept as the
-    Cholesky factor of the weighted sums of squares and products about the means: no
+    Each step weighs ``decay`` times the one after it. As they are learned, they have a
+    first axis for memories of several lengths, the longest first. The spread is kept as
+    the Cholesky factor of the weighted sums of squares and products about the means: no
     square is formed, so it has the range of S and G² themselves.
 
     Attributes:
@@ -87,8 +96,9 @@ class Interval(NamedTuple):
 
 
 def nothing_learned(streams: int) -> Averages:
-    """The averages of no step."""
-    return Averages(*(jnp.zeros((streams,), jnp.float32) for _ in Averages._fields))
+    """The averages of no step, of [memories, streams]."""
+    shape = len(_POWERS), streams
+    return Averages(*(jnp.zeros(shape, jnp.float32) for _ in Averages._fields))
 
 
 def _rotation(a, b):
@@ -103,12 +113,13 @@ def learn(averages: Averages, trace, grad_sq, decay) -> Averages:
     """The averages with one more step, where both numbers are finite.
 
     Args:
-      averages: of n streams.
+      averages: of [memories, n streams].
       trace: float32[n] – S of this step.
       grad_sq: float32[n] – G² of this step.
-      decay: float32[] – weight of all that came before, relative to this step.
+      decay: float32[] – weight of all that came before, relative to this step, in the
+        longest memory.
     """
-    old = averages
+    old, decay = averages, decay ** jnp.array(_POWERS, jnp.float32)[:, None]
     total = decay * old.total + 1
     trace_step, grad_sq_step = trace - old.trace, grad_sq - old.grad_sq
     # The first step has no distance to a mean.
@@ -192,4 +203,24 @@ def interval(averages: Averages, confidence) -> Interval:
         low=jnp.where(enough & (unit_below > 0), low * unit, 0.0),
         high=jnp.where(bounded, high * unit, jnp.inf),
         valid=bounded,
+    )
+
+
+def trusted(averages: Averages) -> Averages:
+    """The averages of the longest memory that no shorter one contradicts, [n].
+
+    A long memory knows best as long as nothing has changed. From the shortest on, each
+    longer one is taken while its interval meets those of all shorter ones.
+    """
+    found = interval(averages, _AGREEMENT)
+    shortest = len(_POWERS) - 1
+    chosen = jnp.full(found.low.shape[1:], shortest)
+    low, high, agree = found.low[shortest], found.high[shortest], True
+    for longer in reversed(range(shortest)):
+        agree &= (found.low[longer] <= high) & (found.high[longer] >= low)
+        chosen = jnp.where(agree, longer, chosen)
+        low = jnp.maximum(low, found.low[longer])
+        high = jnp.minimum(high, found.high[longer])
+    return jax.tree.map(
+        lambda x: jnp.take_along_axis(x, chosen[None], axis=0)[0], averages
     )

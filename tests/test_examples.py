@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import optax
 import pytest
 import train
 from flax import nnx
+from matplotlib.figure import Figure
 
 import optax_stability as ost
 
@@ -30,6 +32,14 @@ QUICK = {
     "eval_batches": 1,
     "sample_tokens": 0,
 }
+NOISE = ("noise_scale/b_simple", "noise_scale/low", "noise_scale/high")
+# Of eight windows in four microbatches, for a tree of one leaf.
+MOMENTS = ost.Moments(
+    num_microbatches=jnp.int32(4),
+    weight=jnp.float32(8),
+    deviation=jnp.ones(1),
+    mean_square=None,
+)
 
 
 @pytest.fixture
@@ -59,14 +69,29 @@ def test_one_command_trains_and_leaves_a_log_and_a_picture(tmp_path, text):
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "\x1b" not in done.stdout  # Not a terminal: no control characters.
-    for shown in ("step     8", "grad", "limit", "tok/s", "bits/byte", "To be"):
+    for shown in ("step  8", "grad", "limit", "tok/s", "bits/byte", "To be"):
         assert shown in done.stdout
+    assert re.search(r"noise \d+(\.\d)? \(\d+(\.\d)?–\d+(\.\d)?\)", done.stdout)
+    assert re.search(
+        r"\nB_simple = .* examples \(95 %: .*\), over 12 steps", done.stdout
+    )
     rows, evaluations = read_log(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows[0]["loss"] == pytest.approx(math.log(256), abs=1e-4)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert rows[0]["clip/limit"] is None  # Infinite until the clip is armed.
     assert evaluations[-1]["eval/bits"] < 8
+    assert rows[1]["noise_scale/b_simple"] is None  # Two steps have no variance.
+    for row in rows[-4:]:
+        scale, low, high = (row[key] for key in NOISE)
+        assert 0 < low < scale < high
+        assert 0 < row["noise_scale/noise_to_weight"] < 1
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    written = events.read_bytes()
+    for tag in ("noise_scale/b_simple", "noise_scale/low", "loss", "eval/loss"):
+        assert written.count(b"\n" + bytes([len(tag)]) + tag.encode()) == (
+            1 if tag == "eval/loss" else sum(row[tag] is not None for row in rows)
+        )
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -80,7 +105,8 @@ def test_clipping_can_wait_for_the_end_of_the_warm_up():
     config = train.Config(steps=40, warmup_steps=8, clip_after_warmup=True)
     tx = train.make_optimizer(config)
     params = {"w": jnp.ones((2, 2))}
-    step = jax.jit(lambda state: tx.update(params, state, params, value=1.0)[1])
+    extra = {"value": 1.0, "moments": MOMENTS}
+    step = jax.jit(lambda state: tx.update(params, state, params, **extra)[1])
     state, limits = tx.init(params), []
     for _ in range(34):
         state = step(state)
@@ -95,10 +121,35 @@ def test_the_guard_leaves_out_a_step_whose_loss_is_not_finite(guard):
     config = train.Config(guard=guard)
     tx = train.make_optimizer(config)
     params = {"w": jnp.ones((2, 2))}
-    updates, state = tx.update(params, tx.init(params), params, value=jnp.nan)
+    extra = {"value": jnp.nan, "moments": MOMENTS}
+    updates, state = tx.update(params, tx.init(params), params, **extra)
     assert bool((updates["w"] == 0).all()) == guard
     assert ("skip/total" in ost.metrics(state)) == guard
     assert float(ost.metrics(state)["grad/norm"]) == 2.0
+    assert ost.noise_scale(state).steps == (0 if guard else 1)
+
+
+@pytest.mark.parametrize("level", [None, 5.0])
+@pytest.mark.parametrize("late", [True, False])
+def test_there_is_one_noise_scale(level, late):
+    config = train.Config(clip_when_noisy=level, clip_after_warmup=late)
+    state = train.make_optimizer(config).init({"w": jnp.ones(2)})
+    assert ost.noise_scale(state).steps == 0
+    assert ("when_noisy/active" in ost.metrics(state)) == (level is not None)
+
+
+@pytest.mark.parametrize(("level", "switches_on"), [(0.0, True), (1e9, False)])
+def test_the_clip_can_wait_for_noise(tmp_path, text, monkeypatch, level, switches_on):
+    monkeypatch.setitem(model.SIZES, "tiny", model.Size(1, 16, 2, 16, 256, 1e-2))
+    settings = QUICK | {"steps": 30, "eval_every": 30, "batch_size": 16}
+    settings |= {"microbatches": 2, "guard": False, "clip_when_noisy": level}
+    train.train(train.Config(data=text, out=tmp_path, **settings))
+    rows, _ = read_log(tmp_path)
+    active = [row["when_noisy/active"] for row in rows]
+    assert active[:2] == [0, 0]  # Nothing is known of the noise yet.
+    assert active[-1] == switches_on
+    # From the 26th step on the clip itself has a limit; while off, it has none.
+    assert (rows[-1]["clip/limit"] is not None) == switches_on
 
 
 def test_the_picture_shows_skipped_steps(tmp_path):
@@ -110,8 +161,59 @@ def test_the_picture_shows_skipped_steps(tmp_path):
     log = tmp_path / "log.jsonl"
     rows.append({"step": 8, "eval/loss": 3.0})
     log.write_text("\n".join(json.dumps(row) for row in rows))
-    display.draw(log, tmp_path / "training.png", "title")
+    display.draw(log, tmp_path / "training.png", "title", 8)
     assert (tmp_path / "training.png").stat().st_size > 10_000
+
+
+def noise(scale, low, high):
+    return dict(zip(NOISE, (scale, low, high), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        (noise(412.3, 350.1, 505.0), "noise 412 (350–505)"),
+        (noise(1234.0, 0.0, 45678.0), "noise 1.2k (0.0–45.7k)"),
+        (noise(math.nan, 350.1, math.inf), "noise ≥ 350"),
+        (noise(math.nan, 0.0, math.inf), "noise –"),
+    ],
+)
+def test_the_line_says_what_is_known_of_the_noise(row, shown):
+    assert display._noise(row) == shown
+
+
+def test_the_line_counts_what_was_clipped(capsys):
+    row = noise(math.nan, 0.0, math.inf) | {"loss": 1.0, "learning_rate": 0.1}
+    with display.Screen(steps=4, log_every=4, unit="byte") as screen:
+        for step, (norm, limit, skipped) in enumerate(
+            [(2.0, 1.0, 0), (2.0, 1.0, 1), (2.0, math.inf, 0), (1.0, 2.0, 0)], start=1
+        ):
+            seen = {"tokens": 8 * step, "grad/norm": norm, "clip/limit": limit}
+            screen.write(step, row | seen | {"skip/skipped": skipped, "skip/total": 1})
+    line = capsys.readouterr().out
+    assert line.startswith("step 4  loss 1.000  grad 1.00 limit 2.00  noise –  ")
+    assert line.endswith("  clipped 25%  skipped 1  lr 1.0e-01\n")
+
+
+def test_the_picture_shows_a_bound_where_the_noise_scale_is_not_known():
+    known, bounded, unknown = (
+        noise(20.0, 10.0, 40.0),
+        noise(None, 6.0, None),
+        noise(None, 0.0, None),
+    )
+    rows = [
+        {"step": step} | row
+        for step, row in enumerate([unknown, known, known, bounded, unknown, known])
+    ]
+    axes = Figure().subplots()
+    display._draw_noise(axes, rows, 8)
+    drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+    _ = math.nan
+    np.testing.assert_array_equal(drawn["noise scale"], [_, 20, 20, _, _, 20])
+    np.testing.assert_array_equal(drawn["lower bound"], [_, _, _, 6, _, _])
+    np.testing.assert_array_equal(drawn["batch size"], [8, 8])
+    (band,) = axes.collections
+    assert len(band.get_paths()) == 2  # A gap between them.
 
 
 @pytest.mark.parametrize(
@@ -124,6 +226,9 @@ def test_the_picture_shows_skipped_steps(tmp_path):
         ("--size medium", "error: --size: medium is no size; choose from tiny, small"),
         ("--batch-size 12", "error: --batch-size: 12 cannot be shared by 8 devices"),
         ("--steps 0", "error: --steps: 0 is too small"),
+        ("--weight-decay -1", "error: --weight-decay: -1.0 is out of range; give"),
+        ("--clip-when-noisy -1", "error: --clip-when-noisy: -1.0 is out of range; g"),
+        ("--clip-when-noisy inf", "error: --clip-when-noisy: inf is out of range; g"),
         ("--steps 5 --warmup-steps 5", "error: --warmup-steps: 5 leaves no step"),
         ("--data text.txt --out tiny.txt", "error: --out: cannot write to tiny.txt"),
     ],
@@ -223,14 +328,19 @@ def test_loss_scale_changes_no_bit_of_a_run():
         chex.assert_trees_all_equal(train_scaled(2.0**exponent), expected)
 
 
-def test_microbatches_do_not_change_the_course_of_training(tmp_path, text):
-    settings = QUICK | {"batch_size": 32, "steps": 8, "eval_every": 8}
+def test_microbatches_do_not_change_the_course_of_training(tmp_path, text, capsys):
+    settings = QUICK | {"batch_size": 32, "steps": 8, "eval_every": 8, "log_every": 8}
     curves = []
-    for parts in (1, 4):
+    for parts, lines in ((1, ("noise –", "unknown")), (4, ("noise 0.", "= 0."))):
         folder = tmp_path / str(parts)
         config = train.Config(data=text, out=folder, microbatches=parts, **settings)
         train.train(config)
-        curves.append([row["loss"] for row in read_log(folder)[0]])
+        rows, _ = read_log(folder)
+        curves.append([row["loss"] for row in rows])
+        # One microbatch says nothing of the noise, and everything goes on.
+        assert (rows[-1]["noise_scale/b_simple"] is None) == (parts == 1)
+        printed = capsys.readouterr().out
+        assert all(line in printed for line in lines)
     np.testing.assert_allclose(*curves, rtol=1e-4)
     assert curves[0][-1] < curves[0][0] - 0.5
 

@@ -44,7 +44,7 @@ NOT_VALID = {"valid": False, "b_simple": math.nan, "high": math.inf}
         ),
         (
             {"b_simple": 0.01234, "low": 0.0, "high": 999.7, "confidence": 0.8},
-            "B_simple = 0.0123 examples (80 %: 0–1e+03), over 199 steps",
+            "B_simple = 0.0123 examples (80 %: 0–1.00k), over 199 steps",
         ),
         (NOT_VALID, "B_simple ≥ 350 examples (95 %), over 199 steps"),
         ({**NOT_VALID, "low": 0.0, "steps": 2.0}, "B_simple unknown, over 2 steps"),

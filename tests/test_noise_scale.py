@@ -302,16 +302,32 @@ def feed(tx, steps, params=None):
     return state
 
 
-@pytest.mark.parametrize("decay", [0.9, 0.99])
-def test_a_falling_gradient_makes_it_lag_by_the_closed_form(decay):
+def test_a_falling_gradient_makes_every_memory_lag_by_the_closed_form():
     fall, steps = math.exp(-1 / 300), 1200
     stream = [synthetic(1.0, fall**t) for t in range(steps)]
-    found = ost.noise_scale(feed(ost.estimate_noise_scale(decay=decay), stream))
-    # Σ(decay/fall)ˢ over Σdecayˢ: how much larger the mean is than the last.
-    mean = (1 - decay) / (1 - decay / fall)
+    state = feed(ost.estimate_noise_scale(), stream)
     true = fall ** -(steps - 1)
-    np.testing.assert_allclose(found.b_simple / true, 1 / mean, rtol=2e-3)
-    np.testing.assert_allclose(1 / mean, 1 - 1 / (300 * (1 - decay)), atol=0.01)
+    for memory, power in enumerate((1, 3, 10)):
+        decay = 0.99**power
+        # Σ(decay/fall)ˢ over Σdecayˢ: how much larger the mean is than the last.
+        mean = (1 - decay) / (1 - decay / fall)
+        found = state.averages.trace[memory, 0] / state.averages.grad_sq[memory, 0]
+        np.testing.assert_allclose(found / true, 1 / mean, rtol=2e-3)
+    # Without noise the shortest is sure of the change: 4 % behind, not a third.
+    found = ost.noise_scale(state)
+    np.testing.assert_allclose(found.b_simple / true, 0.965, atol=0.01)
+    np.testing.assert_allclose(found.steps, 19.9, atol=0.1)
+
+
+def test_a_gradient_that_falls_in_the_noise_is_followed():
+    """As at the start of a run: a level of 30 that ends after 40 steps."""
+    rng = np.random.default_rng(0)
+    level = np.where(np.arange(150) < 40, 30.0, 1.0)
+    observed = [synthetic(8.0, g) for g in level * rng.uniform(0.5, 1.5, 150)]
+    state = feed(ost.estimate_noise_scale(), observed)
+    found = ost.noise_scale(state)
+    assert found.low < 8 < found.high
+    assert state.averages.trace[0, 0] / state.averages.grad_sq[0, 0] < 3
 
 
 def test_a_half_life_holds_when_the_batch_changes():
@@ -463,8 +479,8 @@ def test_a_gradient_that_is_not_finite_spoils_only_its_own_pair():
     for value in (np.nan, 1.0, 3.0, 1.0):
         _, state = update(jnp.full(2, value), state, params, moments=one)
     # The second pair: ‖3 − 1‖² in two entries, 8·8/16 of it, and ⟨3, 1⟩.
-    np.testing.assert_allclose(state.averages.trace[0], 8 * 4)
-    np.testing.assert_allclose(state.averages.grad_sq[0], 6)
+    np.testing.assert_allclose(state.averages.trace[0, 0], 8 * 4)
+    np.testing.assert_allclose(state.averages.grad_sq[0, 0], 6)
 
 
 # --- where moments come from, and what never enters ----------------------------------

@@ -11,19 +11,29 @@ import pytest
 from scipy import stats
 
 from optax_stability import _noise_statistics
-from optax_stability._noise_statistics import Averages, interval, nothing_learned
+from optax_stability._noise_statistics import (
+    Averages,
+    interval,
+    nothing_learned,
+    trusted,
+)
 
 # Some dozen roundings of float32.
 ROUNDING = 1e-5
 
 
-def learned(trace, grad_sq, decays):
-    """The averages after a stream of numbers."""
+def remembered(trace, grad_sq, decays):
+    """The averages of all memories after a stream of numbers."""
     averages = nothing_learned(1)
     step = jax.jit(_noise_statistics.learn)
     for s, g, decay in zip(trace, grad_sq, decays, strict=True):
         averages = step(averages, jnp.float32([s]), jnp.float32([g]), decay)
     return averages
+
+
+def learned(trace, grad_sq, decays, memory=0):
+    """Those of one memory, by default the longest."""
+    return jax.tree.map(lambda x: x[memory], remembered(trace, grad_sq, decays))
 
 
 def reference(trace, grad_sq, decays):
@@ -55,11 +65,12 @@ def draw(seed, steps=40, snr=5.0):
     return trace, grad_sq, 0.9 + 0.09 * rng.random(steps)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_averages_are_weighted_means_with_their_covariance(seed):
-    stream = draw(seed)
-    steps, mean, covariance = reference(*stream)
-    averages = learned(*stream)
+@pytest.mark.parametrize(("memory", "power"), [(0, 1), (1, 3), (2, 10)])
+@pytest.mark.parametrize("seed", range(2))
+def test_averages_are_weighted_means_with_their_covariance(seed, memory, power):
+    trace, grad_sq, decays = draw(seed)
+    steps, mean, covariance = reference(trace, grad_sq, decays**power)
+    averages = learned(trace, grad_sq, decays, memory)
     np.testing.assert_allclose(averages.steps[0], steps, rtol=ROUNDING)
     found = [averages.trace[0], averages.grad_sq[0]]
     np.testing.assert_allclose(found, mean, rtol=ROUNDING)
@@ -71,7 +82,8 @@ def test_averages_are_weighted_means_with_their_covariance(seed):
         np.float64,
     )
     scale = averages.total[0] * (averages.steps[0] - 1)
-    np.testing.assert_allclose(root @ root.T / scale, covariance, rtol=1e-4)
+    largest = np.abs(covariance).max()
+    np.testing.assert_allclose(root @ root.T / scale, covariance, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -208,7 +220,7 @@ HARD = {
     "five steps of two microbatches": (1000, 2, 32, 100.0, 0.99, 5),
     "short memory": (1000, 8, 32, 200.0, 0.8, 60),
     "few coordinates": (20, 4, 8, 10.0, 0.8, 60),
-    "noise 60 times the batch": (1000, 8, 32, 2000.0, 0.98, 300),
+    "noise 60 times the batch": (1000, 8, 32, 2000.0, 0.97, 200),
 }
 HOPELESS = {
     "noise 1,500 times the batch": (1000, 8, 32, 50_000.0, 0.99, 600),
@@ -220,7 +232,7 @@ CHANCE = 4 * (0.95 * 0.05 / RUNS) ** 0.5
 
 @pytest.mark.parametrize("setting", HARD.values(), ids=HARD)
 def test_the_interval_covers_where_the_delta_method_does_not(setting):
-    averages, true = simulate(*setting), setting[3]
+    averages, true = trusted(simulate(*setting)), setting[3]
     found = interval(averages, 0.95)
     covered = jnp.mean((found.low <= true) & (true <= found.high))
     assert 0.93 <= covered <= 0.97
@@ -229,18 +241,55 @@ def test_the_interval_covers_where_the_delta_method_does_not(setting):
 
 @pytest.mark.parametrize("setting", HOPELESS.values(), ids=HOPELESS)
 def test_a_hopeless_case_is_called_so_and_its_bound_holds(setting):
-    averages, true = simulate(*setting), setting[3]
+    averages, true = trusted(simulate(*setting)), setting[3]
     found = interval(averages, 0.95)
     assert jnp.mean(found.valid) < 0.1
     # A mean below 0 counts as 0, so that it errs on one side only: 2.5 %, not 5.
     covered = jnp.mean((found.low <= true) & (true <= found.high))
-    assert 0.975 - CHANCE <= covered <= 0.98 + CHANCE
+    assert 0.96 <= covered <= 0.98 + CHANCE
     assert delta_method(averages, true) < 0.75
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.8, 0.99])
 def test_the_confidence_is_kept(confidence):
-    averages = simulate(100, 8, 32, 50.0, 0.97, 200)
+    averages = trusted(simulate(100, 8, 32, 50.0, 0.97, 200))
     found = interval(averages, confidence)
     covered = jnp.mean((found.low <= 50) & (found.high >= 50))
-    np.testing.assert_allclose(covered, confidence, atol=0.02)
+    np.testing.assert_allclose(covered, confidence, atol=0.03)
+
+
+def test_without_a_change_the_longest_memory_is_trusted():
+    averages = simulate(1000, 8, 32, 200.0, 0.98, 300)
+    assert jnp.mean(trusted(averages).steps == averages.steps[0]) > 0.9
+
+
+def test_of_memories_that_agree_the_longest_is_trusted_and_else_a_shorter_one():
+    rng = np.random.default_rng(0)
+    grad_sq = np.concatenate([np.full(200, 4.0), np.full(60, 1.0)])
+    grad_sq += 0.1 * rng.standard_normal(260)
+    trace, decays = 100 + rng.standard_normal(260), np.full(260, 0.99)
+    before = remembered(trace[:200], grad_sq[:200], decays[:200])
+    chex.assert_trees_all_equal(trusted(before).steps, before.steps[0])
+    after = remembered(trace, grad_sq, decays)
+    chex.assert_trees_all_equal(trusted(after).steps, after.steps[2])
+    found = interval(trusted(after), 0.95)
+    assert found.low[0] < 100 < found.high[0]
+    # The longest alone would be sure of what is no more.
+    stale = interval(learned(trace, grad_sq, decays), 0.95)
+    assert stale.high[0] < 60
+
+
+def test_streams_trust_memories_of_their_own():
+    steady, changed = draw(0, steps=250, snr=50.0), draw(1, steps=250, snr=50.0)
+    changed[1][-20:] /= 10
+    averages, decays = nothing_learned(2), np.full(250, 0.99)
+    step = jax.jit(_noise_statistics.learn)
+    for s, g, decay in zip(
+        *(np.stack(pair, 1) for pair in zip(steady[:2], changed[:2], strict=True)),
+        decays,
+        strict=True,
+    ):
+        averages = step(averages, s.astype("f4"), g.astype("f4"), decay)
+    steps = trusted(averages).steps
+    assert steps[0] == averages.steps[0, 0]
+    assert steps[1] < averages.steps[0, 1] / 2

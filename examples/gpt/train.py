@@ -15,25 +15,31 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import data
-import display
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from data import InputError
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from model import GPT, SIZES, next_token_loss
 
 import optax_stability as ost
 from optax_stability.flax import microbatch_gradients
+
+sys.path.append(str(Path(__file__).parents[1]))  # for writers.py
+import data
+import display
+import writers
+from data import InputError
+from model import GPT, SIZES, next_token_loss
 
 Metrics = dict[str, jax.Array]
 Row = dict[str, float]
 
 TEMPERATURE = 0.8
+# What is shown of the optimizer, as far as the chain has it.
+SHOWN = """grad/norm clip/fraction skip/skipped skip/total when_noisy/active
+noise_scale/b_simple noise_scale/low noise_scale/high noise_scale/noise_to_weight"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Config:
     """Skip steps whose loss or gradient is not finite or far above the recent past."""
     clip_after_warmup: bool = False
     """Clip gradients only once the warm-up is over."""
+    clip_when_noisy: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Clip only while the noise scale is above this, in examples: windows of text."""
     bf16: bool = False
     """Compute in bfloat16; parameters and their statistics stay float32."""
     eval_every: int = 100
@@ -75,7 +83,7 @@ class Config:
     seed: int = 0
     """Decides the initial parameters, the order of the data and the sample."""
     out: Path = Path("runs/gpt")
-    """Folder for log.jsonl and training.png."""
+    """Folder for log.jsonl, training.png and TensorBoard."""
 
 
 def check(config: Config) -> None:
@@ -90,8 +98,10 @@ def check(config: Config) -> None:
     counts = "steps batch_size microbatches eval_every eval_batches log_every"
     for field in counts.split():
         require(getattr(config, field) > 0, field, "is too small; give 1 or more")
-    for field in ("warmup_steps", "weight_decay", "sample_tokens", "seed"):
-        require(getattr(config, field) >= 0, field, "is negative; give 0 or more")
+    sizes = "warmup_steps weight_decay sample_tokens seed clip_when_noisy"
+    for field in sizes.split():
+        holds = 0 <= (getattr(config, field) or 0) < math.inf
+        require(holds, field, "is out of range; give a number from 0 up")
     steps, devices, peak = config.steps, jax.device_count(), config.learning_rate
     remedy = f"leaves no step to train; give fewer than the {steps} of --steps"
     require(config.warmup_steps < steps, "warmup_steps", remedy)
@@ -104,9 +114,8 @@ def check(config: Config) -> None:
 
 def make_schedule(config: Config) -> optax.Schedule:
     """A linear rise to the peak, then a cosine down to the floor."""
-    peak, floor = config.learning_rate, config.min_learning_rate
-    if peak is None:
-        peak = SIZES[config.size].learning_rate
+    peak = config.learning_rate or SIZES[config.size].learning_rate
+    floor = config.min_learning_rate
     return optax.schedules.warmup_cosine_decay_schedule(
         init_value=peak / max(1, config.warmup_steps),  # 0 would waste the first step
         peak_value=peak,
@@ -119,13 +128,18 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """The stability chain: look at the gradient; leave it out, or clip it and step.
 
-    The parts have names, so that ``adopt_state`` finds them when one is added.
+    The noise scale is learned inside the guard, from the steps that are taken. The
+    parts have names, so that ``adopt_state`` finds them when one is added.
     """
     clip = ost.clip_by_zscore()
     if config.clip_after_warmup:
         clip = optax.conditionally_transform(
             clip, lambda step, **_: jnp.asarray(step) >= config.warmup_steps
         )
+    noise, level = ost.estimate_noise_scale(scope="global"), config.clip_when_noisy
+    parts = [("noise", noise), ("clip", clip)]
+    if level is not None:
+        parts = [("clip", ost.when_noisy(clip, above=level, estimator=noise))]
     adamw = ost.safe_adamw(
         make_schedule(config),
         b1=0.9,
@@ -133,7 +147,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         weight_decay=config.weight_decay,
         mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
     )
-    step = optax.named_chain(("clip", clip), ("adamw", adamw))
+    step = optax.named_chain(*parts, ("adamw", adamw))
     if config.guard:
         step = ost.spike_guard(step)
     return optax.named_chain(("record", ost.record("grad")), ("step", step))
@@ -158,18 +172,14 @@ def train_step(
     loss, grads, moments = gradients(model, windows)
     optimizer.update(model, grads, value=loss, moments=moments)
     measured = ost.metrics(optimizer.opt_state)
-    limit = measured["clip/limit"]
+    limit = measured["clip/limit"]  # 0 before a clip is switched on
+    clips = (limit > 0) & measured.get("when_noisy/active", True)
     metrics = {
         "loss": loss,
         "learning_rate": learning_rate,
-        "grad/norm": measured["grad/norm"],
-        # 0 before a clip is switched on.
-        "clip/limit": jnp.where(limit > 0, limit, jnp.inf),
-        "clip/fraction": measured["clip/fraction"],
-        "skip/skipped": measured.get("skip/skipped", False),
-        "skip/total": measured.get("skip/total", 0),
+        "clip/limit": jnp.where(clips, limit, jnp.inf),
         "microbatches/rejected": parts - moments.num_microbatches,
-    }
+    } | {key: measured[key] for key in SHOWN.split() if key in measured}
     # The donated state comes first and in the order it came in: XLA hands buffers on
     # in order of appearance, and would have to copy if they were out of order.
     return nnx.state((model, optimizer)), metrics
@@ -209,20 +219,19 @@ class Run:
         # Compiled: much faster than op by op.
         model, optimizer = nnx.jit(lambda: create(config, vocabulary))()
         self.parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
-        graphdef, state = nnx.split((model, optimizer))
+        self._graphdef, state = nnx.split((model, optimizer))
         self.state = jax.device_put(state, everywhere)
 
-        step = functools.partial(train_step, graphdef, config)
+        step = functools.partial(train_step, self._graphdef, config)
         self._train_step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
         self._eval_step = jax.jit(
-            lambda state, windows: next_token_loss(
-                nnx.merge(graphdef, state)[0], windows
-            )
+            lambda state, x: next_token_loss(nnx.merge(self._graphdef, state)[0], x)
         )
-        write = functools.partial(write_on, graphdef, config.sample_tokens)
+        write = functools.partial(write_on, self._graphdef, config.sample_tokens)
         self._write_on = jax.jit(write)
 
         shape = size.context, config.batch_size
+        self.tokens_per_step = math.prod(shape)
         self._batch = data.batches(corpus.train, *shape, config.seed)
         held_out = data.batches(corpus.held_out, *shape, seed=0)
         self._held_out = [held_out(i) for i in range(config.eval_batches)]
@@ -247,15 +256,18 @@ class Run:
         written = self._write_on(self.state, self._prompt, self._sample_key)
         return self._prompt, np.asarray(written)
 
+    def noise_scale(self) -> ost.NoiseScale:
+        """What the microbatches told about the noise of the gradient."""
+        return ost.noise_scale(nnx.merge(self._graphdef, self.state)[1])
 
-def _loop(config: Config, run: Run, log: Path, screen: display.Screen) -> Row:
+
+def _loop(config: Config, run: Run, writer: writers.Writer) -> Row:
     """Trains to the last step; returns what it and the last evaluation said."""
 
     def report(step: int, metrics: Metrics) -> Row:
         numbers = {key: float(x) for key, x in jax.device_get(metrics).items()}
-        row = {"step": step, "tokens": step * screen.tokens_per_step} | numbers
-        display.append(log, row)
-        screen.step(row)
+        row = {"tokens": step * run.tokens_per_step} | numbers
+        writer.write(step, row)
         return row
 
     row: Row = {}
@@ -268,10 +280,9 @@ def _loop(config: Config, run: Run, log: Path, screen: display.Screen) -> Row:
         pending = step, metrics
         if step % config.eval_every == 0 or step == config.steps:
             row, pending = report(*pending), None
-            evaluation = run.evaluate()
-            display.append(log, {"step": step, "tokens": row["tokens"]} | evaluation)
+            evaluation = {"tokens": row["tokens"]} | run.evaluate()
+            writer.write(step, evaluation)
             row |= evaluation
-            screen.evaluation(row)
     return row
 
 
@@ -285,23 +296,28 @@ def train(config: Config) -> Row:
       InputError: a setting, the data or the output folder cannot be used.
     """
     check(config)
-    context = SIZES[config.size].context
-    corpus = data.load(config.data, context)
-    log, picture = display.start_log(config.out), config.out / "training.png"
-    tokens, unit = config.batch_size * context, corpus.unit
-    with display.Screen(config.steps, tokens, config.log_every, unit) as screen:
+    corpus = data.load(config.data, SIZES[config.size].context)
+    log, picture = config.out / "log.jsonl", config.out / "training.png"
+    try:
+        files = writers.JsonLines(log), writers.TensorBoard(config.out / "tensorboard")
+    except OSError as error:
+        reason = f"cannot write to {config.out} ({error.strerror})"
+        raise InputError(f"--out: {reason}; give another folder") from error
+    screen = display.Screen(config.steps, config.log_every, corpus.unit)
+    with writers.Several(*files, screen) as writer:
         run = Run(config, corpus)
         title = (
             f"GPT {config.size}, {display.count(run.parameters)} parameters · "
-            f"{corpus.name}, {display.count(len(corpus.train))} {unit}s · "
+            f"{corpus.name}, {display.count(len(corpus.train))} {corpus.unit}s · "
             f"{jax.device_count()} {jax.default_backend()}"
         )
         screen.say(title, "bold")
-        row = _loop(config, run, log, screen)
+        row = _loop(config, run, writer)
+    screen.say(str(run.noise_scale()))
     if config.sample_tokens:
         prompt, written = (corpus.decode(part.tolist()) for part in run.sample())
         screen.sample(prompt, written)
-    display.draw(log, picture, title)
+    display.draw(log, picture, title, config.batch_size)
     screen.say(f"log {log}   picture {picture}")
     return row
 

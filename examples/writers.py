@@ -1,0 +1,103 @@
+"""Where the numbers of a run go: a file of JSON lines, TensorBoard, several places.
+
+Every writer has ``write(step, row)`` and ``close()``, and closes at the end of a
+``with`` block, so that an error in the run loses nothing. Copy the ones you use.
+"""
+
+import abc
+import contextlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from tensorboardX import SummaryWriter
+
+Row = Mapping[str, float]
+
+
+class Writer(abc.ABC):
+    """Takes one row of named numbers after the other."""
+
+    @abc.abstractmethod
+    def write(self, step: int, row: Row) -> None:
+        """Keeps what was measured at a step."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Writes out what is still held back."""
+
+    def __enter__(self) -> Self:
+        """Is its own context."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes, also after an error."""
+        self.close()
+
+
+class JsonLines(Writer):
+    """One line per row, in a file that is whole after each of them.
+
+    JSON has neither NaN nor infinity: what is not finite becomes null.
+    """
+
+    def __init__(self, path: Path):
+        """Makes the file, empty, and its folder; an OSError if it cannot."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        self._path = path
+
+    def write(self, step: int, row: Row) -> None:
+        """Adds a line."""
+        finite = {key: x if math.isfinite(x) else None for key, x in row.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step} | finite) + "\n")
+
+    def close(self) -> None:
+        """Has nothing to do."""
+
+
+class TensorBoard(Writer):
+    """One scalar per key; what is not finite is left out, for it would break the axis.
+
+    In a folder that was used before, TensorBoard shows the new run alone. A run that is
+    killed loses ten seconds at most.
+    """
+
+    def __init__(self, folder: Path):
+        """Opens a file of events in the folder; an OSError if it cannot."""
+        # A full queue would make the run wait.
+        self._events = SummaryWriter(
+            str(folder), purge_step=0, max_queue=1000, flush_secs=10
+        )
+
+    def write(self, step: int, row: Row) -> None:
+        """Adds a point to each curve."""
+        for key, x in row.items():
+            if math.isfinite(x):
+                self._events.add_scalar(key, x, step)
+
+    def close(self) -> None:
+        """Writes out the events that are still queued."""
+        self._events.close()
+
+
+class Several(Writer):
+    """Writes every row to each of its writers, and closes them together."""
+
+    def __init__(self, *writers: Writer):
+        """Takes writers that are open."""
+        self._writers = writers
+
+    def write(self, step: int, row: Row) -> None:
+        """Hands the row to all."""
+        for writer in self._writers:
+            writer.write(step, row)
+
+    def close(self) -> None:
+        """Closes all, also where one of them fails."""
+        with contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)

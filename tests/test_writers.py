@@ -1,0 +1,107 @@
+"""The writers that the examples share."""
+
+import json
+import math
+import struct
+
+import pytest
+import writers
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+ROWS = {1: {"loss": 3.5, "noise/low": math.nan}, 2: {"loss": math.inf, "noise/low": 7}}
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_events(folder):
+    """All events in the files of a folder: length, checksum, event, checksum."""
+    events = []
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack_from("<Q", content)
+            events.append(Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return events
+
+
+def read_scalars(folder):
+    return [
+        (event.step, value.tag, value.simple_value)
+        for event in read_events(folder)
+        for value in event.summary.value
+    ]
+
+
+def test_a_file_of_lines_is_whole_after_every_row(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    lines = writers.JsonLines(path)
+    assert read_lines(path) == []
+    for step, row in ROWS.items():
+        lines.write(step, row)
+        assert read_lines(path)[-1]["step"] == step  # Not closed.
+    assert read_lines(path) == [
+        {"step": 1, "loss": 3.5, "noise/low": None},
+        {"step": 2, "loss": None, "noise/low": 7},
+    ]
+    writers.JsonLines(path)
+    assert read_lines(path) == []
+
+
+def test_tensorboard_gets_scalars_and_nothing_that_is_not_finite(tmp_path):
+    with writers.TensorBoard(tmp_path / "curves") as curves:
+        for step, row in ROWS.items():
+            curves.write(step, row)
+    scalars = read_scalars(tmp_path / "curves")
+    assert scalars == [(1, "loss", 3.5), (2, "noise/low", 7.0)]
+
+
+def test_a_new_run_hides_the_curves_of_the_one_before(tmp_path):
+    writers.TensorBoard(tmp_path).close()
+    starts = [
+        event.step
+        for event in read_events(tmp_path)
+        if event.session_log.status == SessionLog.START
+    ]
+    assert starts == [0]
+
+
+def test_an_error_loses_nothing_that_was_written(tmp_path):
+    lines = writers.JsonLines(tmp_path / "log.jsonl")
+    curves = writers.TensorBoard(tmp_path / "curves")
+
+    def run():
+        with writers.Several(lines, curves) as both:
+            for step in range(1, 101):
+                both.write(step, {"loss": 1.0})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        run()
+    assert len(read_lines(tmp_path / "log.jsonl")) == 100
+    assert len(read_scalars(tmp_path / "curves")) == 100
+
+
+def test_several_writers_close_though_one_fails():
+    closed = []
+
+    class Broken(writers.Writer):
+        def write(self, step, row):
+            del step, row
+
+        def close(self):
+            closed.append(self)
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        writers.Several(Broken(), Broken()).close()
+    assert len(closed) == 2
+
+
+@pytest.mark.parametrize("make", [writers.JsonLines, writers.TensorBoard])
+def test_a_place_that_cannot_be_is_an_os_error(tmp_path, make):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        make(tmp_path / "file" / "inside")
