@@ -58,7 +58,7 @@ class Scale(NamedTuple):
     rounds: int
 
 
-FULL = Scale(SMALL, rows=8, rounds=21)
+FULL = Scale(SMALL, rows=8, rounds=31)
 SMALLEST = Scale(QUICK.steps["0.3M"][0], rows=4, rounds=3)
 
 

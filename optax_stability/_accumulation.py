@@ -227,13 +227,15 @@ def accumulate_moments(
         losses = _losses(extra)
         loss = next(iter(losses.values()), 0.0)
         incoming = _incoming(updates, loss, weight, moments, mean_square=mean_square)
+        window = window_of(state)
+        apart = _moments.distances(window, updates, axis_name)
         keep = _moments.usable_weight(incoming.moments.weight)
         if reject_nonfinite:
-            keep &= _moments.all_finite(updates, incoming.value)
+            keep &= _moments.all_finite(
+                updates, incoming.value, apart=apart, axis_name=axis_name
+            )
         keep = _tree.everywhere(keep, axis_name)
-        window = _moments.merge(
-            window_of(state), _moments.if_kept(incoming, keep), axis_name
-        )
+        window = _moments.merge(window, _moments.if_kept(incoming, keep), apart)
 
         rejected = jnp.where(keep, 0, 1)
         state = state._replace(

@@ -176,30 +176,32 @@ def microbatch_gradients(
     def kept(weight, finite):
         return jnp.where(finite, weight, 0) if reject_nonfinite else weight
 
-    def evaluate_group(params, microbatches):
-        if vmap_size == 1:
-            only = jax.tree.map(lambda leaf: leaf[0], microbatches)
-            grads, loss, weight, aux = evaluate(params, only)
-            weight = kept(weight, _moments.all_finite(grads, loss))
-            part = _moments.single(grads, loss, weight, mean_square=mean_square)
-            return part, jax.tree.map(lambda leaf: leaf[None], aux)
+    def add_one(total, params, microbatches):
+        only = jax.tree.map(lambda leaf: leaf[0], microbatches)
+        grads, loss, weight, aux = evaluate(params, only)
+        apart = None if total is None else _moments.distances(total, grads)
+        weight = kept(weight, _moments.all_finite(grads, loss, apart=apart))
+        part = _moments.single(grads, loss, weight, mean_square=mean_square)
+        total = part if total is None else _moments.merge(total, part, apart)
+        return total, jax.tree.map(lambda leaf: leaf[None], aux)
+
+    def add_group(total, params, microbatches):
         grads, losses, weights, aux = jax.vmap(
             evaluate, in_axes=(None, 0), spmd_axis_name=spmd_axis_name
         )(params, microbatches)
         weights = kept(weights, _moments.each_finite(grads, losses))
         part = _moments.stacked(grads, losses, weights, mean_square=mean_square)
-        return part, aux
+        return part if total is None else _moments.merge(total, part), aux
+
+    add = add_one if vmap_size == 1 else add_group
 
     def evaluate_all(params, batch) -> tuple[Aggregate, Any]:
         if groups == 1:
-            return evaluate_group(params, jax.tree.map(lambda leaf: leaf[0], batch))
-
-        def add(total, microbatches):
-            part, aux = evaluate_group(params, microbatches)
-            return _moments.merge(total, part), aux
-
+            return add(None, params, jax.tree.map(lambda leaf: leaf[0], batch))
         nothing = _moments.nothing(params, mean_square=mean_square)
-        total, aux = lax.scan(add, nothing, batch)
+        total, aux = lax.scan(
+            lambda total, group: add(total, params, group), nothing, batch
+        )
         return total, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
 
     def fn(params, batch):

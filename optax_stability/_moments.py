@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from optax_stability import _numerics, _tree
+from optax_stability._in_place import after
 
 # Two numbers below it can be subtracted without overflow.
 _LARGEST = _numerics.HUGE / 4
@@ -122,13 +124,32 @@ def nothing(like: Any, *, mean_square: bool, dtype: Any = None) -> Aggregate:
     )
 
 
-def all_finite(tree: Any, value: Any = 0.0) -> jax.Array:
+def all_finite(
+    tree: Any,
+    value: Any = 0.0,
+    *,
+    apart: Any = None,
+    axis_name: _tree.AxisName = None,
+) -> jax.Array:
     """Whether no entry is NaN or Inf, no leaf has a norm above 8e37, and so the loss.
 
-    By norms, which are sums: over devices, the maximum of numbers and NaN is a number
-    on some backends.
+    By sums: over devices, the maximum of numbers and NaN is a number on some backends.
+
+    Args:
+      tree: what may not be finite.
+      value: a loss.
+      apart: float32[n_leaves] – its :func:`distances` from something, if they are
+        known: where they are finite so is the tree, and no other pass is needed.
+      axis_name: under ``shard_map``, the mesh axes over which ``apart`` was summed.
     """
-    return jnp.all(_tree.leaf_norms(tree) <= _LARGEST) & jnp.isfinite(value)
+
+    def measured():
+        return jnp.all(_tree.leaf_norms(tree, axis_name) <= _LARGEST)
+
+    if apart is None:
+        return measured() & jnp.isfinite(value)
+    surely = jnp.all(jnp.isfinite(apart))
+    return lax.cond(surely, lambda: surely, measured) & jnp.isfinite(value)
 
 
 def each_finite(trees: Any, values: Any) -> jax.Array:
@@ -177,7 +198,23 @@ def if_kept(given: Aggregate, keep) -> Aggregate:
     )
 
 
-def merge(a: Aggregate, b: Aggregate, axis_name: _tree.AxisName = None) -> Aggregate:
+def distances(a: Aggregate, mean: Any, axis_name: _tree.AxisName = None) -> jax.Array:
+    """‖mean − ḡ‖² of each leaf, float32[n_leaves].
+
+    Args:
+      a: ḡ is its mean, or whatever is there if it is of no microbatch.
+      mean: another tree.
+      axis_name: under ``shard_map``, the mesh axes that shard the means.
+    """
+
+    def distance(x, y):
+        return _total(jnp.square(y.astype(_wide(x)) - x.astype(_wide(x))))
+
+    squares = _stack(jax.tree.leaves(jax.tree.map(distance, a.mean, mean)))
+    return _tree.sum_over_axes(squares, axis_name)
+
+
+def merge(a: Aggregate, b: Aggregate, apart: Any = None) -> Aggregate:
     """Two aggregates as one, with the dtypes of the first.
 
     One of weight 0 counts for nothing, whatever its arrays hold.
@@ -185,30 +222,29 @@ def merge(a: Aggregate, b: Aggregate, axis_name: _tree.AxisName = None) -> Aggre
     Args:
       a: an aggregate, say of what came before.
       b: another.
-      axis_name: under ``shard_map``, the mesh axes that shard the means.
+      apart: the :func:`distances` of both, if they are known.
     """
+    apart = distances(a, b.mean) if apart is None else apart
     weight = a.moments.weight + b.moments.weight
 
-    def towards(x, y):
+    def towards(x, y, measured=()):
+        # The mean is written over once it was read for its distance.
+        counts = after(b.moments.weight > 0, *measured)
         wide = _wide(x)
         share = _share(b.moments.weight.astype(wide), weight.astype(wide))
         old = jnp.where(a.moments.weight > 0, x.astype(wide), 0)
         new = old + share * (y.astype(wide) - old)
-        return jnp.where(b.moments.weight > 0, new, old).astype(x.dtype)
+        return jnp.where(counts, new, old).astype(x.dtype)
 
-    def distance(x, y):
-        step = y.astype(_wide(x)) - x.astype(_wide(x))
-        return _total(jnp.square(step))
-
-    mean = jax.tree.map(towards, a.mean, b.mean)
-    # Measured from the new mean, N/Nₐ times nearer than the old one: the old one need
-    # not be kept for it.
-    distances = _stack(jax.tree.leaves(jax.tree.map(distance, mean, b.mean)))
-    distances = _tree.sum_over_axes(distances, axis_name)
-    factor = b.moments.weight * _share(weight, a.moments.weight)
-    spread = jnp.where(factor > 0, factor * distances, 0.0)
+    factor = b.moments.weight * _share(a.moments.weight, weight)
+    spread = jnp.where(factor > 0, factor * apart, 0.0)
+    olds, treedef = jax.tree.flatten(a.mean)
+    means = [
+        towards(x, y, [apart[i]])
+        for i, (x, y) in enumerate(zip(olds, jax.tree.leaves(b.mean), strict=True))
+    ]
     return Aggregate(
-        mean=mean,
+        mean=jax.tree.unflatten(treedef, means),
         value=towards(a.value, b.value),
         moments=Moments(
             num_microbatches=a.moments.num_microbatches + b.moments.num_microbatches,

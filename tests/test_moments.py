@@ -298,11 +298,12 @@ def test_distances_are_summed_over_the_axes_of_shard_map():
     specs = jax.tree.map(lambda x: PartitionSpec(), parts[0])
     row = {"w": PartitionSpec("model")}
     specs = specs._replace(mean=row, moments=specs.moments._replace(mean_square=row))
+
+    def merge_shards(a, b):
+        return _moments.merge(a, b, _moments.distances(a, b.mean, axis_name="model"))
+
     sharded = jax.shard_map(
-        functools.partial(_moments.merge, axis_name="model"),
-        mesh=mesh,
-        in_specs=(specs, specs),
-        out_specs=specs,
+        merge_shards, mesh=mesh, in_specs=(specs, specs), out_specs=specs
     )
     check(jax.jit(sharded)(*parts), reference(grads, np.zeros(2), weights))
 
