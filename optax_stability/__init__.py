@@ -33,10 +33,10 @@ from optax_stability._noise_reading import NoiseScale as NoiseScale
 from optax_stability._noise_reading import batch_efficiency as batch_efficiency
 from optax_stability._noise_reading import critical_batch_range as critical_batch_range
 from optax_stability._noise_reading import noise_scale as noise_scale
-from optax_stability._noise_scale import (
+from optax_stability._noise_scale import estimate_noise_scale as estimate_noise_scale
+from optax_stability._noise_scale_state import (
     EstimateNoiseScaleState as EstimateNoiseScaleState,
 )
-from optax_stability._noise_scale import estimate_noise_scale as estimate_noise_scale
 from optax_stability._noise_scaling import (
     ScaleByNoiseScaleState as ScaleByNoiseScaleState,
 )

@@ -6,11 +6,8 @@ import jax
 import optax
 
 from optax_stability import _metrics
-from optax_stability._noise_scale import (
-    EstimateNoiseScaleState,
-    estimate_noise_scale,
-    readings,
-)
+from optax_stability._noise_scale import estimate_noise_scale
+from optax_stability._noise_scale_state import EstimateNoiseScaleState, readings
 
 
 def checked(

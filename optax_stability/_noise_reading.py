@@ -14,7 +14,7 @@ import jax
 
 from optax_stability import _tree, _validate
 from optax_stability._noise_estimator import only_estimate
-from optax_stability._noise_scale import readings
+from optax_stability._noise_scale_state import readings
 
 
 def _digits(value: float) -> str:

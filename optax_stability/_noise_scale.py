@@ -14,82 +14,21 @@ microbatches count different numbers of tokens.
 arXiv:1812.06162, App. A.1.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import (
-    _moments,
-    _noise_pairs,
-    _noise_statistics,
-    _scopes,
-    _tree,
-    _validate,
-)
+from optax_stability import _moments, _noise_pairs, _scopes, _tree, _validate
 from optax_stability._moments import Moments
-from optax_stability._noise_statistics import Averages, Observed
-
-
-class EstimateNoiseScaleState(NamedTuple):
-    """State of :func:`estimate_noise_scale`. Stream 0 is the whole gradient.
-
-    Attributes:
-      averages: of S and G², float32[n_memories, n_streams] each.
-      size: float32[n_streams] – coordinates that count, d.
-      param_rms: float32[n_streams] – root mean square of the parameters; NaN where they
-        were not given.
-      microbatch: float32[] – mean weight of the last microbatches, N/K.
-      biased: bool[] – whether the averages are of pairs of successive gradients.
-      pairs: what pairs of gradients need, or None without them.
-      confidence: float32[] – of the intervals.
-      stream: int32[n_leaves] – the stream each leaf is in besides.
-      leaves: marks that name the entries of per-leaf vectors, or None if the whole is
-        the only stream.
-      labels: marks that name the streams from 1 on, or None if they are the leaves.
-    """
-
-    averages: Averages
-    size: jax.Array
-    param_rms: jax.Array
-    microbatch: jax.Array
-    biased: jax.Array
-    pairs: Any
-    confidence: jax.Array
-    stream: jax.Array
-    leaves: Any
-    labels: Any
-
-    @property
-    def metrics(self) -> dict[str, jax.Array]:
-        """``noise_scale/…``: the estimate and its interval, whole and per leaf."""
-        each = readings(self)
-        whole = {f"noise_scale/{key}": values[0] for key, values in each.items()}
-        whole["noise_scale/biased"] = self.biased
-        if self.leaves is None:
-            return whole
-        return whole | {
-            f"noise_scale/{key}/per_leaf": values[self.stream]
-            for key, values in each.items()
-        }
-
-
-def readings(state: EstimateNoiseScaleState) -> dict[str, jax.Array]:
-    """All that is known of each stream, by name, [n_streams] each."""
-    averages = _noise_statistics.trusted(state.averages)
-    scale = _noise_statistics.interval(averages, state.confidence)
-    variance = averages.trace / (state.microbatch * state.size)
-    return {
-        "b_simple": scale.ratio,
-        "low": scale.low,
-        "high": scale.high,
-        "valid": scale.valid,
-        "trace": averages.trace,
-        "grad_sq": averages.grad_sq,
-        "noise_to_weight": jnp.sqrt(variance) / state.param_rms,
-        "steps": averages.steps,
-    }
+from optax_stability._noise_scale_state import (
+    EstimateNoiseScaleState,
+    begin,
+    by_stream,
+    learn,
+)
+from optax_stability._noise_statistics import Observed
 
 
 def _needed(moments: Moments | None) -> Moments:
@@ -103,31 +42,6 @@ def _needed(moments: Moments | None) -> Moments:
     return moments
 
 
-def _streams(tree: Any, scope: _scopes.Scope) -> tuple[list[int], Any, Any]:
-    """The stream of each leaf, marks of the leaves and marks of the labels."""
-    if scope == "global":
-        return [0] * len(jax.tree.leaves(tree)), None, None
-    if scope == "leaf":
-        return [1 + i for i in range(len(jax.tree.leaves(tree)))], *(
-            _tree.mark_leaves(tree),
-            None,
-        )
-    labels = [str(label) for label in _scopes.per_leaf(scope, tree)]
-    # In the order in which jax flattens a dict.
-    names = sorted(set(labels))
-    stream = [1 + names.index(label) for label in labels]
-    return stream, _tree.mark_leaves(tree), dict.fromkeys(names, _tree.Leaf())
-
-
-def _by_stream(values, state: EstimateNoiseScaleState):
-    """Sums over all leaves, in stream 0, and over those of each other stream."""
-    streams = state.size.shape[0]
-    sums = jnp.zeros((streams,), jnp.float32)
-    if streams > 1:
-        sums = sums.at[state.stream].add(values)
-    return sums.at[0].set(jnp.sum(values))
-
-
 def _param_rms(params: Any, known, state: EstimateNoiseScaleState, axis_name):
     """Root mean square of the parameters in each stream, where they are known."""
     # Not by norms that are safe at any scale: their loop would copy the parameters.
@@ -135,7 +49,7 @@ def _param_rms(params: Any, known, state: EstimateNoiseScaleState, axis_name):
         jnp.sum(jnp.square(p.astype(jnp.float32))) for p in jax.tree.leaves(params)
     ]
     squares = _tree.sum_over_axes(jnp.array(squares), axis_name)
-    return jnp.sqrt(_by_stream(jnp.where(known, squares, 0.0), state) / state.size)
+    return jnp.sqrt(by_stream(jnp.where(known, squares, 0.0), state) / state.size)
 
 
 def _squared_norms(moments: Moments, grads: Any, axis_name: _tree.AxisName):
@@ -175,21 +89,6 @@ def _pair_up(state: EstimateNoiseScaleState, grads, moments: Moments, axis_name)
         observed,
         alone,
     )
-
-
-def _learn(state: EstimateNoiseScaleState, observed: Observed, known, sizes, decay):
-    """The averages of all streams after one more step."""
-    size = _by_stream(jnp.where(known, sizes, 0.0), state)
-
-    def total(values):
-        # A stream of which nothing is known learns nothing.
-        sums = _by_stream(jnp.where(known, values, 0.0), state)
-        return jnp.where(size > 0, sums, jnp.nan)
-
-    averages = _noise_statistics.learn(
-        state.averages, total(observed.trace), total(observed.grad_sq), decay
-    )
-    return state._replace(averages=averages, size=size)
 
 
 def estimate_noise_scale(
@@ -319,21 +218,7 @@ def estimate_noise_scale(
         _validate.check_choice("scope", scope, ("global", "leaf"))
 
     def init_fn(params):
-        params = _tree.pure(params)
-        stream, leaves, labels = _streams(params, scope)
-        streams = 1 + max(stream, default=0)
-        return EstimateNoiseScaleState(
-            averages=_noise_statistics.nothing_learned(streams),
-            size=jnp.zeros((streams,), jnp.float32),
-            param_rms=jnp.full((streams,), jnp.nan, jnp.float32),
-            microbatch=jnp.zeros((), jnp.float32),
-            biased=jnp.zeros((), bool),
-            pairs=_noise_pairs.begin(params) if difference else None,
-            confidence=jnp.asarray(confidence, jnp.float32),
-            stream=jnp.array(stream, jnp.int32),
-            leaves=leaves,
-            labels=labels,
-        )
+        return begin(_tree.pure(params), scope, confidence, difference=difference)
 
     def decay_of(weight):
         if half_life is None:
@@ -347,16 +232,19 @@ def estimate_noise_scale(
         if difference:
             state, pair, alone = _pair_up(state, updates, moments, axis_name)
             observed = jax.tree.map(
-                lambda ours, all_: jnp.where(alone, ours, all_), pair, observed
+                lambda of_pair, of_step: jnp.where(alone, of_pair, of_step),
+                pair,
+                observed,
             )
         known = ~jnp.isnan(moments.deviation)
         sizes = _tree.leaf_sizes(updates, axis_name)
-        state = _learn(state, observed, known, sizes, decay_of(observed.weight))
+        state = learn(state, observed, known, sizes, decay_of(observed.weight))
         if params is not None:
             rms = _param_rms(_tree.pure(params), known, state, axis_name)
             state = state._replace(param_rms=rms)
+        size = moments.weight / jnp.maximum(moments.num_microbatches, 1)
         return updates, state._replace(
-            microbatch=moments.weight / moments.num_microbatches,
+            microbatch=jnp.where(size > 0, size, state.microbatch),
             confidence=jnp.asarray(confidence, jnp.float32),
         )
 
