@@ -5,33 +5,40 @@ from typing import Any
 import jax
 import optax
 
-from optax_stability import _metrics
+from optax_stability import _metrics, _validate
 from optax_stability._noise_scale import estimate_noise_scale
 from optax_stability._noise_scale_state import EstimateNoiseScaleState, readings
 
 
-def checked(
+def with_default(
     estimator: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
     """The estimator, by default one of the whole gradient only.
 
     Raises:
-      TypeError: it is something else.
+      TypeError: it is no transformation.
     """
     if estimator is None:
         return estimate_noise_scale(scope="global")
-    made = getattr(estimator, "init", lambda _: None)({})
-    if not isinstance(made, EstimateNoiseScaleState):
-        raise TypeError(
-            f"estimator must be an estimate_noise_scale(...), got {estimator!r}; leave "
-            "it out for the default."
-        )
+    _validate.check_transformation("estimator", estimator)
     return optax.with_extra_args_support(estimator)
 
 
-def whole(estimate: Any) -> dict[str, jax.Array]:
+def begin(estimator: optax.GradientTransformation, params: Any) -> Any:
+    """The state of an estimator.
+
+    Raises:
+      ValueError: it is not one noise scale that it holds.
+    """
+    state = estimator.init(params)
+    only_estimate(state)
+    return state
+
+
+def whole(state: Any) -> dict[str, jax.Array]:
     """What is known of the whole gradient, by name."""
-    return {key: values[0] for key, values in readings(estimate).items()}
+    each = readings(only_estimate(state))
+    return {key: values[0] for key, values in each.items()}
 
 
 def only_estimate(state: Any) -> EstimateNoiseScaleState:

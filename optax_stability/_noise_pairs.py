@@ -1,6 +1,6 @@
 """What two successive gradients say of the noise, where there is nothing better.
 
-*Cost*: one buffer like the gradient, and two reductions over it.
+*Cost*: one buffer like the gradient, and three reductions over it.
 
 *Source*: Qiao et al., "Pollux", 2021, arXiv:2008.12260, as AdaptDL does with one
 replica. Deviation: pairs do not overlap, so that they are independent.
@@ -19,7 +19,7 @@ class Pairs(NamedTuple):
     """The gradient that waits for the next one.
 
     Attributes:
-      previous: tree like the gradient; means nothing while ``weight`` is 0.
+      previous: tree like the gradient, float32; means nothing while ``weight`` is 0.
       weight: float32[] – its examples, or 0.
     """
 
@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
 
 def begin(like: Any) -> Pairs:
     """No gradient waits."""
-    zeros = jax.tree.map(jnp.zeros_like, like)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), like)
     return Pairs(previous=zeros, weight=jnp.zeros((), jnp.float32))
 
 
@@ -37,7 +37,7 @@ def _inner_products(a: Any, b: Any, axis_name: _tree.AxisName):
     """⟨a, b⟩ of each leaf, float32[n_leaves]."""
 
     def product(x, y):
-        return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32))
+        return jnp.sum(x * y)
 
     products = jax.tree.leaves(jax.tree.map(product, a, b))
     stacked = jnp.stack(products) if products else jnp.zeros((0,), jnp.float32)
@@ -57,18 +57,17 @@ def advance(
       pairs: what waits.
       grads: g.
       weight: float32[] – n; with 0 the gradient does not count, and none waits after.
+        One that is not finite does not count either, and what waits goes on waiting.
       axis_name: under ``shard_map``, the mesh axes that shard the gradient.
 
     Returns:
       What waits now, and what the pair says: NaN, of weight 0, if it is none.
     """
-    complete = (weight > 0) & (pairs.weight > 0)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    finite = jnp.all(jnp.isfinite(_inner_products(grads, grads, axis_name)))
+    complete = finite & (weight > 0) & (pairs.weight > 0)
     total = weight + pairs.weight
-    apart = jax.tree.map(
-        lambda g, old: g.astype(jnp.float32) - old.astype(jnp.float32),
-        grads,
-        pairs.previous,
-    )
+    apart = jax.tree.map(lambda g, old: g - old, grads, pairs.previous)
     squares = _inner_products(apart, apart, axis_name)
     shared = weight * pairs.weight / jnp.where(complete, total, 1.0)
     products = _inner_products(grads, pairs.previous, axis_name)
@@ -77,8 +76,9 @@ def advance(
         grad_sq=jnp.where(complete, products, jnp.nan),
         weight=jnp.where(complete, total, 0.0),
     )
-    waits = (weight > 0) & ~complete
+    waits = finite & (weight > 0) & ~complete
     previous = jax.tree.map(
         lambda g, old: jnp.where(waits, g, old), grads, pairs.previous
     )
-    return Pairs(previous, jnp.where(waits, weight, 0.0)), observed
+    waiting = jnp.where(waits, weight, jnp.where(finite, 0.0, pairs.weight))
+    return Pairs(previous, jnp.where(weight > 0, waiting, 0.0)), observed

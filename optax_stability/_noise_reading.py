@@ -150,11 +150,13 @@ def batch_efficiency(b_simple: Any, batch_size: Any) -> Any:
       "Critical Batch Size Revisited", 2025, arXiv:2505.23971.
     """
     _validate.check_interval("batch_size", batch_size, "(0, inf)", "count examples")
-    if not (_validate.is_concrete(b_simple) and math.isnan(b_simple)):
-        _validate.check_interval("b_simple", b_simple, "[0, inf]", "it is a ratio ≥ 0")
-    if _validate.is_concrete(b_simple) and math.isinf(b_simple):
-        return 1.0
-    return b_simple / (b_simple + batch_size)
+    if not _validate.is_concrete(b_simple):
+        _validate.check_number("b_simple", b_simple)
+        return 1 / (1 + batch_size / b_simple)
+    if math.isnan(b_simple):
+        return math.nan
+    _validate.check_interval("b_simple", b_simple, "[0, inf]", "it is a ratio ≥ 0")
+    return 1.0 if math.isinf(b_simple) else b_simple / (b_simple + batch_size)
 
 
 def critical_batch_range(estimate: NoiseScale) -> tuple[float, float]:

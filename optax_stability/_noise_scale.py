@@ -129,8 +129,8 @@ def estimate_noise_scale(
     * S and G² have no bias, whatever the weights of the microbatches are, and none of
       them is clamped: G² may be below 0.
     * The interval holds the true ratio with the stated confidence, for independent
-      steps of one distribution, within 3 %; where G² is not told from 0 it has no upper
-      end.
+      steps of one distribution: 93 to 98 % of those for 95 %. Where G² is not told from
+      0 it has no upper end, and holds it more often.
     * A loss that is multiplied by a constant has the same noise scale.
     * What is not finite is not learned, nor a step of one microbatch or none.
 
@@ -146,29 +146,33 @@ def estimate_noise_scale(
       ‖G‖² falls tenfold in ten steps, every average is too low.
     * Examples of one batch must be independent. Tokens of one sequence are not: weigh
       by sequences, or take a figure in tokens for a lower bound.
-    * Squares of norms have the range of float32: a norm above 1e19, or a whole gradient
+    * Squares of norms have the range of float32: a norm above 1e18, or a whole gradient
       below 1e-19, is not seen. Of bfloat16 gradients the rounding is part of the noise:
       S/n up to 2⁻¹⁸ of ‖g‖² for a microbatch of n.
     * A clip in the chain before it changes nothing: the moments tell what ‖ḡ‖ was. What
       clips single microbatches changes what the noise is.
-    * A leaf whose deviation is NaN, not known, is left out of the sums.
+    * A leaf whose deviation is not known, NaN beside a finite norm, is left out of the
+      sums.
+    * Before anything was learned all but ``low``, ``high`` and ``valid`` is NaN.
     * 0/0 is NaN in ``noise_to_weight``, and x/0 is ∞ (zero-initialised parameters).
 
     Args:
       decay: weight of a step relative to the next, in [0, 1); the averages are as good
-        as (1 + decay)/(1 − decay) steps at most, 199 by default. Below 0.5 it is never
-        valid.
+        as (1 + decay)/(1 − decay) steps at most, 199 by default. At 0.42 and
+        below that is too few to be valid.
       half_life: in the unit of the moments, examples or tokens, takes the place of
         ``decay``: what is that far back weighs half. Stays right when the batch grows.
       confidence: of the interval, in (0, 1).
       scope: ``"leaf"`` – the whole gradient and every leaf; ``"global"`` – the whole
         only; or a callable from the tree to a tree (or tree prefix) of labels – the
-        whole and every label, such as "norm" and "other".
+        whole and every label, such as "norm" and "other". ``optax.inject_hyperparams``
+        takes callables for schedules: name it in its ``static_args``.
       difference: while there is one microbatch per step, estimate from pairs of
         successive gradients. They are of different parameters: ``biased`` says so, and
         the first step with more microbatches begins anew. Costs one buffer.
-      axis_name: under ``shard_map``, the mesh axes that shard the gradient. Leave it
-        None under ``jit``.
+      axis_name: under ``shard_map``, the mesh axes that shard the gradient; the moments
+        must be those of :func:`accumulate_moments` with the same. Leave it None under
+        ``jit``.
 
     Returns:
       A transformation with state :class:`EstimateNoiseScaleState`; its ``update`` needs
@@ -228,7 +232,8 @@ def estimate_noise_scale(
     def update_fn(updates, state, params=None, *, moments=None, **extra_args):
         del extra_args
         moments = _moments.visible(_needed(moments), updates)
-        observed = _observe(moments, _squared_norms(moments, updates, axis_name))
+        norms = _squared_norms(moments, updates, axis_name)
+        observed = _observe(moments, norms)
         if difference:
             state, pair, alone = _pair_up(state, updates, moments, axis_name)
             observed = jax.tree.map(
@@ -236,7 +241,8 @@ def estimate_noise_scale(
                 pair,
                 observed,
             )
-        known = ~jnp.isnan(moments.deviation)
+        # What is not finite as a whole is no leaf that one may leave out.
+        known = ~jnp.isnan(moments.deviation) | ~jnp.isfinite(norms)
         sizes = _tree.leaf_sizes(updates, axis_name)
         state = learn(state, observed, known, sizes, decay_of(observed.weight))
         if params is not None:

@@ -59,14 +59,16 @@ def readings(state: EstimateNoiseScaleState) -> dict[str, jax.Array]:
     """All that is known of each stream, by name, [n_streams] each."""
     averages = _noise_statistics.trusted(state.averages)
     scale = _noise_statistics.interval(averages, state.confidence)
-    variance = averages.trace / (state.microbatch * state.size)
+    learned = averages.total > 0
+    trace = jnp.where(learned, averages.trace, jnp.nan)
+    variance = trace / (state.microbatch * state.size)
     return {
         "b_simple": scale.ratio,
         "low": scale.low,
         "high": scale.high,
         "valid": scale.valid,
-        "trace": averages.trace,
-        "grad_sq": averages.grad_sq,
+        "trace": trace,
+        "grad_sq": jnp.where(learned, averages.grad_sq, jnp.nan),
         "noise_to_weight": jnp.sqrt(variance) / state.param_rms,
         "steps": averages.steps,
     }
@@ -124,7 +126,8 @@ def learn(state: EstimateNoiseScaleState, observed: Observed, known, sizes, deca
         sums = by_stream(jnp.where(known, values, 0.0), state)
         return jnp.where(size > 0, sums, jnp.nan)
 
-    averages = _noise_statistics.learn(
-        state.averages, total(observed.trace), total(observed.grad_sq), decay
+    trace, grad_sq = total(observed.trace), total(observed.grad_sq)
+    return state._replace(
+        averages=_noise_statistics.learn(state.averages, trace, grad_sq, decay),
+        size=jnp.where(jnp.isfinite(trace), size, state.size),
     )
-    return state._replace(averages=averages, size=size)

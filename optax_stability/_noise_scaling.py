@@ -74,8 +74,9 @@ def scale_by_noise_scale(
       ``moments=``. Metrics: ``scale_by_noise_scale/scale``, and those of the estimator.
 
     Raises:
-      TypeError: ``estimator`` is no noise scale, an argument no number.
-      ValueError: an argument is outside its range, or ``moments=`` are missing.
+      TypeError: ``estimator`` is no transformation, an argument no number.
+      ValueError: an argument is outside its range; at ``init``, ``estimator`` holds no
+        noise scale; at ``update``, ``moments=`` are missing.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -97,12 +98,12 @@ def scale_by_noise_scale(
         raise ValueError(
             f"min_scale={min_scale!r} is above max_scale={max_scale!r}; lower it."
         )
-    estimator = _noise_estimator.checked(estimator)
+    estimator = _noise_estimator.with_default(estimator)
 
     def init_fn(params):
         return ScaleByNoiseScaleState(
             scale=jnp.asarray(max_scale, jnp.float32),
-            estimate=estimator.init(params),
+            estimate=_noise_estimator.begin(estimator, params),
         )
 
     def update_fn(updates, state, params=None, **extra_args):

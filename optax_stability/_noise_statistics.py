@@ -26,6 +26,8 @@ from optax_stability._numerics import hypot
 # From fewer steps no variance is taken: three steps under a decay count for a little
 # less than three.
 _FEWEST_STEPS = 2.5
+# Of larger numbers the spread would overflow.
+_LARGEST = 1e36
 # Decays are powers of the longest one: memories of a third and a tenth of its steps.
 _POWERS = (1, 3, 10)
 # Memories agree if their intervals of this confidence meet. With wider ones a change is
@@ -110,7 +112,7 @@ def _rotation(a, b):
 
 
 def learn(averages: Averages, trace, grad_sq, decay) -> Averages:
-    """The averages with one more step, where both numbers are finite.
+    """The averages with one more step, where both numbers are finite, up to 1e36.
 
     Args:
       averages: of [memories, n streams].
@@ -140,14 +142,17 @@ def learn(averages: Averages, trace, grad_sq, decay) -> Averages:
             keep * old.grad_sq_spread, jnp.abs(cos * beside - sin * shared)
         ),
     )
-    finite = jnp.isfinite(trace) & jnp.isfinite(grad_sq)
-    return jax.tree.map(
-        lambda after, before: jnp.where(finite, after, before), new, old
-    )
+    known = (jnp.abs(trace) <= _LARGEST) & (jnp.abs(grad_sq) <= _LARGEST)
+    for field in new:
+        known &= jnp.isfinite(field)
+    return jax.tree.map(lambda after, before: jnp.where(known, after, before), new, old)
 
 
 def student_quantile(confidence, dof):
-    """Student's t with P(|T| < t) = confidence, for dof ≥ 1.5; within 1 % from 2 on."""
+    """Student's t with P(|T| < t) = confidence, for dof ≥ 1.5.
+
+    Within 1 % for dof ≥ 2 and a confidence up to 0.95, or dof ≥ 5 and up to 0.99.
+    """
     z = ndtri((1 + confidence) / 2)
     terms = (
         (z**3 + z) / 4,
@@ -191,8 +196,9 @@ def interval(averages: Averages, confidence) -> Interval:
     b, c, d = (_share(x, unit_below) for x in (below, spreads[1], spreads[2]))
 
     # (a − r·b)² ≤ t²·Var(a − r·b) is q₂r² − 2q₁r + q₀ ≤ 0.
-    q0, q1, q2 = a * a - s * s, a * b - s * c, b * b - c * c - d * d
-    root = jnp.sqrt(jnp.maximum(q1 * q1 - q2 * q0, 0))
+    q0, q1, q2 = (a - s) * (a + s), a * b - s * c, b * b - c * c - d * d
+    # q₁² − q₀q₂, of which nothing would be left where the interval is narrow.
+    root = jnp.sqrt(jnp.maximum(jnp.square(a * c - s * b) + d * d * q0, 0))
     bounded = enough & (q2 > 0)
     low = jnp.where((q0 > 0) & (q1 + root > 0), _share(q0, q1 + root), 0.0)
     high = jnp.where(bounded, _share(jnp.maximum(q1 + root, 0), q2), jnp.inf)
@@ -210,7 +216,9 @@ def trusted(averages: Averages) -> Averages:
     """The averages of the longest memory that no shorter one contradicts, [n].
 
     A long memory knows best as long as nothing has changed. From the shortest on, each
-    longer one is taken while its interval meets those of all shorter ones.
+    longer one is taken while its interval meets those of all shorter ones, and has an
+    upper end if one of these has: a spike long ago, which leaves a long memory at a
+    loss, is no news to a short one.
     """
     found = interval(averages, _AGREEMENT)
     shortest = len(_POWERS) - 1
@@ -218,6 +226,7 @@ def trusted(averages: Averages) -> Averages:
     low, high, agree = found.low[shortest], found.high[shortest], True
     for longer in reversed(range(shortest)):
         agree &= (found.low[longer] <= high) & (found.high[longer] >= low)
+        agree &= jnp.isfinite(found.high[longer]) | jnp.isinf(high)
         chosen = jnp.where(agree, longer, chosen)
         low = jnp.maximum(low, found.low[longer])
         high = jnp.minimum(high, found.high[longer])

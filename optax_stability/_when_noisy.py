@@ -90,9 +90,9 @@ def when_noisy(
       ``inner``.
 
     Raises:
-      TypeError: ``inner`` is no transformation, ``estimator`` no noise scale, a level
-        no number.
-      ValueError: an argument is outside its range, or ``moments=`` are missing.
+      TypeError: ``inner`` or ``estimator`` is no transformation, a level no number.
+      ValueError: an argument is outside its range; at ``init``, ``estimator`` holds no
+        noise scale; at ``update``, ``moments=`` are missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,6 +103,12 @@ def when_noisy(
     """
     _validate.check_transformation("inner", inner)
     _validate.check_interval("above", above, "[0, inf)", "count examples")
+    _validate.check_choice("measure", measure, ("b_simple", "noise_to_weight"))
+    if below is None and measure != "b_simple":
+        raise ValueError(
+            f"measure={measure!r} has no interval that would keep it from switching to "
+            "and fro; give below=, a level lower than above."
+        )
     below = above if below is None else below
     _validate.check_interval("below", below, "[0, inf)", "count examples")
     if _validate.is_concrete(above) and _validate.is_concrete(below) and below > above:
@@ -110,14 +116,13 @@ def when_noisy(
             f"below={below!r} is above above={above!r}; it switches off at a lower "
             "level, or the same."
         )
-    _validate.check_choice("measure", measure, ("b_simple", "noise_to_weight"))
-    estimator = _noise_estimator.checked(estimator)
+    estimator = _noise_estimator.with_default(estimator)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
         return WhenNoisyState(
             active=jnp.zeros((), bool),
-            estimate=estimator.init(params),
+            estimate=_noise_estimator.begin(estimator, params),
             inner_state=inner.init(params),
         )
 

@@ -391,7 +391,7 @@ def test_every_field_of_the_state_is_documented(case):
 
 def key_is_open(key):
     """Whether NaN says "not known" there, and infinity "no upper end"."""
-    open_ones = "b_simple", "high", "noise_to_weight"
+    open_ones = "b_simple", "high", "noise_to_weight", "trace", "grad_sq"
     return key.removesuffix("/per_leaf").endswith(
         tuple(f"noise_scale/{name}" for name in open_ones)
     )

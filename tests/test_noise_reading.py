@@ -87,6 +87,7 @@ def test_none_or_several_are_refused_with_the_remedy():
 def test_everything_it_holds_is_plain():
     state = ost.estimate_noise_scale().init(params())
     found = ost.noise_scale(state)
+    assert math.isnan(found.trace)
     for each in (found, *found.per_leaf.values()):
         for key, value in dataclasses.asdict(each).items():
             assert isinstance(value, float | bool | str | dict), key
@@ -102,8 +103,11 @@ def test_batch_efficiency(b_simple, batch_size, share):
 
 def test_batch_efficiency_of_what_is_not_known_and_of_arrays():
     assert math.isnan(ost.batch_efficiency(math.nan, 5))
-    shares = jax.jit(ost.batch_efficiency)(jnp.array([1.0, 3.0]), 1.0)
-    np.testing.assert_allclose(shares, [0.5, 0.75])
+    scales = jnp.array([1.0, 3.0, 0.0, np.inf, np.nan])
+    shares = jax.jit(ost.batch_efficiency)(scales, 1.0)
+    np.testing.assert_allclose(shares, [0.5, 0.75, 0.0, 1.0, np.nan])
+    with pytest.raises(TypeError, match="b_simple must be a number"):
+        ost.batch_efficiency(ost.estimate_noise_scale(), 5)
     with pytest.raises(ValueError, match=r"batch_size=0 is outside"):
         ost.batch_efficiency(1.0, 0)
     with pytest.raises(ValueError, match=r"b_simple=-1 is outside"):

@@ -351,6 +351,7 @@ def test_one_microbatch_says_nothing():
     assert not found.valid
     assert (found.low, found.high, found.steps) == (0.0, np.inf, 0.0)
     chex.assert_trees_all_equal(state.averages, feed(tx, []).averages)
+    assert np.isnan([found.trace, found.grad_sq, found.noise_to_weight]).all()
     # And takes nothing away.
     known = [synthetic(s, 1.0) for s in (1.0, 2.0, 1.5, 1.2)]
     mixed = [step for pair in zip(known, steps, strict=False) for step in pair]
@@ -375,6 +376,20 @@ def test_a_leaf_that_is_not_known_is_left_out(bad):
     else:
         # An overflow is no leaf that one may leave out.
         assert not found.valid
+
+
+def test_a_step_with_a_leaf_that_is_not_finite_is_no_step():
+    """As reject_nonfinite=False lets it pass."""
+    steps = [synthetic(s, 1.0, d=2) for s in (1.0, 2.0, 1.5, 1.2)]
+    params = {"a": jnp.ones(3), "b": jnp.ones(())}
+    nan = steps[0]._replace(
+        deviation=steps[0].deviation.at[0].set(np.nan),
+        norm=steps[0].norm.at[0].set(np.nan),
+    )
+    tx = ost.estimate_noise_scale(scope="global")
+    state, expected = feed(tx, [*steps, nan], params), feed(tx, steps, params)
+    chex.assert_trees_all_equal(state.averages, expected.averages)
+    chex.assert_trees_all_equal(state.size, expected.size)
 
 
 def test_without_moments_the_remedy_is_named():
@@ -476,11 +491,20 @@ def test_a_gradient_that_is_not_finite_spoils_only_its_own_pair():
     tx = ost.estimate_noise_scale(difference=True)
     params, update = jnp.ones(2), jax.jit(tx.update)
     state, one = tx.init(params), synthetic(1.0, 1.0, k=1)
-    for value in (np.nan, 1.0, 3.0, 1.0):
+    for value in (np.nan, 1.0, np.nan, 3.0, np.nan):
         _, state = update(jnp.full(2, value), state, params, moments=one)
-    # The second pair: ‖3 − 1‖² in two entries, 8·8/16 of it, and ⟨3, 1⟩.
+        chex.assert_tree_all_finite((state.averages, state.pairs))
+    # One pair: ‖3 − 1‖² in two entries, 8·8/16 of it, and ⟨3, 1⟩.
     np.testing.assert_allclose(state.averages.trace[0, 0], 8 * 4)
     np.testing.assert_allclose(state.averages.grad_sq[0, 0], 6)
+    assert state.averages.total[0, 0] == 1
+
+
+def test_pairs_of_narrow_gradients_keep_the_type_of_the_state():
+    tx, params = ost.estimate_noise_scale(difference=True), jnp.ones(2, jnp.bfloat16)
+    state, one = tx.init(params), synthetic(1.0, 1.0, k=1)
+    _, after = tx.update(jnp.ones(2), state, params, moments=one)
+    chex.assert_trees_all_equal_dtypes(after, state)
 
 
 # --- where moments come from, and what never enters ----------------------------------

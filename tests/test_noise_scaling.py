@@ -59,7 +59,7 @@ def test_what_is_not_valid_keeps_the_last_scale():
         ({"batch_size": 0}, ValueError, r"batch_size=0 is outside"),
         ({"max_scale": 0.05}, ValueError, r"min_scale=0.1 is above max_scale=0.05"),
         ({"min_scale": 0.0}, ValueError, r"min_scale=0.0 is outside"),
-        ({"estimator": optax.identity()}, TypeError, "estimator must be"),
+        ({"estimator": 3}, TypeError, "estimator must be"),
     ],
 )
 def test_what_is_wrong_is_named(arguments, error, match):
@@ -71,7 +71,7 @@ def test_what_is_wrong_is_named(arguments, error, match):
 
 
 def known(low):
-    """A state whose interval begins at ``low``, or at 0 for None."""
+    """A state whose interval begins at ``low``, of microbatches of 2, or at nothing."""
     tx = ost.estimate_noise_scale(scope="global")
     state, steps = tx.init(PARAMS), 0 if low is None else 4
     for _ in range(steps):
@@ -80,33 +80,56 @@ def known(low):
     return state
 
 
+def chosen(schedule, low):
+    return int(jax.jit(schedule.num_microbatches)(known(low)))
+
+
 @pytest.mark.parametrize(
     ("low", "fraction", "k"),
     [
         (None, 1.0, 2),
-        (10.0, 1.0, 2),
-        (16.0 * 4.1, 1.0, 4),
-        (16.0 * 7.9, 1.0, 4),
-        (16.0 * 8.1, 1.0, 8),
-        (16.0 * 8.1, 0.5, 4),
+        (1.0, 1.0, 2),
+        (2 * 4.1, 1.0, 4),
+        (2 * 7.9, 1.0, 4),
+        (2 * 8.1, 1.0, 8),
+        (2 * 8.1, 0.5, 4),
         (1e5, 1.0, 32),
     ],
 )
 def test_microbatches_are_the_power_of_two_below_the_noise_scale(low, fraction, k):
-    schedule = ost.batch_size_schedule(16, max_k=32, fraction=fraction)
-    assert schedule.num_microbatches(known(low)) == k
+    assert chosen(ost.batch_size_schedule(max_k=32, fraction=fraction), low) == k
 
 
 def test_it_is_held_to_its_ends_whether_powers_or_not():
-    schedule = ost.batch_size_schedule(1, min_k=3, max_k=5)
-    found = [int(schedule.num_microbatches(known(low))) for low in (None, 4.1, 1e5)]
-    assert found == [3, 4, 4]
+    schedule = ost.batch_size_schedule(5, min_k=3)
+    assert [chosen(schedule, low) for low in (None, 2 * 4.1, 1e5)] == [3, 4, 4]
+
+
+def test_every_power_of_two_is_reached():
+    for power in range(1, 16):
+        assert chosen(ost.batch_size_schedule(2**power), 1e5) == 2**power
+
+
+@pytest.mark.parametrize("weight", [None, 16.0])
+def test_the_unit_of_the_weights_does_not_matter(weight):
+    """Gradients 4 and −2, in turn, in windows of two: S = 18·n, G² = 1 − 18/2."""
+    chain = optax.chain(ost.estimate_noise_scale(scope="global"), optax.sgd(0.0))
+    tx = ost.accumulate_moments(chain, ost.batch_size_schedule(64))
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    for step in range(40):
+        value = 4.0 - 6 * (step % 2) + 0.1 * (step % 3)
+        extra = {} if weight is None else {"weight": weight}
+        _, state = update({"w": jnp.float32(value)}, state, PARAMS, **extra)
+    expected = ost.noise_scale(state).low / (1.0 if weight is None else weight)
+    k = int(ost.batch_size_schedule(64).num_microbatches(state.inner_opt_state))
+    assert k == max(2, 2 ** int(np.log2(expected)))
+    assert k > 2
 
 
 def test_accumulation_follows_the_noise():
     """One weight, gradients ±s around 1: the noise scale of a microbatch is s²."""
     chain = optax.chain(ost.estimate_noise_scale(scope="global"), optax.sgd(0.0))
-    tx = ost.accumulate_moments(chain, ost.batch_size_schedule(1.0, max_k=16))
+    tx = ost.accumulate_moments(chain, ost.batch_size_schedule(max_k=16))
     state, update = tx.init(PARAMS), jax.jit(tx.update)
     rng, sizes = np.random.default_rng(0), []
     for spread in (0.1, 6.0, 0.1):
@@ -127,18 +150,17 @@ def test_accumulation_follows_the_noise():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"microbatch_size": 0}, r"microbatch_size=0 is outside"),
-        ({"min_k": 1}, r"min_k=1 must be an integer of at least 2"),
-        ({"max_k": 1}, r"max_k=1 must be an integer of at least 2"),
+        ({"min_k": 1}, r"min_k=1 must be an integer of at least 2; one microbatch"),
+        ({"max_k": 1}, r"max_k=1 must be an integer of at least 2; it is the most"),
         ({"fraction": 0}, r"fraction=0 is outside"),
     ],
 )
 def test_what_is_wrong_with_a_schedule_is_named(arguments, match):
     with pytest.raises(ValueError, match=match):
-        ost.batch_size_schedule(**{"microbatch_size": 1, "max_k": 8, **arguments})
+        ost.batch_size_schedule(**{"max_k": 8, **arguments})
 
 
 def test_a_schedule_needs_an_estimate_in_the_chain():
-    tx = ost.accumulate_moments(optax.sgd(0.1), ost.batch_size_schedule(1, max_k=8))
+    tx = ost.accumulate_moments(optax.sgd(0.1), ost.batch_size_schedule(max_k=8))
     with pytest.raises(ValueError, match="put estimate_noise_scale"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)

@@ -151,7 +151,24 @@ def test_the_interval_does_not_depend_on_the_unit(factor):
     chex.assert_trees_all_equal(scaled, expected)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("width", [1e-3, 1e-4, 1e-5])
+def test_a_narrow_interval_keeps_its_width(width):
+    """A large model: S and G² of a step are all but certain."""
+    rng = np.random.default_rng(0)
+    trace, grad_sq = 1 + width * rng.standard_normal((2, 60))
+    decays = np.full(60, 0.99)
+    # Rounded as the library sees them.
+    trace, grad_sq = (x.astype("f4").astype(float) for x in (trace, grad_sq))
+    steps, mean, covariance = reference(trace, grad_sq, decays)
+    found = interval(learned(trace, grad_sq, decays), 0.95)
+    _, roots = fieller(mean, covariance, stats.t.ppf(0.975, steps - 1))
+    np.testing.assert_allclose(found.high - found.low, roots[1] - roots[0], rtol=0.05)
+    # And memories of one distribution go on agreeing.
+    averages = remembered(trace, grad_sq, decays)
+    chex.assert_trees_all_equal(trusted(averages).steps, averages.steps[0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e37])
 @pytest.mark.parametrize("at", [0, 1, 20])
 def test_what_is_not_finite_is_not_learned(bad, at):
     trace, grad_sq, decays = draw(2)
@@ -277,6 +294,29 @@ def test_of_memories_that_agree_the_longest_is_trusted_and_else_a_shorter_one():
     # The longest alone would be sure of what is no more.
     stale = interval(learned(trace, grad_sq, decays), 0.95)
     assert stale.high[0] < 60
+
+
+def test_after_a_spike_a_short_memory_is_trusted_that_has_recovered():
+    rng = np.random.default_rng(0)
+    trace = 100 * rng.uniform(0.9, 1.1, 500)
+    grad_sq = 2 * rng.uniform(0.7, 1.3, 500)
+    trace[300], grad_sq[300] = 1e6, 1e4
+    averages = remembered(trace, grad_sq, np.full(500, 0.99))
+    assert interval(averages, 0.95).high[0, 0] == np.inf
+    found = interval(trusted(averages), 0.95)
+    assert found.valid[0]
+    assert found.low[0] < 50 < found.high[0]
+
+
+def test_numbers_as_large_as_float32_holds_do_no_lasting_harm():
+    rng = np.random.default_rng(0)
+    normal = 100 + rng.standard_normal(60), 2 + 0.1 * rng.standard_normal(60)
+    large = np.tile([0.0, 3e38], 6), np.tile([3e38, 0.0], 6)
+    both = [np.concatenate(pair) for pair in zip(large, normal, strict=True)]
+    averages = remembered(*both, np.full(72, 0.99))
+    chex.assert_tree_all_finite(averages)
+    found = interval(trusted(averages), 0.95)
+    assert found.low[0] < 50 < found.high[0]
 
 
 def test_streams_trust_memories_of_their_own():

@@ -94,7 +94,7 @@ def test_what_is_inside_learns_all_the_time():
         ({"above": -1.0}, ValueError, r"above=-1.0 is outside"),
         ({"above": 1.0, "below": 2.0}, ValueError, r"below=2.0 is above above=1.0"),
         ({"above": 1.0, "measure": "b"}, ValueError, r"measure='b' is unknown"),
-        ({"above": 1.0, "estimator": HALF}, TypeError, "estimator must be"),
+        ({"above": 1.0, "measure": "noise_to_weight"}, ValueError, "give below="),
         ({"above": 1.0, "estimator": 3}, TypeError, "estimator must be"),
         ({"above": 1.0, "inner": 3}, TypeError, "inner must be"),
     ],
@@ -102,6 +102,17 @@ def test_what_is_inside_learns_all_the_time():
 def test_what_is_wrong_is_named(arguments, error, match):
     with pytest.raises(error, match=match):
         ost.when_noisy(**{"inner": HALF, **arguments})
+
+
+def test_the_estimator_may_be_wrapped_and_has_to_be_one():
+    labels = ost.estimate_noise_scale(scope=lambda tree: {"w": "a"}, decay=0.5)
+    injected = optax.inject_hyperparams(ost.estimate_noise_scale)(decay=0.5)
+    for estimator in (labels, injected, optax.chain(quick(), optax.identity())):
+        tx = ost.when_noisy(HALF, above=10.0, estimator=estimator)
+        acted, _ = run(tx, [100.0] * 12)
+        assert acted[-1]
+    with pytest.raises(ValueError, match="holds no noise scale"):
+        ost.when_noisy(HALF, above=1.0, estimator=HALF).init(PARAMS)
 
 
 def test_without_moments_the_remedy_is_named():
