@@ -371,3 +371,14 @@ def test_the_readme_quotes_the_batch_invariance_benchmark():
         regimes = by_k["8"]
         cells = [by_k[k][regime]["ratio"] for regime in regimes for k in ("8", "32")]
         assert " | ".join(f"{cell:.2f}" for cell in cells) in README
+
+
+def test_the_readme_quotes_the_noise_scale_benchmark():
+    report = read("noise_scale.json")
+    row = report["microbatches"]["estimate_noise_scale"]
+    time, flops = row["time_ratio"]["median"], row["flops_ratio"]
+    assert f"| {time:.2f} | {flops:.3f} | {row['temp_mb']:.1f} (" in README
+    for row in report["examples"].values():
+        if row["time_ratio"]["median"] != 1:
+            assert f" | {row['time_ratio']['median']:.2f} | " in README
+            assert f" | {row['temp_mb']:.0f} " in README
