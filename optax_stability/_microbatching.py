@@ -5,7 +5,7 @@ agree; and one NaN in one sequence costs the whole step.
 
 *Where*: in place of ``jax.value_and_grad``, inside the jitted step.
 
-*Cost*: that of a ``lax.scan`` or ``jax.vmap`` over the parts, and two reductions over
+*Cost*: that of a ``lax.scan`` or ``jax.vmap`` over the parts, and one reduction over
 each part's gradient. Memory: the gradients of the ``vmap_size`` parts that are
 evaluated together and one accumulator; with ``mean_square`` one more.
 """

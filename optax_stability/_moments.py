@@ -3,8 +3,9 @@
 *Problem*: the mean hides how far the K gradients were apart, and the square of the mean
 is not the mean of the squares. Both are sums that can be kept while the mean is formed.
 
-*Cost*: two reductions over each microbatch gradient (is it finite, how far is it from
-the mean) and one scalar per leaf; with the mean square one buffer like the parameters.
+*Cost*: one reduction over each microbatch gradient (how far it is from the mean, which
+also tells whether it is finite) and one scalar per leaf; with the mean square one
+buffer like the parameters.
 
 *Source*: Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983,
 eq. 2.1, with weights. No difference of large sums is formed.
