@@ -142,8 +142,8 @@ def estimate_noise_scale(
     * With one microbatch per step nothing is learned, unless ``difference``.
     * It says what was so over the last ``steps`` steps, not what is so in the last one,
       and the interval is that of the mean. A change is seen once a memory is sure of
-      it; the shortest is of 20 steps by default. In the first steps of a run, where
-      ‖G‖² falls tenfold in ten steps, every average is too low.
+      it; the shortest is of 20 steps by default. Where ‖G‖²
+      falls faster than that, as in the first steps of a run, it is too low.
     * Examples of one batch must be independent. Tokens of one sequence are not: weigh
       by sequences, or take a figure in tokens for a lower bound.
     * Squares of norms have the range of float32: a norm above 1e18, or a whole gradient

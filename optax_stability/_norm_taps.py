@@ -31,8 +31,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# To write and read one entry of a weight gradient takes as long as so many operations
-# of a matrix product: 50 was measured on CPUs, accelerators are at hundreds.
+# To write and read one entry of a weight gradient takes about as long as so many
+# operations of a matrix product, on CPUs; on accelerators it takes longer.
 _FLOPS_PER_ENTRY = 64
 
 
@@ -106,8 +106,8 @@ def weights_route(x, g, precision=None):
     The weight gradient of each example is formed, squared and added to the others: not
     one operation of a matrix product more than without norms.
     """
-    # XLA for CPUs writes a batched product as a plain loop, three times slower than
-    # the products one by one. Elsewhere it is the fast one, and a loop over examples
+    # XLA for CPUs writes a batched product as a plain loop, much slower than the
+    # products one by one. Elsewhere it is the fast one, and a loop over examples
     # would fetch them from the devices that hold them.
     return lax.platform_dependent(
         x,
