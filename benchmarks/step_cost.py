@@ -26,6 +26,8 @@ import optax_stability as ost
 
 RESULTS = Path(__file__).parent / "results"
 LEARNING_RATE = 1e-3
+GUARDED = "spike_guard(clip_by_zscore + safe_adamw)"
+RECORDED = "record_history with record, gradient and update"
 
 
 class Program(NamedTuple):
@@ -85,6 +87,32 @@ def optax_if_finite() -> optax.GradientTransformation:
 def guarded_chain() -> optax.GradientTransformation:
     """The chain of this library, guarded against spikes of norm and loss as well."""
     return ost.spike_guard(stability_chain())
+
+
+def recording_chain(every: int) -> optax.GradientTransformation:
+    """The guarded chain, with gradient and update recorded per leaf."""
+    inside = optax.chain(stability_chain(), ost.record("update", every=every))
+    return optax.chain(ost.record("grad", every=every), ost.spike_guard(inside))
+
+
+def norms_recorded() -> optax.GradientTransformation:
+    """Norms at every step; what takes more passes so rarely that no round sees it."""
+    return ost.record_history(recording_chain(1000), slow_every=1000)
+
+
+def norms_recorded_alone() -> optax.GradientTransformation:
+    """The same without a history, which would share the norms of the gradient."""
+    return recording_chain(1000)
+
+
+def everything_recorded() -> optax.GradientTransformation:
+    """Every number at every step: what a round costs in which all are due."""
+    return ost.record_history(recording_chain(1), slow_every=1)
+
+
+def history_alone() -> optax.GradientTransformation:
+    """The guarded chain in a history."""
+    return ost.record_history(guarded_chain(), slow_every=1000)
 
 
 def safe_adamw() -> optax.GradientTransformation:
@@ -268,9 +296,9 @@ def time_one(threshold: ost.thresholds.Threshold, rounds: int) -> list[float]:
     return seconds
 
 
-def add_ratios(rows: dict[str, dict[str, Any]], baseline: str) -> None:
-    """Adds time and compile time as ratios to the baseline's medians."""
-    base = rows[baseline]
+def add_ratios(rows: dict[str, dict[str, Any]]) -> None:
+    """Adds time and compile time as ratios to the medians of the first row."""
+    base = next(iter(rows.values()))
     for row in rows.values():
         row["time_ratio"] = round(row["ms"]["median"] / base["ms"]["median"], 3)
         compile_ratio = row["compile_s"]["median"] / base["compile_s"]["median"]
@@ -310,7 +338,14 @@ def main() -> None:
     guarded = {
         baseline: optax_chain,
         "apply_if_finite of it": optax_if_finite,
-        "spike_guard(clip_by_zscore + safe_adamw)": guarded_chain,
+        GUARDED: guarded_chain,
+    }
+    recording = {
+        GUARDED: guarded_chain,
+        "in record_history": history_alone,
+        "with record, gradient and update": norms_recorded_alone,
+        RECORDED: norms_recorded,
+        "the same, every number at every step": everything_recorded,
     }
     many = {f"leaf_{i}": (64, 64) for i in range(100 if quick else 1000)}
     gpt = draw(transformer_shapes(width, 9, 8192), jax.random.key(0), 0.1)
@@ -325,6 +360,13 @@ def main() -> None:
         "gradient in the same step, GPT-shaped": Case(
             guarded, gpt, scale, value_and_grad
         ),
+        "recording, GPT-shaped": Case(recording, gpt, scale, value_and_grad),
+        "recording, many small leaves": Case(
+            {name: recording[name] for name in (GUARDED, RECORDED)},
+            small,
+            gradient_like(small),
+            given,
+        ),
     }
     report = {
         "device": jax.devices()[0].device_kind,
@@ -337,9 +379,9 @@ def main() -> None:
     }
     for name, case in cases.items():
         rows = measure(case, rounds=rounds, compile_rounds=compile_rounds)
-        add_ratios(rows, baseline)
+        add_ratios(rows)
         report["cases"][name] = rows
-        first = rows[baseline]
+        first = next(iter(rows.values()))
         sys.stdout.write(
             f"\n{name}: {first['parameters'] / 1e6:.1f}M float32 parameters in "
             f"{first['leaves']} leaves\n\n{table(rows)}\n"

@@ -12,9 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 from tensorboardX import SummaryWriter
 
+import optax_stability as ost
+
 Row = Mapping[str, float]
+Histograms = Mapping[str, np.ndarray]
 
 
 class Writer(abc.ABC):
@@ -23,6 +27,10 @@ class Writer(abc.ABC):
     @abc.abstractmethod
     def write(self, step: int, row: Row) -> None:
         """Keeps what was measured at a step."""
+
+    def write_histograms(self, step: int, counts: Histograms) -> None:
+        """Keeps what ``record(…, histogram=True)`` counted; leaves it out here."""
+        del step, counts
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -59,8 +67,26 @@ class JsonLines(Writer):
         """Has nothing to do."""
 
 
+def read_json_lines(path: Path) -> dict[str, np.ndarray]:
+    """The columns of such a file, rows of one step joined, as a history.
+
+    Null, and what a row does not have, is NaN.
+    """
+    rows: dict[int, dict] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["step"], {}).update(row)
+    keys = dict.fromkeys(key for row in rows.values() for key in row)
+    columns = {
+        key: np.array([row.get(key) for row in rows.values()], float) for key in keys
+    }
+    return columns | {"step": np.array(list(rows), int)}
+
+
 class TensorBoard(Writer):
-    """One scalar per key; what is not finite is left out, for it would break the axis.
+    """One curve per key, and histograms.
+
+    What is not finite is left out, for it would break the axis.
 
     In a folder that was used before, TensorBoard shows the new run alone. A run that is
     killed loses ten seconds at most.
@@ -79,6 +105,29 @@ class TensorBoard(Writer):
             if math.isfinite(x):
                 self._events.add_scalar(key, x, step)
 
+    def write_histograms(self, step: int, counts: Histograms) -> None:
+        """Adds a histogram each, over the exponents of two."""
+        for key, each in counts.items():
+            if np.isfinite(each).all() and each.any():
+                self._write_histogram(step, key, each)
+
+    def _write_histogram(self, step: int, key: str, counts: np.ndarray) -> None:
+        # The first bin has no lower end but 0, the last no upper one.
+        exponents = np.log2(ost.histogram_edges()[1:-1])
+        limits = np.append(exponents, exponents[-1] + 1)
+        middles = limits - 0.5
+        self._events.add_histogram_raw(
+            f"{key} (log2)",
+            min=limits[counts > 0].min() - 1,
+            max=limits[counts > 0].max(),
+            num=counts.sum(),
+            sum=counts @ middles,
+            sum_squares=counts @ middles**2,
+            bucket_limits=limits.tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
     def close(self) -> None:
         """Writes out the events that are still queued."""
         self._events.close()
@@ -95,6 +144,11 @@ class Several(Writer):
         """Hands the row to all."""
         for writer in self._writers:
             writer.write(step, row)
+
+    def write_histograms(self, step: int, counts: Histograms) -> None:
+        """Hands the histograms to all."""
+        for writer in self._writers:
+            writer.write_histograms(step, counts)
 
     def close(self) -> None:
         """Closes all, also where one of them fails."""

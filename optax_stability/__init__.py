@@ -25,7 +25,13 @@ from optax_stability._clip_presets import clip_by_quantile as clip_by_quantile
 from optax_stability._clip_presets import clip_by_zscore as clip_by_zscore
 from optax_stability._clipping import ClipByThresholdState as ClipByThresholdState
 from optax_stability._clipping import clip_by_threshold as clip_by_threshold
+from optax_stability._diagnosis import Finding as Finding
+from optax_stability._diagnosis import diagnose as diagnose
 from optax_stability._gradient_scaling import scale_gradients as scale_gradients
+from optax_stability._histogram import histogram_edges as histogram_edges
+from optax_stability._history import RecordHistoryState as RecordHistoryState
+from optax_stability._history import history as history
+from optax_stability._history import record_history as record_history
 from optax_stability._metrics import metrics as metrics
 from optax_stability._microbatching import microbatch_gradients as microbatch_gradients
 from optax_stability._moments import Moments as Moments
@@ -41,9 +47,11 @@ from optax_stability._noise_scaling import (
     ScaleByNoiseScaleState as ScaleByNoiseScaleState,
 )
 from optax_stability._noise_scaling import scale_by_noise_scale as scale_by_noise_scale
+from optax_stability._plotting import plot_history as plot_history
 from optax_stability._rates import scale_learning_rate as scale_learning_rate
 from optax_stability._recording import RecordState as RecordState
 from optax_stability._recording import record as record
+from optax_stability._report import write_report as write_report
 from optax_stability._restarting import RestartMomentsState as RestartMomentsState
 from optax_stability._restarting import restart_moments as restart_moments
 from optax_stability._skip_state import SkipSpikesState as SkipSpikesState

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _moments, _numerics, _tree, _validate
+from optax_stability import _moments, _norms, _numerics, _tree, _validate
 from optax_stability._accumulation_state import (
     AccumulateMomentsState,
     advance,
@@ -126,7 +126,7 @@ def accumulate_moments(
     mean_square: bool = True,
     reject_nonfinite: bool = True,
     accumulator_dtype: Any = _numerics.FLOAT32,
-    axis_name: _tree.AxisName = None,
+    axis_name: _norms.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages gradients over ``every_k`` calls, and then lets ``inner`` take a step.
 
@@ -234,7 +234,7 @@ def accumulate_moments(
             keep &= _moments.all_finite(
                 updates, incoming.value, apart=apart, axis_name=axis_name
             )
-        keep = _tree.everywhere(keep, axis_name)
+        keep = _norms.everywhere(keep, axis_name)
         window = _moments.merge(window, _moments.if_kept(incoming, keep), apart)
 
         rejected = jnp.where(keep, 0, 1)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _moments, _tree
+from optax_stability import _moments, _norms, _tree
 from optax_stability._in_place import after, apply_if
 from optax_stability._moments import Aggregate, Moments
 from optax_stability._numerics import increment
@@ -109,7 +109,7 @@ def advance(
 
     def update(mean, inner_state):
         mean = optax.tree.cast_like(mean, like)
-        moments = window.moments._replace(norm=_tree.leaf_norms(mean))
+        moments = window.moments._replace(norm=_norms.leaf_norms(mean))
         return inner.update(mean, inner_state, params, moments=moments, **extra_args)
 
     run = full & (window.moments.num_microbatches > 0)

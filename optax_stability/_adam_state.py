@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability import _numerics, _tree, _validate
+from optax_stability._leafwise import leafwise
 
 
 class SafeAdamState(NamedTuple):
@@ -46,6 +47,9 @@ class SafeAdamState(NamedTuple):
     b1: jax.Array
     b2: jax.Array
     eps: jax.Array
+
+    # For those who read metrics at every step: these take a pass over the moments.
+    costly_metrics = True
 
     @property
     def leaves(self) -> Any:
@@ -87,12 +91,20 @@ def _ratio(x, y):
     return jnp.where(y > 0, x / jnp.where(y > 0, y, 1.0), 0.0)
 
 
-def _leaf_sums(mu, rms, scale, bound, eps):
-    """Σu², Σ ε/(r̂+ε) and the number of zeros of one leaf; u = m̂/r̂."""
-    mu, rms = mu.astype(jnp.float32) * scale, rms.astype(jnp.float32)
-    u = jnp.clip(_ratio(mu, rms), -bound, bound)
-    zeros = jnp.sum(rms == 0, dtype=jnp.float32)
-    return jnp.stack([jnp.sum(u * u), jnp.sum(_ratio(eps, rms + eps)), zeros])
+def _sums(mu, rms, largest, eps):
+    """Σ(m/r)², Σ ε/(r+ε) and the number that is not 0, of each leaf of a batch.
+
+    No square above ``largest``, and 0/0 = 0. On CPU a ``where`` or a comparison would
+    be written out before it is summed; maxima, minima and signs are not.
+    """
+    mu, rms = mu.astype(jnp.float32), rms.astype(jnp.float32)
+    square = jnp.square(mu / jnp.maximum(rms, _numerics.TINY))
+    axes = tuple(range(1, mu.ndim))
+    return (
+        jnp.sum(jnp.minimum(square, largest), axis=axes),
+        jnp.sum(eps / jnp.maximum(rms + eps, _numerics.TINY), axis=axes),
+        jnp.sum(jnp.sign(rms), axis=axes),
+    )
 
 
 def _correlation(mean_square, c):
@@ -110,18 +122,18 @@ def _metrics(state: SafeAdamState) -> dict[str, jax.Array]:
     scale = _ratio(state.rms_unit, state.mu_unit)
     independent = _ratio(state.noise, jnp.square(state.mu_unit))
     bound, eps = update_bound(state.b1, state.b2), state.eps * state.rms_unit
-    sums = [
-        _leaf_sums(mu, rms, scale, bound, eps)
-        for mu, rms in zip(mus, rmss, strict=True)
-    ]
-    sums = jnp.stack(sums) if sums else jnp.zeros((0, 3), jnp.float32)
+    largest = jnp.square(_ratio(bound, scale))
+    squares, shares, nonzero = leafwise(
+        lambda mu, rms: _sums(mu, rms, largest, eps), mus, rmss, outputs=3
+    )
     sizes = jnp.array([mu.size for mu in mus], jnp.float32)
+    totals = jnp.stack([squares * jnp.square(scale), shares, sizes - nonzero])
 
-    per_leaf = sums / jnp.maximum(sizes, 1.0)[:, None]
-    overall = jnp.sum(sums, axis=0) / jnp.maximum(jnp.sum(sizes), 1.0)
+    per_leaf = totals / jnp.maximum(sizes, 1.0)
+    overall = jnp.sum(totals, axis=1) / jnp.maximum(jnp.sum(sizes), 1.0)
 
     def name(means, suffix=""):
-        mean_square, eps_share, zero_fraction = jnp.moveaxis(means, -1, 0)
+        mean_square, eps_share, zero_fraction = means
         # Coordinates without a gradient have no correlation to average.
         seen = _ratio(mean_square, 1 - zero_fraction)
         return {

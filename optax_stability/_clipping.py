@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _numerics, _tree, _validate
+from optax_stability import _norms, _numerics, _tree, _validate
 from optax_stability._scopes import (
     Parts,
     Scope,
@@ -91,7 +91,7 @@ def clip_by_threshold(
     *,
     scope: Scope = "global",
     stacked: Any = None,
-    axis_name: _tree.AxisName = None,
+    axis_name: _norms.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the gradient down to the threshold's limit, globally or per leaf.
 
@@ -189,8 +189,8 @@ def clip_by_threshold(
             step=_numerics.increment(state.step),
             clipped_total=_count(state.clipped_total, finite & above),
             nonfinite_total=_count(state.nonfinite_total, ~finite),
-            norm=_tree.join_norms(norm) if per_leaf else norm[0],
-            limit=_tree.join_norms(limit) if per_leaf else limit[0],
+            norm=_norms.join_norms(norm) if per_leaf else norm[0],
+            limit=_norms.join_norms(limit) if per_leaf else limit[0],
             leaf_norm=per_leaf_vector(norm, parts) if per_leaf else None,
             leaf_limit=per_leaf_vector(limit, parts) if per_leaf else None,
             threshold=learned,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_stability import _tree, thresholds
+from optax_stability import _norms, thresholds
 from optax_stability.thresholds import Threshold
 
 # What a step can be abnormal by, in the order of `Reading.kinds`.
@@ -127,7 +127,7 @@ class Detector(NamedTuple):
 
 
 def loss_of(
-    extra_args: Mapping[str, Any], *, needed: bool, axis_name: _tree.AxisName
+    extra_args: Mapping[str, Any], *, needed: bool, axis_name: _norms.AxisName
 ) -> jax.Array:
     """The loss among the extra arguments, float32[]; 0 if there is none.
 

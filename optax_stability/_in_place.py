@@ -7,11 +7,13 @@ only temporary memory is then the gradient itself.
 *Cost*: reverse-mode differentiation does not pass it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -46,6 +48,49 @@ def run_if(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
         return jnp.zeros_like(run), step(loop[1])
 
     return lax.while_loop(lambda loop: loop[0], body, (run, carry))[1]
+
+
+def _no_tangent(x):
+    """The zero tangent of an array of any dtype."""
+    x = jnp.asarray(x)
+    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+    return jnp.zeros_like(x) if inexact else np.zeros(x.shape, jax.dtypes.float0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _observe(look, run, seen, beside, found):
+    def step(carry):
+        seen, found = carry
+        # The barrier keeps JAX from taking what passes out of the loop.
+        return lax.optimization_barrier(seen), look(seen, beside, found)
+
+    return run_if(run, step, (seen, found))
+
+
+@_observe.defjvp
+def _observe_jvp(look, primals, tangents):
+    """What is seen passes, and its derivative with it; what is found has none."""
+    passed, found = _observe(look, *primals)
+    return (passed, found), (tangents[1], jax.tree.map(_no_tangent, found))
+
+
+def observe_if(run, look, seen, beside, found):
+    """``look(seen, beside, found)`` if ``run`` holds, and ``found`` if not.
+
+    What is seen comes back as it was, in the same buffers, and only once the look is
+    over: what is written into them later needs no copy. Derivatives pass.
+
+    Args:
+      run: bool[].
+      look: returns the new ``found``, with the same types.
+      seen: a tree of arrays to hand on.
+      beside: what else is looked at.
+      found: what is known so far.
+
+    Returns:
+      ``seen`` and what is now found.
+    """
+    return _observe(look, run, seen, beside, found)
 
 
 def _as_before(new, old):

@@ -16,7 +16,7 @@ import jax
 
 from optax_stability import _tree
 
-_PER_LEAF = "/per_leaf"
+PER_LEAF = "/per_leaf"
 State = TypeVar("State")
 
 
@@ -38,12 +38,6 @@ def _reporting(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
             yield from _reporting(node, path + sub_path)
 
 
-def find(tree: Any, kind: type[State]) -> list[State]:
-    """All states of one kind inside a tree, outer before inner."""
-    found = (node for _, node in _reporting([tree]))
-    return [_tree.pure(node) for node in found if isinstance(node, kind)]
-
-
 def _distinguish(paths: list[tuple]) -> list[str]:
     """The part of each path that differs from the others, as text."""
     start, end = 0, 0
@@ -58,30 +52,62 @@ def _distinguish(paths: list[tuple]) -> list[str]:
     ]
 
 
-def _by_leaf(values: dict[str, Any], names: list[str]) -> dict[str, Any]:
+def _by_leaf(state: Any, values: dict[str, Any]) -> dict[str, Any]:
     """Replaces each ``key/per_leaf`` vector by scalars ``key/<leaf name>``."""
     scalars = {}
     for key, value in values.items():
-        if key.endswith(_PER_LEAF):
-            stem = key.removesuffix(_PER_LEAF)
+        if key.endswith(PER_LEAF):
+            names, stem = _tree.names_of_marks(state.leaves), key.removesuffix(PER_LEAF)
             scalars |= {f"{stem}/{name}": value[i] for i, name in enumerate(names)}
         else:
             scalars[key] = value
     return scalars
 
 
-def _expand(state: Any, known: set[str]) -> dict[str, Any]:
-    """The metrics of one state, its vectors by leaf name."""
-    values = state.metrics
-    if not any(key.endswith(_PER_LEAF) for key in values):
-        return values
-    names = _tree.names_of_marks(state.leaves)
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(
-            f"params has no leaf {unknown[0]!r}, which {type(state).__name__} reports "
-            "on; pass the parameters that the optimizer state was made for."
-        )
-    return _by_leaf(values, names)
+def _check_names(state: Any, known: set[str]) -> None:
+    """Raises unless a state reports on known leaves only, or on layers of them."""
+    if not any(key.endswith(PER_LEAF) for key in state.metrics):
+        return
+    for name in _tree.names_of_marks(state.leaves):
+        if name not in known and name.rpartition("/")[0] not in known:
+            raise ValueError(
+                f"params has no leaf {name!r}, which {type(state).__name__} reports "
+                "on; pass the parameters that the optimizer state was made for."
+            )
+
+
+def _merge(paths: list[tuple], values: list[dict[str, Any]]) -> dict[str, Any]:
+    """One dict of all; a key that several use is prefixed by what tells them apart."""
+    times = Counter(key for each in values for key in each)
+    flat = {}
+    for key in times:
+        holders = [i for i, each in enumerate(values) if key in each]
+        if len(holders) == 1:
+            flat[key] = values[holders[0]][key]
+            continue
+        places = _distinguish([paths[i] for i in holders])
+        for place, i in zip(places, holders, strict=True):
+            flat[f"{place}/{key}" if place else key] = values[i][key]
+    return flat
+
+
+def reporting_states(tree: Any) -> list[tuple[tuple, Any]]:
+    """(path, state) of all states that report, with arrays for NNX variables."""
+    # The list makes the state itself a child, so that a bare state is found too.
+    return [(path, _tree.pure(node)) for path, node in _reporting([tree])]
+
+
+def find(tree: Any, kind: type[State]) -> list[State]:
+    """All states of one kind inside a tree, outer before inner."""
+    return [node for _, node in reporting_states(tree) if isinstance(node, kind)]
+
+
+def by_leaf(
+    found: list[tuple[tuple, Any]], values: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """One value per scalar metric, vectors taken apart, from those of each state."""
+    each = [_by_leaf(node, own) for (_, node), own in zip(found, values, strict=True)]
+    return _merge([path for path, _ in found], each)
 
 
 def metrics(state: Any, *, params: Any = None) -> dict[str, jax.Array]:
@@ -123,22 +149,11 @@ def metrics(state: Any, *, params: Any = None) -> dict[str, jax.Array]:
       ...  if key.startswith("grad/norm")}
       {'grad/norm': 5.0, 'grad/norm/w': 5.0}
     """
-    # The list makes the state itself a child, so that a bare state is found too.
-    found = [(path, _tree.pure(node)) for path, node in _reporting([state])]
+    found = reporting_states(state)
+    values = [node.metrics for _, node in found]
     if params is None:
-        values = [node.metrics for _, node in found]
-    else:
-        known = set(_tree.leaf_names(params))
-        values = [_expand(node, known) for _, node in found]
-
-    times = Counter(key for each in values for key in each)
-    flat = {}
-    for key in times:
-        holders = [i for i, each in enumerate(values) if key in each]
-        if len(holders) == 1:
-            flat[key] = values[holders[0]][key]
-            continue
-        places = _distinguish([found[i][0] for i in holders])
-        for place, i in zip(places, holders, strict=True):
-            flat[f"{place}/{key}" if place else key] = values[i][key]
-    return flat
+        return _merge([path for path, _ in found], values)
+    known = set(_tree.leaf_names(params))
+    for _, node in found:
+        _check_names(node, known)
+    return by_leaf(found, values)

@@ -19,7 +19,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_stability import _moments, _tree, _validate
+from optax_stability import _moments, _norms, _tree, _validate
 from optax_stability._moments import Aggregate, Moments
 
 
@@ -211,7 +211,7 @@ def microbatch_gradients(
         )
         total, aux = evaluate_all(params, parts)
         grads = optax.tree.cast_like(total.mean, params)
-        moments = total.moments._replace(norm=_tree.leaf_norms(grads))
+        moments = total.moments._replace(norm=_norms.leaf_norms(grads))
         loss = jnp.where(moments.weight > 0, total.value, jnp.nan)
         return (loss, aux) if has_aux else loss, grads, moments
 

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_stability import _numerics, _tree
+from optax_stability import _norms, _numerics, _tree
 from optax_stability._in_place import after
 
 # Two numbers below it can be subtracted without overflow.
@@ -130,7 +130,7 @@ def all_finite(
     value: Any = 0.0,
     *,
     apart: Any = None,
-    axis_name: _tree.AxisName = None,
+    axis_name: _norms.AxisName = None,
 ) -> jax.Array:
     """Whether no entry is NaN or Inf, no leaf has a norm above 8e37, and so the loss.
 
@@ -145,7 +145,7 @@ def all_finite(
     """
 
     def measured():
-        return jnp.all(_tree.leaf_norms(tree, axis_name) <= _LARGEST)
+        return jnp.all(_norms.leaf_norms(tree, axis_name) <= _LARGEST)
 
     if apart is None:
         return measured() & jnp.isfinite(value)
@@ -199,7 +199,7 @@ def if_kept(given: Aggregate, keep) -> Aggregate:
     )
 
 
-def distances(a: Aggregate, mean: Any, axis_name: _tree.AxisName = None) -> jax.Array:
+def distances(a: Aggregate, mean: Any, axis_name: _norms.AxisName = None) -> jax.Array:
     """‖mean − ḡ‖² of each leaf, float32[n_leaves].
 
     Args:
@@ -212,7 +212,7 @@ def distances(a: Aggregate, mean: Any, axis_name: _tree.AxisName = None) -> jax.
         return _total(jnp.square(y.astype(_wide(x)) - x.astype(_wide(x))))
 
     squares = _stack(jax.tree.leaves(jax.tree.map(distance, a.mean, mean)))
-    return _tree.sum_over_axes(squares, axis_name)
+    return _norms.sum_over_axes(squares, axis_name)
 
 
 def merge(a: Aggregate, b: Aggregate, apart: Any = None) -> Aggregate:
@@ -348,7 +348,7 @@ def _factors(moments: Moments, grads: Any) -> jax.Array:
     """By what each leaf of the mean was scaled since it was made, float32[n_leaves]."""
     if moments.norm is None:
         return jnp.ones((len(jax.tree.leaves(grads)),), jnp.float32)
-    factors = _tree.leaf_norms(grads) / moments.norm
+    factors = _norms.leaf_norms(grads) / moments.norm
     return jnp.where(jnp.isfinite(factors), factors, 1.0)
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _moments, _noise_pairs, _scopes, _tree, _validate
+from optax_stability import _moments, _noise_pairs, _norms, _scopes, _tree, _validate
 from optax_stability._moments import Moments
 from optax_stability._noise_scale_state import (
     EstimateNoiseScaleState,
@@ -48,14 +48,14 @@ def _param_rms(params: Any, known, state: EstimateNoiseScaleState, axis_name):
     squares = [
         jnp.sum(jnp.square(p.astype(jnp.float32))) for p in jax.tree.leaves(params)
     ]
-    squares = _tree.sum_over_axes(jnp.array(squares), axis_name)
+    squares = _norms.sum_over_axes(jnp.array(squares), axis_name)
     return jnp.sqrt(by_stream(jnp.where(known, squares, 0.0), state) / state.size)
 
 
-def _squared_norms(moments: Moments, grads: Any, axis_name: _tree.AxisName):
+def _squared_norms(moments: Moments, grads: Any, axis_name: _norms.AxisName):
     """‖ḡ‖² of each leaf, as it was when it was made."""
-    norms = _tree.leaf_norms(grads) if moments.norm is None else moments.norm
-    return _tree.sum_over_axes(jnp.square(norms), axis_name)
+    norms = _norms.leaf_norms(grads) if moments.norm is None else moments.norm
+    return _norms.sum_over_axes(jnp.square(norms), axis_name)
 
 
 def _observe(moments: Moments, squared_norms) -> Observed:
@@ -98,7 +98,7 @@ def estimate_noise_scale(
     confidence: float | jax.Array = 0.95,
     scope: _scopes.Scope = "leaf",
     difference: bool = False,
-    axis_name: _tree.AxisName = None,
+    axis_name: _norms.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Estimates the gradient noise scale, with an interval, and leaves updates alone.
 
@@ -243,13 +243,14 @@ def estimate_noise_scale(
             )
         # What is not finite as a whole is no leaf that one may leave out.
         known = ~jnp.isnan(moments.deviation) | ~jnp.isfinite(norms)
-        sizes = _tree.leaf_sizes(updates, axis_name)
+        sizes = _norms.leaf_sizes(updates, axis_name)
         state = learn(state, observed, known, sizes, decay_of(observed.weight))
         if params is not None:
             rms = _param_rms(_tree.pure(params), known, state, axis_name)
             state = state._replace(param_rms=rms)
         size = moments.weight / jnp.maximum(moments.num_microbatches, 1)
         return updates, state._replace(
+            batch=jnp.where(size > 0, moments.weight, state.batch),
             microbatch=jnp.where(size > 0, size, state.microbatch),
             confidence=jnp.asarray(confidence, jnp.float32),
         )

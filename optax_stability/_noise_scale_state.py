@@ -20,7 +20,8 @@ class EstimateNoiseScaleState(NamedTuple):
       size: float32[n_streams] – coordinates that count, d.
       param_rms: float32[n_streams] – root mean square of the parameters; NaN where they
         were not given.
-      microbatch: float32[] – mean weight of the last microbatches, N/K.
+      batch: float32[] – weight of the last step, N.
+      microbatch: float32[] – mean weight of its microbatches, N/K.
       biased: bool[] – whether the averages are of pairs of successive gradients.
       pairs: what pairs of gradients need, or None without them.
       confidence: float32[] – of the intervals.
@@ -33,6 +34,7 @@ class EstimateNoiseScaleState(NamedTuple):
     averages: Averages
     size: jax.Array
     param_rms: jax.Array
+    batch: jax.Array
     microbatch: jax.Array
     biased: jax.Array
     pairs: Any
@@ -47,6 +49,7 @@ class EstimateNoiseScaleState(NamedTuple):
         each = readings(self)
         whole = {f"noise_scale/{key}": values[0] for key, values in each.items()}
         whole["noise_scale/biased"] = self.biased
+        whole["noise_scale/batch_size"] = self.batch
         if self.leaves is None:
             return whole
         return whole | {
@@ -107,6 +110,7 @@ def begin(
         averages=_noise_statistics.nothing_learned(streams),
         size=jnp.zeros((streams,), jnp.float32),
         param_rms=jnp.full((streams,), jnp.nan, jnp.float32),
+        batch=jnp.zeros((), jnp.float32),
         microbatch=jnp.zeros((), jnp.float32),
         biased=jnp.zeros((), bool),
         pairs=_noise_pairs.begin(params) if difference else None,

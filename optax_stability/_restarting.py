@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _tree, _validate, thresholds
+from optax_stability import _norms, _validate, thresholds
 from optax_stability._in_place import run_if
 from optax_stability._numerics import increment, scale
 from optax_stability.thresholds import Threshold
@@ -65,7 +65,7 @@ def restart_moments(
     every: int | None = None,
     on_spike: Threshold | None = None,
     warmup: int = 0,
-    axis_name: _tree.AxisName = None,
+    axis_name: _norms.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Starts the state of ``inner`` afresh every so often, or after a spike.
 
@@ -158,7 +158,7 @@ def restart_moments(
         age = increment(state.age)
         restart, learned = jnp.zeros((), bool), state.threshold
         if on_spike is not None:
-            norm = _tree.global_norm(updates, axis_name)
+            norm = _norms.global_norm(updates, axis_name)
             limit, learned = watch.update(norm, state.threshold)
             restart = jnp.isfinite(norm) & (norm > limit)
         if every is not None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optax_stability import _tree
+from optax_stability import _norms, _tree
 
 Scope = str | Callable[[Any], Any]
 
@@ -51,7 +51,7 @@ def split(tree, scope, stacked) -> Parts:
     if stacked is not None:
         layered = tuple(bool(each) for each in per_leaf(stacked, tree))
         _check_layers(tree, layered)
-    leaf = np.repeat(np.arange(len(leaves)), _tree.count_parts(leaves, layered))
+    leaf = np.repeat(np.arange(len(leaves)), _norms.count_parts(leaves, layered))
     if scope == "global":
         return Parts(np.zeros_like(leaf), leaf, layered)
     if scope == "leaf":
@@ -74,11 +74,11 @@ def _check_layers(tree, layered):
 def scope_norms(tree, parts: Parts, axis_name):
     """The norm of each scope, float32[n_scopes]."""
     if parts.num_scopes == 1:
-        return _tree.global_norm(tree, axis_name)[None]
-    norms = _tree.leaf_norms(tree, axis_name, parts.layered)
+        return _norms.global_norm(tree, axis_name)[None]
+    norms = _norms.leaf_norms(tree, axis_name, parts.layered)
     if parts.num_scopes == len(parts.scope):
         return norms
-    return _tree.join_norms_by_group(norms, parts.scope, parts.num_scopes)
+    return _norms.join_norms_by_group(norms, parts.scope, parts.num_scopes)
 
 
 def per_leaf_vector(values, parts: Parts):
@@ -86,12 +86,12 @@ def per_leaf_vector(values, parts: Parts):
     values = values[parts.scope]
     if not any(parts.layered):
         return values
-    return _tree.join_norms_by_group(values, parts.leaf, parts.num_leaves)
+    return _norms.join_norms_by_group(values, parts.leaf, parts.num_leaves)
 
 
 def for_leaves(values, leaves, parts: Parts) -> list:
     """The value of its scope for each leaf, in a shape that broadcasts against it."""
     if any(parts.layered):  # Then every part is a scope of its own.
-        return _tree.by_parts(values, leaves, parts.layered)
+        return _norms.by_parts(values, leaves, parts.layered)
     scalars = list(values)
     return [scalars[scope] for scope in parts.scope]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _tree, _validate, thresholds
+from optax_stability import _norms, _validate, thresholds
 from optax_stability._detection import Detector, loss_of
 from optax_stability._in_place import after, apply_if, run_if
 from optax_stability._numerics import scale
@@ -46,7 +46,7 @@ def skip_spikes(
     confirm: Threshold | None = None,
     max_consecutive: int = 5,
     budget: int = 16,
-    axis_name: _tree.AxisName = None,
+    axis_name: _norms.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Leaves out steps whose gradient norm or loss is far above the recent past.
 
@@ -160,7 +160,8 @@ def skip_spikes(
         return begin(detector.init(), inner.init(params), budget)
 
     def update_fn(updates, state, params=None, **extra_args):
-        norm = _tree.global_norm(updates, axis_name)
+        norms = _norms.measure(updates, axis_name)
+        norm = norms.whole
         loss = loss_of(extra_args, needed=detector.needs_loss, axis_name=axis_name)
         reading, learned = detector.judge(norm, loss, state.detector)
         decision = decide(reading, state, max_consecutive, budget)
@@ -170,16 +171,17 @@ def skip_spikes(
 
         skip = decision.skip
         # In place and rarely: a factor of 1 would cost a pass over the gradient.
+        above = norm > reading.norm_limit
         factor = reading.norm_limit / norm
         updates = run_if(
-            after((norm > reading.norm_limit) & ~skip, *_measured(extra_args)),
+            after(above & ~skip, *_measured(extra_args)),
             lambda updates: jax.tree.map(lambda x: scale(x, factor), updates),
             updates,
         )
-        shortened = jnp.minimum(norm, reading.norm_limit)
+        norms = jax.tree.map(lambda x: jnp.where(above, x * factor, x), norms)
 
         def step(updates, inner_state):
-            with _tree.known_norm(updates, shortened, axis_name):
+            with _norms.known_norms(updates, norms, axis_name):
                 return inner.update(updates, inner_state, params, **extra_args)
 
         updates, _, inner_state = apply_if(~skip, step, updates, state.inner_state)

@@ -249,21 +249,40 @@ CASES = {
     "record": Case(
         ost.record, lambda **kw: ost.record("grad", **kw), passes_nonfinite=True
     ),
+    "record everything": Case(
+        ost.record,
+        lambda: ost.record(
+            "grad", ratio_to_params=True, correlation=True, spectral=True, every=2
+        ),
+        passes_nonfinite=True,
+        takes_axis_name=False,  # The buffer in its state is sharded.
+    ),
+    "record_history": Case(
+        ost.record_history,
+        lambda **kw: ost.record_history(ost.record("grad", **kw), length=3, **kw),
+        passes_nonfinite=True,
+        reports_loss=True,
+    ),
 }
 NOT_FACTORIES = {
     "adopt_state",
     "batch_efficiency",
     "batch_size_schedule",
     "critical_batch_range",
+    "diagnose",
     "flush",
     "from_optax_adam_state",
     "has_updated",
+    "histogram_edges",
+    "history",
     "leaf_names",
     "metrics",
     "microbatch_gradients",
     "noise_scale",
+    "plot_history",
     "scale_learning_rate",
     "to_optax_adam_state",
+    "write_report",
 }
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -391,10 +410,9 @@ def test_every_field_of_the_state_is_documented(case):
 
 def key_is_open(key):
     """Whether NaN says "not known" there, and infinity "no upper end"."""
-    open_ones = "b_simple", "high", "noise_to_weight", "trace", "grad_sq"
-    return key.removesuffix("/per_leaf").endswith(
-        tuple(f"noise_scale/{name}" for name in open_ones)
-    )
+    names = "b_simple", "high", "noise_to_weight", "trace", "grad_sq"
+    open_ones = *(f"noise_scale/{name}" for name in names), "spectral_norm"
+    return key.removesuffix("/per_leaf").endswith(open_ones)
 
 
 @every_case

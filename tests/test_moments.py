@@ -519,7 +519,7 @@ def moments_of(grads):
     """The moments that microbatch_gradients gives, and ḡ."""
     count = len(jax.tree.leaves(grads)[0])
     aggregate = stacked(grads, np.zeros(count, "f4"), np.ones(count, "f4"))
-    norm = ost._tree.leaf_norms(aggregate.mean)
+    norm = ost._norms.leaf_norms(aggregate.mean)
     return aggregate.moments._replace(norm=norm), aggregate.mean
 
 

@@ -4,9 +4,13 @@ import json
 import math
 import struct
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import writers
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+import optax_stability as ost
 
 ROWS = {1: {"loss": 3.5, "noise/low": math.nan}, 2: {"loss": math.inf, "noise/low": 7}}
 
@@ -56,6 +60,46 @@ def test_tensorboard_gets_scalars_and_nothing_that_is_not_finite(tmp_path):
             curves.write(step, row)
     scalars = read_scalars(tmp_path / "curves")
     assert scalars == [(1, "loss", 3.5), (2, "noise/low", 7.0)]
+
+
+def test_tensorboard_gets_histograms_over_the_exponents(tmp_path):
+    x = jnp.array([0.0, 0.75, 0.75, 3.0, 2.0**-50])
+    tx = ost.record("grad", histogram=True)
+    counts = ost.metrics(tx.update({"w": x}, tx.init({"w": x}))[1])["grad/histogram"]
+    nothing, bad = np.zeros(50), np.full(50, np.nan)
+    with writers.Several(writers.TensorBoard(tmp_path / "curves")) as curves:
+        for key, each in {"w": np.asarray(counts), "zero": nothing, "nan": bad}.items():
+            curves.write_histograms(4, {key: each})
+    (event,) = [e for e in read_events(tmp_path / "curves") if e.summary.value]
+    (value,) = event.summary.value
+    assert (event.step, value.tag, value.histo.num) == (4, "w (log2)", 4)
+    filled = {
+        limit: count
+        for limit, count in zip(
+            value.histo.bucket_limit, value.histo.bucket, strict=True
+        )
+        if count
+    }
+    assert filled == {-40: 1, 0: 2, 2: 1}  # Below 2⁻⁴⁰, in [½, 1), in [2, 4).
+    assert (value.histo.min, value.histo.max) == (-41, 2)
+
+
+def test_lines_are_read_back_as_a_history(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = writers.JsonLines(path)
+    for step, row in ROWS.items():
+        lines.write(step, row)
+    lines.write(2, {"eval/loss": 2.5})
+    columns = writers.read_json_lines(path)
+    assert columns.pop("step").tolist() == [1, 2]
+    expected = {
+        "loss": [3.5, math.nan],
+        "noise/low": [math.nan, 7],
+        "eval/loss": [math.nan, 2.5],
+    }
+    assert columns.keys() == expected.keys()
+    for key, values in expected.items():
+        np.testing.assert_array_equal(columns[key], values)
 
 
 def test_a_new_run_hides_the_curves_of_the_one_before(tmp_path):

@@ -1,22 +1,13 @@
-"""Shows a run: on the console while it trains, and as a picture of its log."""
+"""Shows a run on the console while it trains."""
 
-import json
 import math
-from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 from writers import Row, Writer
-
-_BLUE, _ORANGE, _GREY, _INK = "#2f6db5", "#e07b39", "#9aa5b1", "#25303b"
 
 
 def count(value: float) -> str:
@@ -104,81 +95,3 @@ class Screen(Writer):
         parts = (_printable(prompt), "dim"), (_printable(written), "bold green")
         self.console.print(Text.assemble(*parts))
         self.say("─" * 79)
-
-
-def _column(rows: Sequence[dict], key: str) -> np.ndarray:
-    """One number per row; NaN for null, and where there is none."""
-    return np.array([row.get(key) for row in rows], float)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean of the neighbours, those that are finite: no lag, unlike an average kept."""
-    kernel = np.ones(1 + len(values) // 40)
-    number = np.convolve(np.isfinite(values), kernel, "same")
-    total = np.convolve(np.nan_to_num(values), kernel, "same")
-    return total / np.where(number > 0, number, np.nan)
-
-
-def _draw_loss(axes: Axes, rows: Sequence[dict], evaluations: Sequence[dict]) -> None:
-    step, loss = _column(rows, "step"), _column(rows, "loss")
-    axes.plot(step, loss, color=_BLUE, alpha=0.3, lw=0.7)
-    axes.plot(step, _smooth(loss), color=_BLUE, lw=1.8, label="training")
-    at, held_out = _column(evaluations, "step"), _column(evaluations, "eval/loss")
-    axes.plot(at, held_out, "o", color=_ORANGE, mec="white", ms=7, label="held out")
-    number = f"{held_out[-1]:.2f}\n"
-    axes.text(at[-1], held_out[-1], number, color=_ORANGE, ha="center", weight="bold")
-
-
-def _draw_norm(axes: Axes, rows: Sequence[dict]) -> None:
-    step, norm = _column(rows, "step"), _column(rows, "grad/norm")
-    limit = _column(rows, "clip/limit")
-    skipped = _column(rows, "skip/skipped") > 0
-    above = (norm > limit) & ~skipped
-    axes.plot(step, norm, color=_BLUE, lw=0.8, label="gradient norm")
-    axes.plot(step, limit, color=_INK, lw=0.8, label="clip limit")
-    axes.plot(step[above], norm[above], "o", color=_ORANGE, ms=3, label="clipped")
-    if skipped.any():
-        at = np.where(np.isfinite(norm), norm, limit)[skipped]
-        axes.plot(step[skipped], at, "x", color=_INK, ms=6, label="skipped")
-
-
-def _draw_noise(axes: Axes, rows: Sequence[dict], batch_size: int) -> None:
-    step, scale = _column(rows, "step"), _column(rows, "noise_scale/b_simple")
-    low, high = _column(rows, "noise_scale/low"), _column(rows, "noise_scale/high")
-    bound = np.where(np.isnan(scale) & (low > 0), low, np.nan)
-    axes.fill_between(step, low, high, color=_BLUE, alpha=0.2, label="95 % interval")
-    axes.plot(step, scale, color=_BLUE, lw=1.8, label="noise scale")
-    if np.isfinite(bound).any():
-        axes.plot(step, bound, color=_BLUE, lw=1.8, ls=":", label="lower bound")
-    axes.axhline(batch_size, color=_INK, lw=0.8, label="batch size")
-    shown = np.concatenate([scale, bound, [batch_size]])
-    axes.set_ylim(np.nanmin(shown) / 2, 5 * np.nanmax(shown))
-
-
-def draw(log: Path, picture: Path, title: str, batch_size: int) -> None:
-    """Draws loss, gradient norm, noise scale and learning rate over the steps."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    rows = [line for line in lines if "loss" in line]
-    figure = Figure(figsize=(9, 10), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", color=_INK, weight="bold", size=12)
-    panels = figure.subplots(4, 1, sharex=True, height_ratios=[4, 3, 3, 1.5])
-    _draw_loss(panels[0], rows, [line for line in lines if "eval/loss" in line])
-    _draw_norm(panels[1], rows)
-    _draw_noise(panels[2], rows, batch_size)
-    rate = _column(rows, "learning_rate")
-    panels[3].fill_between(_column(rows, "step"), rate, color=_GREY, alpha=0.4, lw=0)
-    panels[3].set(xlabel="step", ylim=(0, None))
-    labels = "loss (nats)", "gradient norm", "noise scale (windows)", "learning rate"
-    for axes, label in zip(panels, labels, strict=True):
-        axes.set(ylabel=label, axisbelow=True, xmargin=0.02)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6eaee", lw=0.8)
-    for axes in panels[1:3]:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
-    for axes in panels[:3]:
-        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.97), ncols=4)
-    figure.align_ylabels()
-    figure.savefig(picture, dpi=150)

@@ -37,6 +37,8 @@ Metrics = dict[str, jax.Array]
 Row = dict[str, float]
 
 TEMPERATURE = 0.8
+# Steps that the flight recorder keeps, and between measurements that cost passes.
+HISTORY, SELDOM = 1000, 10
 # What is shown of the optimizer, as far as the chain has it.
 SHOWN = """grad/norm clip/fraction skip/skipped skip/total when_noisy/active
 noise_scale/b_simple noise_scale/low noise_scale/high noise_scale/noise_to_weight"""
@@ -78,12 +80,14 @@ class Config:
     """Batches per evaluation, the same ones every time."""
     log_every: int = 10
     """Steps between log lines, where the output is not a terminal."""
+    histogram_every: int = 0
+    """Steps between histograms of the gradient in TensorBoard, by layer; 0 for none."""
     sample_tokens: int = 300
     """Length of the text that the model writes at the end; 0 for none."""
     seed: int = 0
     """Decides the initial parameters, the order of the data and the sample."""
     out: Path = Path("runs/gpt")
-    """Folder for log.jsonl, training.png and TensorBoard."""
+    """Folder for log.jsonl, training.png, report.html and TensorBoard."""
 
 
 def check(config: Config) -> None:
@@ -98,8 +102,8 @@ def check(config: Config) -> None:
     counts = "steps batch_size microbatches eval_every eval_batches log_every"
     for field in counts.split():
         require(getattr(config, field) > 0, field, "is too small; give 1 or more")
-    sizes = "warmup_steps weight_decay sample_tokens seed clip_when_noisy"
-    for field in sizes.split():
+    sizes = "warmup_steps weight_decay sample_tokens seed histogram_every"
+    for field in f"{sizes} clip_when_noisy".split():
         holds = 0 <= (getattr(config, field) or 0) < math.inf
         require(holds, field, "is out of range; give a number from 0 up")
     steps, devices, peak = config.steps, jax.device_count(), config.learning_rate
@@ -128,8 +132,9 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """The stability chain: look at the gradient; leave it out, or clip it and step.
 
-    The noise scale is learned inside the guard, from the steps that are taken. The
-    parts have names, so that ``adopt_state`` finds them when one is added.
+    The noise scale is learned inside the guard, from the steps that are taken. Around
+    all a flight recorder, for the report. The parts have names, so that ``adopt_state``
+    finds them when one is added.
     """
     clip = ost.clip_by_zscore()
     if config.clip_after_warmup:
@@ -147,10 +152,19 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         weight_decay=config.weight_decay,
         mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
     )
-    step = optax.named_chain(*parts, ("adamw", adamw))
+    update = ost.record("update", ratio_to_params=True, every=SELDOM)
+    step = optax.named_chain(*parts, ("adamw", adamw), ("update", update))
     if config.guard:
         step = ost.spike_guard(step)
-    return optax.named_chain(("record", ost.record("grad")), ("step", step))
+    histograms = config.histogram_every
+    looks = {
+        "record": ost.record(
+            "grad", every=histograms or SELDOM, histogram=histograms > 0
+        ),
+        "params": ost.record("params", of="params", spectral=True, every=SELDOM),
+    }
+    chain = optax.named_chain(*looks.items(), ("step", step))
+    return ost.record_history(chain, length=HISTORY, slow_every=SELDOM)
 
 
 def create(config: Config, vocabulary: int) -> tuple[GPT, nnx.Optimizer]:
@@ -171,7 +185,8 @@ def train_step(
     gradients = microbatch_gradients(next_token_loss, parts, vmap_size=1)
     loss, grads, moments = gradients(model, windows)
     optimizer.update(model, grads, value=loss, moments=moments)
-    measured = ost.metrics(optimizer.opt_state)
+    params = nnx.state(model, nnx.Param)
+    measured = ost.metrics(optimizer.opt_state, params=params)
     limit = measured["clip/limit"]  # 0 before a clip is switched on
     clips = (limit > 0) & measured.get("when_noisy/active", True)
     metrics = {
@@ -179,7 +194,12 @@ def train_step(
         "learning_rate": learning_rate,
         "clip/limit": jnp.where(clips, limit, jnp.inf),
         "microbatches/rejected": parts - moments.num_microbatches,
-    } | {key: measured[key] for key in SHOWN.split() if key in measured}
+    }
+    metrics |= {
+        key: x
+        for key, x in measured.items()
+        if key in SHOWN.split() or key.startswith("grad/histogram")
+    }
     # The donated state comes first and in the order it came in: XLA hands buffers on
     # in order of appearance, and would have to copy if they were out of order.
     return nnx.state((model, optimizer)), metrics
@@ -210,7 +230,7 @@ class Run:
 
     def __init__(self, config: Config, corpus: data.Corpus):
         """Initialises the model for a checked configuration."""
-        size = SIZES[config.size]
+        self._config, size = config, SIZES[config.size]
         vocabulary = max(size.vocabulary, corpus.vocabulary)
         mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -260,14 +280,25 @@ class Run:
         """What the microbatches told about the noise of the gradient."""
         return ost.noise_scale(nnx.merge(self._graphdef, self.state)[1])
 
+    def history(self) -> dict[str, np.ndarray]:
+        """What the flight recorder has kept, with the learning rate of each step."""
+        kept = ost.history(nnx.merge(self._graphdef, self.state)[1])
+        rates = np.asarray(make_schedule(self._config)(kept["step"]))
+        return kept | {"learning_rate": rates}
+
 
 def _loop(config: Config, run: Run, writer: writers.Writer) -> Row:
     """Trains to the last step; returns what it and the last evaluation said."""
 
     def report(step: int, metrics: Metrics) -> Row:
-        numbers = {key: float(x) for key, x in jax.device_get(metrics).items()}
+        found = jax.device_get(metrics)
+        numbers = {key: float(x) for key, x in found.items() if x.ndim == 0}
         row = {"tokens": step * run.tokens_per_step} | numbers
         writer.write(step, row)
+        # The first step is the recorder's step 0, at which it measures.
+        if config.histogram_every and (step - 1) % config.histogram_every == 0:
+            histograms = {key: x for key, x in found.items() if x.ndim}
+            writer.write_histograms(step, histograms)
         return row
 
     row: Row = {}
@@ -297,7 +328,9 @@ def train(config: Config) -> Row:
     """
     check(config)
     corpus = data.load(config.data, SIZES[config.size].context)
-    log, picture = config.out / "log.jsonl", config.out / "training.png"
+    log, picture, report = (
+        config.out / name for name in ("log.jsonl", "training.png", "report.html")
+    )
     try:
         files = writers.JsonLines(log), writers.TensorBoard(config.out / "tensorboard")
     except OSError as error:
@@ -312,13 +345,18 @@ def train(config: Config) -> Row:
             f"{jax.device_count()} {jax.default_backend()}"
         )
         screen.say(title, "bold")
-        row = _loop(config, run, writer)
+        try:
+            row = _loop(config, run, writer)
+        finally:  # Also on a crash, or Ctrl-C: then it is needed most.
+            ost.write_report(run.history(), report, title=title)
     screen.say(str(run.noise_scale()))
     if config.sample_tokens:
         prompt, written = (corpus.decode(part.tolist()) for part in run.sample())
         screen.sample(prompt, written)
-    display.draw(log, picture, title, config.batch_size)
-    screen.say(f"log {log}   picture {picture}")
+    ost.plot_history(writers.read_json_lines(log), picture)
+    for finding in ost.diagnose(run.history()):
+        screen.say(str(finding), "bold")
+    screen.say(f"log {log}   picture {picture}   report {report}")
     return row
 
 

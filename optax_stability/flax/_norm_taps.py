@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_stability import _microbatching, _moments, _tree
+from optax_stability import _microbatching, _moments, _norms, _tree
 from optax_stability._moments import Moments
 from optax_stability.flax._tapped_modules import DROP_INS, NormTap, one_evaluation
 
@@ -103,7 +103,7 @@ def _deviations(seen, norms, weights):
 
 
 def _make_moments(grads: Any, taps: Any, weights: Any) -> Moments:
-    norms = _tree.leaf_norms(grads)
+    norms = _norms.leaf_norms(grads)
     seen = dict(nnx.to_flat_state(_tree.pure(taps)))
     unseen = jnp.full((len(weights) + 2,), jnp.nan)
     rows = [_over_layers(seen.get(_tap_name(path), unseen)) for path in _paths(grads)]

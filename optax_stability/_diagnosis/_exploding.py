@@ -1,0 +1,58 @@
+"""A gradient that explodes."""
+
+import numpy as np
+
+from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis._advice import finding
+from optax_stability._diagnosis._finding import Finding
+from optax_stability._diagnosis._location import (
+    first_affected,
+    gradient_norm,
+    log_norm,
+)
+from optax_stability._diagnosis._loss import confirms, loss_of
+from optax_stability._diagnosis._series import History
+from optax_stability._diagnosis._trend import stretches, trend
+
+
+def exploding_gradient(history: History) -> Finding | None:
+    """A gradient norm far above its trend that lasts, or that the loss confirms."""
+    norm = gradient_norm(history)
+    if norm is None:
+        return None
+    past = trend(log_norm(norm.values), limits.NORM_SCALES, np.log(limits.NORM_FACTOR))
+    events = [
+        (start, stop)
+        for start, stop in stretches(past.above)
+        if _matters(history, past.excess, start, stop)
+    ]
+    if not events:
+        return None
+    row = events[0][0]
+    worst = max(
+        (past.excess[a:b].max(), a + int(past.excess[a:b].argmax())) for a, b in events
+    )
+    evidence = (
+        f"gradient norm {norm.values[row]:.3g} at step {history.steps[row]}, "
+        f"{np.exp(past.centre[row]):.3g} before (median of {limits.CENTRE}): "
+        f"×{np.exp(past.excess[row]):.3g}, limit ×{np.exp(past.bound[row]):.3g}; at "
+        f"{sum(b - a for a, b in events)} steps, at most ×{np.exp(worst[0]):.3g} at "
+        f"step {history.steps[worst[1]]}"
+    )
+    layer = first_affected(history, row)
+    return finding("exploding_gradient", history, row, norm.key, layer, evidence)
+
+
+def _matters(history: History, excess: np.ndarray, start: int, stop: int) -> bool:
+    """Whether a jump is more than a single step that a clip has dealt with."""
+    if stop - start >= limits.NORM_LASTS:
+        return True
+    loss = loss_of(history)
+    if loss is not None and confirms(loss)[start : stop + limits.NORM_LASTS].any():
+        return True
+    enormous = excess[start:stop].max() > np.log(limits.NORM_ENORMOUS)
+    norm, limit = history.first("clip/norm"), history.first("clip/limit")
+    if norm is None or limit is None:
+        return bool(enormous)
+    clipped = (norm.values > limit.values)[start:stop].all()
+    return bool(enormous and not clipped)

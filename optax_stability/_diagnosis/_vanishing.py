@@ -1,0 +1,134 @@
+"""Gradients that vanish, and gradients that come back.
+
+*Source*: a spike begins with shallow layers whose gradient vanishes, so that Adam's
+second moment decays, and returns; Molybog et al., "A Theory on Adam Instability in
+Large-Scale Machine Learning", 2023, arXiv:2304.09871.
+"""
+
+import numpy as np
+
+from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis._advice import finding
+from optax_stability._diagnosis._finding import Finding
+from optax_stability._diagnosis._location import (
+    gradient_layers,
+    gradient_norm,
+    log_norm,
+)
+from optax_stability._diagnosis._loss import loss_of
+from optax_stability._diagnosis._series import History, Layers, depth, is_vector
+from optax_stability._diagnosis._trend import median, smooth, stretches
+
+# Stands for the norm 0, below every float32.
+_NOTHING = 1e-50
+
+
+def _fallen(history: History, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """bool[T, n]: norms that are orders below what they were since the early descent.
+
+    First of medians of a few, then of single values. A gradient that falls with its
+    loss is healthy: it must have fallen far more.
+    """
+    start = history.settled()
+    single = np.log(
+        np.where(values == 0, _NOTHING, np.where(values > 0, values, np.nan))
+    )
+    level = smooth(single)
+    level[:start] = np.nan
+    due = np.fmax.accumulate(level) - np.log(limits.VANISHED_FACTOR)
+    loss = loss_of(history)
+    if loss is not None:
+        lower = smooth(log_norm(loss.values))
+        lower[:start] = np.nan
+        fall = np.fmax.accumulate(lower) - lower
+        due -= np.nan_to_num(2 * fall)[:, None]
+    return level <= due, single <= due
+
+
+def _falls(history: History, values: np.ndarray) -> list[list[tuple[int, int]]]:
+    """(start, stop) of the falls that last, for each curve."""
+    found = []
+    for level, single in zip(
+        *(each.T for each in _fallen(history, values)), strict=True
+    ):
+        falls = []
+        for start, stop in stretches(level, limits.CENTRE):
+            # The median is late by half its window; the values themselves are not.
+            near = max(start + 1 - limits.CENTRE, 0)
+            first = near + int(single[near : start + 1].argmax())
+            if stop - start >= limits.VANISHED_FOR:
+                falls.append((first if single[first] else start, stop))
+        found.append(falls)
+    return found
+
+
+def vanishing_gradient(history: History) -> Finding | None:
+    """A gradient norm, of the whole or of a layer, that is orders below its past."""
+    norm, layers = gradient_norm(history), gradient_layers(history)
+    layers = layers.only(lambda name: not is_vector(name))
+    if norm is not None:
+        values = np.column_stack([norm.values, layers.values])
+        layers = Layers([norm.key, *layers.keys], ["", *layers.names], values)
+    if not layers.values.size:
+        return None
+    falls = _falls(history, layers.values)
+    found = [(each[0][0], i) for i, each in enumerate(falls) if each]
+    if not found:
+        return None
+    row, at = min(found)
+    values = layers.values[:, at]
+    before = median(values[history.settled() : row])
+    evidence = (
+        f"gradient norm {values[row]:.3g} at step {history.steps[row]}, {before:.3g} "
+        f"before (median since step {history.steps[history.settled()]}), limit "
+        f"÷{limits.VANISHED_FACTOR:.0f} for {limits.VANISHED_FOR} steps; "
+        f"{sum(layers.names[i] != '' for _, i in found)} layers did so"
+    )
+    # Where the whole was first, the first of the layers that followed.
+    layer = next((layers.names[i] for _, i in sorted(found) if layers.names[i]), None)
+    return finding("vanishing_gradient", history, row, layers.keys[at], layer, evidence)
+
+
+def vanishing_then_surge(history: History) -> Finding | None:
+    """A shallow layer whose gradient vanishes and then comes back at once."""
+    layers = gradient_layers(history)
+    depths = [depth(name) for name in layers.names]
+    shallow = np.median(depths) if depths else np.inf
+    layers = layers.only(lambda name: depth(name) <= shallow and not is_vector(name))
+    if not layers.values.size:
+        return None
+    found = []
+    for i, falls in enumerate(_falls(history, layers.values)):
+        for start, stop in falls:
+            surge = _surge(layers.values[:, i], start, stop)
+            found += [(start, -surge[1], i, surge[0])] if surge else []
+    if not found:
+        return None
+    row, factor, at, surged = min(found)
+    evidence = (
+        f"gradient norm {layers.values[row, at]:.3g} from step {history.steps[row]} "
+        f"on, more than ÷{limits.VANISHED_FACTOR:.0f} below its past, and "
+        f"{layers.values[surged, at]:.3g} at step {history.steps[surged]}: "
+        f"×{-factor:.3g}, limit ×{limits.SURGE_FACTOR:.0f} within "
+        f"{limits.SURGE_WITHIN} steps"
+    )
+    return finding(
+        "vanishing_then_surge",
+        history,
+        row,
+        layers.keys[at],
+        layers.names[at],
+        evidence,
+    )
+
+
+def _surge(values: np.ndarray, start: int, stop: int) -> tuple[int, float] | None:
+    """The row and factor of the rise at the end of a fall, if it is steep."""
+    # The median is late by half its window: the fall ends before it says so.
+    quiet = median(values[start : max(stop - limits.CENTRE, start + 1)])
+    end = max(stop - limits.CENTRE, start)
+    after = values[end : stop + limits.SURGE_WITHIN]
+    after = np.where(np.isfinite(after), after, 0.0)
+    surged = end + int(np.argmax(after))
+    factor = float(after.max() / max(quiet, _NOTHING))
+    return (surged, factor) if factor >= limits.SURGE_FACTOR else None

@@ -1,0 +1,154 @@
+"""How the entries of a tree are distributed: largest, zeros, one mode or two.
+
+*Problem*: a norm does not tell one huge entry from many small ones, nor updates around
+zero from updates that are all plus or minus the same.
+
+*Cost*: one pass over the leaves for each quantity. Only element-wise operations, sums
+and maxima: what is sharded stays so.
+
+*Source*: bimodality as 1/kurtosis about zero; that updates turn bimodal before a spike,
+Molybog et al., "A Theory on Adam Instability in Large-Scale Machine Learning", 2023,
+arXiv:2304.09871.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_stability import _norms, _numerics
+from optax_stability._in_place import run_if
+from optax_stability._leafwise import leafwise
+
+# Of the whole, and of each part.
+Pair = tuple[jax.Array, jax.Array]
+
+_SMALLEST_NORM = 2.0**-90
+
+
+class Parts(NamedTuple):
+    """What is measured: leaves, or layers of leaves, and where.
+
+    Attributes:
+      leaves: the arrays.
+      layered: for each leaf, whether every entry along its first axis is a part.
+      axis_name: mesh axes to sum over under ``shard_map``.
+    """
+
+    leaves: list
+    layered: _norms.Layered
+    axis_name: _norms.AxisName = None
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts there are."""
+        return sum(_norms.count_parts(self.leaves, self.layered))
+
+    def sizes(self) -> jax.Array:
+        """The number of entries of each part, on all shards, float32[n_parts]."""
+        counts = _norms.count_parts(self.leaves, self.layered)
+        sizes = [
+            [leaf.size // max(count, 1)] * count
+            for leaf, count in zip(self.leaves, counts, strict=True)
+        ]
+        flat = jnp.array([size for each in sizes for size in each], jnp.float32)
+        return _norms.sum_over_axes(flat, self.axis_name)
+
+    def times(self, factors) -> list[jax.Array]:
+        """Every leaf, in float32, times the factor of its part."""
+        by_leaf = _norms.by_parts(factors, self.leaves, self.layered)
+        return [
+            leaf.astype(jnp.float32) * factor
+            for leaf, factor in zip(self.leaves, by_leaf, strict=True)
+        ]
+
+
+class Entries(NamedTuple):
+    """What is known of the entries of each part, float32[n_parts] each.
+
+    Attributes:
+      largest: max|x|; 0 where there are none.
+      nonzero: the number that is not 0; NaN if one is NaN.
+      fourth: Σ(scale·x)⁴.
+    """
+
+    largest: jax.Array
+    nonzero: jax.Array
+    fourth: jax.Array
+
+
+def survey(parts: Parts, scale) -> Entries:
+    """Three passes over each part."""
+
+    def measure(batch):
+        x, axes = batch.astype(jnp.float32), tuple(range(1, batch.ndim))
+        return (
+            jnp.max(jnp.abs(x), axis=axes, initial=0),
+            # On CPU a sum of signs vectorises, one of comparisons does not.
+            jnp.sum(jnp.abs(jnp.sign(x)), axis=axes),
+            jnp.sum(jnp.square(jnp.square(x * scale)), axis=axes),
+        )
+
+    largest, nonzero, fourth = leafwise(
+        measure, parts.leaves, outputs=3, layered=parts.layered
+    )
+    if parts.axis_name is not None:
+        largest = lax.pmax(largest, parts.axis_name)
+    return Entries(
+        largest=largest,
+        nonzero=_norms.sum_over_axes(nonzero, parts.axis_name),
+        fourth=_norms.sum_over_axes(fourth, parts.axis_name),
+    )
+
+
+def scale_of(norms) -> jax.Array:
+    """A scale at which no sum of fourth powers overflows.
+
+    One for all parts: a number cut out of a vector for every leaf would be a small
+    program of its own.
+    """
+    finite = _numerics.is_finite(norms)
+    return 2.0**24 / jnp.max(norms, initial=_SMALLEST_NORM, where=finite)
+
+
+def share(counts, sizes) -> Pair:
+    """What part of the whole, and of each part, a count is; 0 of nothing."""
+    whole = jnp.sum(counts) / jnp.maximum(jnp.sum(sizes), 1.0)
+    return whole, counts / jnp.maximum(sizes, 1.0)
+
+
+def count_nonfinite(parts: Parts, norms) -> jax.Array:
+    """The entries of each part that are NaN or Inf; a pass only if there are some."""
+
+    def measure(batch):
+        holds = jnp.where(jnp.isfinite(batch), 0.0, 1.0)
+        return (jnp.sum(holds, axis=tuple(range(1, batch.ndim))),)
+
+    def count(_):
+        (found,) = leafwise(measure, parts.leaves, outputs=1, layered=parts.layered)
+        return _norms.sum_over_axes(found, parts.axis_name)
+
+    suspect = ~jnp.all(jnp.isfinite(norms))
+    return run_if(suspect, count, jnp.zeros_like(norms))
+
+
+def bimodality(entries: Entries, norms, scale) -> Pair:
+    """(Σx²)²/(n·Σx⁴) over the n entries that are not 0; 0 if there are none.
+
+    Of the whole with every part relative to its own size. A part whose norm is below
+    1e-16 of the largest reads 0, and so does one below 1e-27.
+    """
+    squares, finite = jnp.square(jnp.square(norms * scale)), jnp.isfinite(norms)
+    measured = (squares > 0) & (entries.fourth > 0) & finite
+    ratio = entries.fourth / jnp.where(measured, squares, 1.0)
+    kurtosis = jnp.where(measured, entries.nonzero * ratio, 1.0)
+    weights = jnp.where(measured, entries.nonzero, 0.0)
+
+    total = jnp.sum(weights * kurtosis)
+    whole = jnp.where(total > 0, jnp.sum(weights) / total, 0.0)
+    of_each = jnp.where(measured, 1 / kurtosis, 0.0)
+    return (
+        jnp.where(jnp.all(finite), whole, jnp.nan),
+        jnp.where(finite, of_each, jnp.nan),
+    )
