@@ -6,8 +6,8 @@ steps.
 *Where*: on the host, after the run or its crash. Needs matplotlib, which is imported
 when it is needed.
 
-*Cost*: a second or two, whatever the length; curves are thinned to what a page can
-show.
+*Cost*: a second or two for the picture, whatever the length, as curves are thinned to
+what a page can show; and that of :func:`diagnose`, which grows with it.
 """
 
 import importlib.util

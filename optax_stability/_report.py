@@ -5,8 +5,8 @@
 *Where*: on the host, after the run or its crash. Needs matplotlib, which is imported
 when it is needed.
 
-*Cost*: a few seconds, most of them for the diagnosis of many layers; a page of a few
-hundred kilobytes, whatever the length.
+*Cost*: a second or two for the page, whatever the length, and that of :func:`diagnose`,
+which grows with it; a file of a few hundred kilobytes.
 """
 
 import os

@@ -11,8 +11,12 @@ import numpy as np
 import optax
 import pytest
 
+import optax_stability as ost
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import diagnosis
+import early_warning
 import fault_table
 import peers
 import spike_detection
@@ -382,3 +386,29 @@ def test_the_readme_quotes_the_noise_scale_benchmark():
         if row["time_ratio"]["median"] != 1:
             assert f" | {row['time_ratio']['median']:.2f} | " in README
             assert f" | {row['temp_mb']:.0f} " in README
+
+
+def test_the_readme_quotes_the_diagnosis_of_the_last_full_run():
+    report = json.loads(diagnosis.RESULTS.read_text())
+    assert list(report["runs"]) == list(diagnosis.RUNS)
+    for name, row in report["runs"].items():
+        findings = [ost.Finding(**each) for each in row["findings"]]
+        assert not diagnosis.judge(diagnosis.RUNS[name], findings)
+        assert diagnosis.row_of(name, diagnosis.RUNS[name], findings) in README
+
+
+def test_the_readme_quotes_the_early_warning_benchmark():
+    report = json.loads(early_warning.RESULTS.read_text())
+    words = " ".join(README.split())
+    for limit, text in {
+        "-0.2": "{} of {} runs that end more than 0.1 nat worse than at the best rate, "
+        "and in {} of {} good ones",
+        "0": "below 0: {} and {}.",
+    }.items():
+        (bad, all_bad), (good, all_good) = (
+            report["rates"]["limits"][limit][kind] for kind in ("bad", "good")
+        )
+        numbers = (bad, good) if limit == "0" else (bad, all_bad, good, all_good)
+        assert text.format(*numbers) in words
+    tested = report["spikes"]["0.999"]["precursors"]["ρ̂ high"]["alarm"]
+    assert (tested["spikes"], tested["recall"], tested["lead"]) == (5, 1, 15)

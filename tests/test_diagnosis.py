@@ -659,7 +659,7 @@ def test_neighbouring_steps_are_one_event_with_its_worst():
 def test_what_a_divergence_brings_with_it_is_left_out():
     _, _, _, history = divergence()
     scaled(history, "loss", 2, FAULT + 50, FAULT + 52)
-    scaled(history, "loss", 2, FAULT - 4, FAULT - 3)
+    scaled(history, "loss", 2, FAULT - 7, FAULT - 6)
     assert kinds(history) == ["divergence"]
 
 

@@ -150,7 +150,7 @@ ADVICE = {
         ),
         (
             "look at the batches of the skipped steps",
-            "allow more, `skip_spikes(inner, grad_norm=thresholds.detrended_mad(8.0))`",
+            "allow more, `spike_guard(inner, budget=64)`",
             "average more examples with `accumulate_moments`",
         ),
     ),
