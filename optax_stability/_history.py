@@ -128,13 +128,15 @@ def history(state: Any) -> dict[str, np.ndarray]:
             f"state={type(state).__name__} holds no history; put record_history(...) "
             "around the chain."
         )
-    recorded = jax.device_get(found[0])
-    quick, slow = _by_cost(found[0].inner_state)
-    step, length = int(recorded.step), len(recorded.rows)
-    steps = np.arange(max(0, step - length), step)
-    rows = recorded.rows[steps % length]
+    recorded = found[0]
+    # Not the whole state: it holds the moments.
+    step, kept, has_loss = jax.device_get(recorded[:3])
+    step = int(step)
+    quick, slow = _by_cost(recorded.inner_state)
+    steps = np.arange(max(0, step - len(kept)), step)
+    rows = kept[steps % len(kept)]
     columns = _metrics.by_leaf(quick + slow, _columns(quick + slow, rows[:, 1:]))
-    loss = {"loss": rows[:, 0]} if recorded.has_loss else {}
+    loss = {"loss": rows[:, 0]} if has_loss else {}
     return {"step": steps} | loss | columns
 
 

@@ -410,5 +410,8 @@ def test_the_readme_quotes_the_early_warning_benchmark():
         )
         numbers = (bad, good) if limit == "0" else (bad, all_bad, good, all_good)
         assert text.format(*numbers) in words
+    settings = report["rates"]["settings"].values()
+    lead = np.median([each["rule"]["lead"][1] for each in settings])
+    assert f"it comes {lead:.0f} steps earlier in the median of the settings" in words
     tested = report["spikes"]["0.999"]["precursors"]["ρ̂ high"]["alarm"]
     assert (tested["spikes"], tested["recall"], tested["lead"]) == (5, 1, 15)
