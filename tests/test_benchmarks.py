@@ -399,19 +399,25 @@ def test_the_readme_quotes_the_diagnosis_of_the_last_full_run():
 
 def test_the_readme_quotes_the_early_warning_benchmark():
     report = json.loads(early_warning.RESULTS.read_text())
-    words = " ".join(README.split())
-    for limit, text in {
-        "-0.2": "{} of {} runs that end more than 0.1 nat worse than at the best rate, "
-        "and in {} of {} good ones",
-        "0": "below 0: {} and {}.",
-    }.items():
-        (bad, all_bad), (good, all_good) = (
-            report["rates"]["limits"][limit][kind] for kind in ("bad", "good")
-        )
-        numbers = (bad, good) if limit == "0" else (bad, all_bad, good, all_good)
-        assert text.format(*numbers) in words
-    settings = report["rates"]["settings"].values()
-    lead = np.median([each["rule"]["lead"][1] for each in settings])
-    assert f"it comes {lead:.0f} steps earlier in the median of the settings" in words
-    tested = report["spikes"]["0.999"]["precursors"]["ρ̂ high"]["alarm"]
-    assert (tested["spikes"], tested["recall"], tested["lead"]) == (5, 1, 15)
+    rates, words = report["rates"], " ".join(README.split())
+    limits = rates["limits"][early_warning.RHO]
+    (bad, all_bad), (good, all_good) = (limits["-0.2"][x] for x in ("bad", "good"))
+    assert f"{bad} of {all_bad} runs that end more than 0.1 nat worse" in words
+    assert f"and in {good} of {all_good} good ones" in words
+    bad, good = (limits["0"][x][0] for x in ("bad", "good"))
+    assert f"below 0: {bad} and {good}." in words
+    (early, caught), lead = rates["others"]["in_time"], rates["others"]["lead"][1]
+    assert f"Of these {caught}, {early} come before the loss" in words
+    assert f"by {lead:.0f} steps in the median" in words
+    usual, slow = (
+        report["spikes"][b2]["precursors"]["update rms"] for b2 in ("0.95", "0.999")
+    )
+    auc = (x["before_onset"]["auc"] for x in (usual, slow))
+    text = "(AUC {:.2f} at β₂ = 0.95, {:.2f} at 0.999; 0.5 is chance)"
+    assert text.format(*auc) in words
+    more = slow["minus_loss"]
+    text = "{auc:.2f} more, 95 % {low:.2f}–{high:.2f}"
+    assert text.format(**more) in words
+    caught, spikes = usual["alarm"]["recall"]
+    text = f"before {caught} of {spikes} spikes and {usual['alarm']['controls']:.0%}"
+    assert text.replace("%", " %") in words

@@ -49,10 +49,9 @@ CORRELATED = 0.9
 # (β₁ + ρ)/(1 + β₁ρ), already 0.9 for independent ones. Theory: AR(2). At β₁ = ρ = 0.9:
 CORRELATED_COSINE = (0.9 + CORRELATED) / (1 + 0.9 * CORRELATED)
 # Median ρ̂ of the first ten measurements after the warm-up. Source:
-# ``benchmarks/early_warning.py``, 18 settings of model, data, batch, warm-up and β.
-# Below 0, the limit that was found on the first of them, 125 of 145 bad runs and 10 of
-# 150 good ones are flagged; below −0.2, chosen from all of them for few false alarms,
-# 112 and 3.
+# ``benchmarks/early_warning.py``, 17 settings of model, data, batch, warm-up and β.
+# Below 0, the limit that was found on another one, 85 of 96 bad runs and 4 of 96 good
+# ones are flagged; below −0.2, chosen from all of them for few false alarms, 76 and 2.
 RATE_CORRELATION, RATE_MEASUREMENTS = -0.2, 10
 
 # --- Updates and weights --------------------------------------------------------------
