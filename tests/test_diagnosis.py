@@ -746,6 +746,17 @@ def test_a_prefix_may_stand_before_a_name(fault):
     assert (found.kind, found.step, found.layer) == (kind, step, layer)
 
 
+def test_after_a_short_warmup_the_first_steps_are_left_alone():
+    steps = np.arange(100)
+    rate = 1e-3 * np.minimum(1, (steps + 1) / 5)
+    late = np.where(steps < 30, 0.3, -0.5)
+    late = late + 1e-3 * np.sin(steps)  # Each step is a measurement of its own.
+    history = {"step": steps, "learning_rate": rate, "adam/correlation": late}
+    (found,) = diagnose(history)
+    assert (found.kind, found.step) == ("learning_rate_too_high", 30)
+    assert diagnose(history | {"adam/correlation": -late}) == []
+
+
 def test_groups_of_parameters_must_agree_on_the_learning_rate():
     history = healthy()
     del history["adam/correlation"]

@@ -88,7 +88,7 @@ ADVICE = {
     ),
     "learning_rate_too_high": Advice(
         (
-            "successive gradients point against each other: each step overshoots",
+            "each step overshoots: gradients change faster than Adam's moments follow",
             "the warm-up is too short",
         ),
         (

@@ -105,7 +105,7 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
     ``vanishing_then_surge``    a shallow layer's gradient falls ÷100, and jumps ×10
     ``exploding_gradient``      ×10 above its trend, lasting or confirmed by the loss
     ``loss_spike``              half a nat and 7 σ above its trend
-    ``learning_rate_too_high``  successive gradients oppose each other after the warm-up
+    ``learning_rate_too_high``  ρ̂ far below 0 after the warm-up: each step overshoots
     ``update_too_large``        a tenth of the weights per step, a third of a layer's
     ``growing_spectral_norm``   a singular value that grows faster and faster
     ``vanishing_gradient``      ÷100 since the early descent, far more than the loss

@@ -9,12 +9,14 @@ from optax_stability._diagnosis._series import History
 
 
 def learning_rate_too_high(history: History) -> Finding | None:
-    """Successive gradients that point against each other after the warm-up.
+    """A ρ̂ far below 0 after the warm-up: as if successive gradients were opposed.
 
+    It says that Adam's update is smaller than independent gradients would make it, and
+    that is also so where the second moment remembers larger ones.
     Only what begins before the end of the warm-up can tell: the rule was never tried
     on later parts of a run. Of several groups of parameters, all must agree.
     """
-    start = _end_of_warmup(history)
+    start = _start(history)
     groups = history.streams("adam/correlation")
     if start is None or not groups:
         return None
@@ -40,11 +42,14 @@ def learning_rate_too_high(history: History) -> Finding | None:
     )
 
 
-def _end_of_warmup(history: History) -> int | None:
-    """The first row after a warm-up that the history has seen; None otherwise."""
+def _start(history: History) -> int | None:
+    """The first row after a warm-up that the history has seen; None otherwise.
+
+    After a short one not at once: the moments are still those of the first steps.
+    """
     peak = history.peak_rate()
     if peak:
-        return peak
+        return max(peak, int(np.searchsorted(history.steps, limits.RATE_FROM_STEP)))
     if not history.length or history.steps[0] > limits.EARLY_STEPS:
         return None
     return history.settled()

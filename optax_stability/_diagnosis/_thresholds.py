@@ -50,9 +50,10 @@ CORRELATED = 0.9
 CORRELATED_COSINE = (0.9 + CORRELATED) / (1 + 0.9 * CORRELATED)
 # Median ρ̂ of the first ten measurements after the warm-up. Source:
 # ``benchmarks/early_warning.py``, 17 settings of model, data, batch, warm-up and β.
-# Below 0, the limit that was found on another one, 85 of 96 bad runs and 4 of 96 good
-# ones are flagged; below −0.2, chosen from all of them for few false alarms, 76 and 2.
-RATE_CORRELATION, RATE_MEASUREMENTS = -0.2, 10
+# Below 0 right after the warm-up, the rule that was found on another one, 85 of 96 bad
+# runs and 4 of 96 good ones are flagged; below −0.2 and not before step 30, chosen from
+# all of them for few false alarms, 81 and 2.
+RATE_CORRELATION, RATE_MEASUREMENTS, RATE_FROM_STEP = -0.2, 10, 30
 
 # --- Updates and weights --------------------------------------------------------------
 # ‖update‖/‖parameters‖: the rule of thumb is 1e-3 (Karpathy, CS231n lecture notes).

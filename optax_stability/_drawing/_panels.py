@@ -78,7 +78,7 @@ PANELS = (
         "adam",
         "Adam's step before the learning rate",
         "1 where successive gradients always agree; below the dashed line where they "
-        "oppose one another.",
+        "seem to oppose one another.",
         ("adam/update_rms",),
         lambda run: 1.1,
         0.0,
