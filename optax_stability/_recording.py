@@ -98,8 +98,8 @@ def record(
       the ratios, the bimodality and the singular values.
     * ``spectral_norm`` is never above the largest singular value, to rounding. It
       starts with 32 power iterations and goes on with 2 per measurement, from where the
-      last one ended: weights, which change slowly, are followed to a fraction of a
-      percent. Of gradients, which are new at every step, it is a lower bound.
+      last one ended: weights, which change slowly, are followed to one percent. Of
+      gradients, which are new at every step, it is a lower bound.
 
     **Edge cases**
 
