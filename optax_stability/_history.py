@@ -173,8 +173,8 @@ def record_history(
       inner: what is watched: the whole chain.
       length: steps to keep, ≥ 1.
       slow_every: steps between readings of metrics that take passes over the moments
-        (``adam/…``); in between they keep their value. Where the model takes most of the
-        time, they may be read more often: what reacts to them does so sooner.
+        (``adam/…``); in between they keep their value. Where the model takes most of
+        the time they may be read more often, and what reacts to them is sooner.
       axis_name: under ``shard_map``, the mesh axes that shard the gradient. Leave it
         None under ``jit``.
 
