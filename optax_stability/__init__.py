@@ -27,6 +27,9 @@ from optax_stability._clipping import ClipByThresholdState as ClipByThresholdSta
 from optax_stability._clipping import clip_by_threshold as clip_by_threshold
 from optax_stability._diagnosis import Finding as Finding
 from optax_stability._diagnosis import diagnose as diagnose
+from optax_stability._gradient_penalty import (
+    penalize_gradient_norm as penalize_gradient_norm,
+)
 from optax_stability._gradient_scaling import scale_gradients as scale_gradients
 from optax_stability._histogram import histogram_edges as histogram_edges
 from optax_stability._history import RecordHistoryState as RecordHistoryState
@@ -54,6 +57,8 @@ from optax_stability._recording import record as record
 from optax_stability._report import write_report as write_report
 from optax_stability._restarting import RestartMomentsState as RestartMomentsState
 from optax_stability._restarting import restart_moments as restart_moments
+from optax_stability._rewinding import Decision as Decision
+from optax_stability._rewinding import RewindPolicy as RewindPolicy
 from optax_stability._skip_state import SkipSpikesState as SkipSpikesState
 from optax_stability._skipping import skip_spikes as skip_spikes
 from optax_stability._skipping import spike_guard as spike_guard

@@ -7,7 +7,8 @@ agree; and one NaN in one sequence costs the whole step.
 
 *Cost*: that of a ``lax.scan`` or ``jax.vmap`` over the parts, and one reduction over
 each part's gradient. Memory: the gradients of the ``vmap_size`` parts that are
-evaluated together and one accumulator; with ``mean_square`` one more.
+evaluated together and one accumulator; with ``mean_square`` one more. A loss scale adds
+a multiplication wherever a part's gradient is read, and no memory.
 """
 
 from collections.abc import Callable
@@ -68,6 +69,33 @@ def count_examples(microbatch: Any) -> float:
     return float(max(leaf.shape[0] for leaf in jax.tree.leaves(microbatch)))
 
 
+def _usable_scale(loss_scale: Any) -> Any:
+    """The loss scale as float32[], between numbers whose reciprocals are normal."""
+    if loss_scale is None:
+        return None
+    remedy = "give a power of two such as 2.0**15, or None"
+    _validate.check_interval("loss_scale", loss_scale, "(0, inf)", remedy)
+    return jnp.clip(jnp.asarray(loss_scale, jnp.float32), 2.0**-126, 2.0**126)
+
+
+def _value_and_grad(loss_fn: Callable[..., Any], has_aux: bool, loss_scale: Any):
+    """``jax.value_and_grad``, whose backward pass alone sees the loss scale."""
+    if loss_scale is None:
+        return jax.value_and_grad(loss_fn, has_aux=has_aux)
+
+    def scaled(params, microbatch):
+        value = loss_fn(params, microbatch)
+        return loss_scale * (value[0] if has_aux else value), value
+
+    def value_and_grad(params, microbatch):
+        grads, value = jax.grad(scaled, has_aux=True)(params, microbatch)
+        # A multiplication is fused into all that reads the gradient.
+        back = 1 / loss_scale
+        return value, jax.tree.map(lambda g: g * back, _moments.widen(grads))
+
+    return value_and_grad
+
+
 def microbatch_gradients(
     loss_fn: Callable[..., Any],
     num_microbatches: int,
@@ -78,7 +106,7 @@ def microbatch_gradients(
     mean_square: bool = False,
     reject_nonfinite: bool = True,
     spmd_axis_name: Any = None,
-) -> Callable[[Any, Any], tuple[Any, Any, Moments]]:
+) -> Callable[..., tuple[Any, Any, Moments]]:
     """``jax.value_and_grad`` over K microbatches, with their :class:`Moments`.
 
     **Rule**, for the losses lₖ and gradients mₖ of K equal parts of the batch, of
@@ -96,6 +124,10 @@ def microbatch_gradients(
       ``vmap_size`` are: within 2⁻²⁰ of the largest |mₖ| in float32, for K up to 64.
     * A microbatch that is not finite changes nothing but K and N.
     * Sums are formed in float32 at least; the gradient has the dtype of the parameters.
+    * With ``loss_scale=S`` only the backward pass sees S: loss, gradient and moments
+      are those without it, for a power of two bit by bit wherever nothing over- or
+      underflows. Each mₖ is divided by S in float32 at least, before it is judged,
+      summed or rounded. So what overflows costs its microbatch alone.
     * Rows stay on the device that holds them, under Auto and Explicit meshes.
 
     **Edge cases**
@@ -103,6 +135,9 @@ def microbatch_gradients(
     * If no microbatch is kept, the loss is NaN and the gradient 0: ``skip_spikes``
       leaves the step out.
     * A leaf whose norm is above 8e37 counts as not finite.
+    * A loss scale beyond 2⁻¹²⁶ or 2¹²⁶ counts as that; at NaN no microbatch is kept.
+      Average in float32: the backward pass of a mean in float16 begins with S in
+      float16, which ends at 65504.
     * Microbatch k has the rows k, k + K, k + 2K …; with ``spmd_axis_name`` they are
       neighbours.
     * The arrays of a batch may differ in length, as long as K divides each. Randomness
@@ -132,13 +167,16 @@ def microbatch_gradients(
         divides ``vmap_size``. For use under ``jit``, not ``shard_map``.
 
     Returns:
-      ``fn(params, batch) -> (value, grads, moments)``, to be called inside ``jit``.
-      value is the loss, or ``(loss, aux)`` with aux stacked over the K microbatches, in
-      the order in which they were evaluated.
+      ``fn(params, batch, *, loss_scale=None) -> (value, grads, moments)``, to be called
+      inside ``jit``. value is the loss, or ``(loss, aux)`` with aux stacked over the K
+      microbatches, in the order in which they were evaluated. ``loss_scale`` is S > 0,
+      a number or float32[], for half precision; see
+      :func:`optax_stability.flax.update_dynamic_scale`.
 
     Raises:
-      TypeError: a size is no integer.
-      ValueError: sizes do not divide each other, or K does not divide the batch.
+      TypeError: a size is no integer, or the loss scale no number.
+      ValueError: sizes do not divide each other, K does not divide the batch, or the
+        loss scale is not above 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -164,9 +202,9 @@ def microbatch_gradients(
         )
     groups = num_microbatches // vmap_size
     weight_fn = count_examples if weight_fn is None else weight_fn
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
 
-    def evaluate(params, microbatch):
+    def evaluate(params, microbatch, loss_scale):
+        value_and_grad = _value_and_grad(loss_fn, has_aux, loss_scale)
         value, grads = value_and_grad(params, microbatch)
         loss, aux = value if has_aux else (value, None)
         weight = jnp.asarray(weight_fn(microbatch), jnp.float32)
@@ -176,40 +214,42 @@ def microbatch_gradients(
     def kept(weight, finite):
         return jnp.where(finite, weight, 0) if reject_nonfinite else weight
 
-    def add_one(total, params, microbatches):
+    def add_one(total, params, microbatches, loss_scale):
         only = jax.tree.map(lambda leaf: leaf[0], microbatches)
-        grads, loss, weight, aux = evaluate(params, only)
+        grads, loss, weight, aux = evaluate(params, only, loss_scale)
         apart = None if total is None else _moments.distances(total, grads)
         weight = kept(weight, _moments.all_finite(grads, loss, apart=apart))
         part = _moments.single(grads, loss, weight, mean_square=mean_square)
         total = part if total is None else _moments.merge(total, part, apart)
         return total, jax.tree.map(lambda leaf: leaf[None], aux)
 
-    def add_group(total, params, microbatches):
+    def add_group(total, params, microbatches, loss_scale):
         grads, losses, weights, aux = jax.vmap(
-            evaluate, in_axes=(None, 0), spmd_axis_name=spmd_axis_name
-        )(params, microbatches)
+            evaluate, in_axes=(None, 0, None), spmd_axis_name=spmd_axis_name
+        )(params, microbatches, loss_scale)
         weights = kept(weights, _moments.each_finite(grads, losses))
         part = _moments.stacked(grads, losses, weights, mean_square=mean_square)
         return part if total is None else _moments.merge(total, part), aux
 
     add = add_one if vmap_size == 1 else add_group
 
-    def evaluate_all(params, batch) -> tuple[Aggregate, Any]:
+    def evaluate_all(params, batch, loss_scale) -> tuple[Aggregate, Any]:
         if groups == 1:
-            return add(None, params, jax.tree.map(lambda leaf: leaf[0], batch))
+            only = jax.tree.map(lambda leaf: leaf[0], batch)
+            return add(None, params, only, loss_scale)
         nothing = _moments.nothing(params, mean_square=mean_square)
         total, aux = lax.scan(
-            lambda total, group: add(total, params, group), nothing, batch
+            lambda total, group: add(total, params, group, loss_scale), nothing, batch
         )
         return total, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
 
-    def fn(params, batch):
+    def fn(params, batch, *, loss_scale=None):
         check_batch(batch, num_microbatches)
+        loss_scale = _usable_scale(loss_scale)
         parts = _split(
             batch, groups, vmap_size, across_devices=spmd_axis_name is not None
         )
-        total, aux = evaluate_all(params, parts)
+        total, aux = evaluate_all(params, parts, loss_scale)
         grads = optax.tree.cast_like(total.mean, params)
         moments = total.moments._replace(norm=_norms.leaf_norms(grads))
         loss = jnp.where(moments.weight > 0, total.value, jnp.nan)

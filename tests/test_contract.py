@@ -279,6 +279,7 @@ NOT_FACTORIES = {
     "metrics",
     "microbatch_gradients",
     "noise_scale",
+    "penalize_gradient_norm",
     "plot_history",
     "scale_learning_rate",
     "to_optax_adam_state",

@@ -644,6 +644,16 @@ def test_a_nan_step_does_not_blind_what_comes_later():
     assert {"nonfinite", "loss_spike"} == set(kinds(history))
 
 
+def test_a_gradient_that_was_left_out_is_no_underflow():
+    history = healthy()
+    # Every microbatch overflowed, until the loss scale fitted.
+    put(history, "grad/norm", 0.0, 0, 12)
+    put(history, "loss", np.nan, 0, 12)
+    assert "underflow" not in [each.kind for each in diagnose(history)]
+    put(history, "loss", 3.0, 0, 12)
+    assert "underflow" in [each.kind for each in diagnose(history)]
+
+
 def test_neighbouring_steps_are_one_event_with_its_worst():
     _, _, _, history = loss_spike()
     history["loss"][FAULT : FAULT + 4] += [0, 7, -4, 3]

@@ -628,6 +628,70 @@ def test_mean_of_float16_does_not_overflow(vmap_size):
     np.testing.assert_allclose(moments.mean_square, 3.6e9, rtol=ROUNDING)
 
 
+# --- a loss scale ----------------------------------------------------------------
+
+
+def scaled(num_microbatches, vmap_size, loss):
+    """With the loss scale as its last argument."""
+    fn = ost.microbatch_gradients(loss, num_microbatches, vmap_size=vmap_size)
+    return jax.jit(lambda params, batch, scale: fn(params, batch, loss_scale=scale))
+
+
+@pytest.mark.parametrize("vmap_size", [1, 4])
+def test_a_power_of_two_as_loss_scale_changes_no_bit(vmap_size):
+    params, batch = make_mlp()
+    plain = summary(compiled(4, vmap_size, loss=mlp_loss)(params, batch))
+    fn = scaled(4, vmap_size, mlp_loss)
+    for scale in (2.0**15, 2.0**-20, 2.0**100):
+        chex.assert_trees_all_equal(summary(fn(params, batch, scale)), plain)
+    other = summary(fn(params, batch, 3e4))
+    chex.assert_trees_all_equal(other["loss"], plain["loss"])
+    chex.assert_trees_all_close(other, plain, rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("vmap_size", [1, 2])
+def test_the_gradient_of_float16_is_unscaled_in_float32(vmap_size):
+    def loss(params, rows):
+        return 2.0**-15 * dot(params, rows).astype(jnp.float32)
+
+    # Gradients half a spacing and one spacing of float16 above 2⁻¹⁵: divided in
+    # float16, the first of them would be 2⁻¹⁵ and so would the mean.
+    rows = np.array([[1 + 2.0**-10], [1 + 2.0**-9]], np.float16)
+    fn = scaled(2, vmap_size, loss)
+    _, grads, moments = fn(np.ones(1, np.float16), rows, 2.0**15)
+    assert grads.dtype == np.float16
+    assert float(grads[0]) == 2.0**-15 + 2.0**-24
+    np.testing.assert_allclose(moments.deviation, [2 * (2.0**-26) ** 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("vmap_size", [1, 2])
+def test_no_loss_scale_turns_a_gradient_into_0(vmap_size):
+    # The reciprocals of the largest are below the smallest normal number.
+    rows = np.array([[1.0], [3.0]], np.float32)
+    fn = scaled(2, vmap_size, dot)
+    for scale in (2.0**-126, 1e-40, 2.0**126, 2.0**127, np.finfo(np.float32).max):
+        _, grads, moments = fn(np.ones(1, np.float32), rows, np.float32(scale))
+        assert float(grads[0]) == int(moments.num_microbatches) == 2
+    loss, grads, moments = fn(np.ones(1, np.float32), rows, np.float32(np.nan))
+    assert np.isnan(loss)
+    assert float(grads[0]) == int(moments.num_microbatches) == 0
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(np.float16, 0), (np.float32, 2)])
+def test_a_mean_in_float16_ends_at_a_scale_of_65504(dtype, kept):
+    rows = np.full((4, 1), 0.25, np.float16)
+    fn = scaled(2, 2, lambda params, rows: jnp.mean((rows @ params).astype(dtype)))
+    moments = fn(np.ones(1, np.float16), rows, 65536.0)[2]
+    assert int(moments.num_microbatches) == kept
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.inf, np.nan, "2", True], ids=repr)
+def test_what_is_no_loss_scale_is_named(scale):
+    fn = ost.microbatch_gradients(dot, 2)
+    with pytest.raises((TypeError, ValueError), match="loss_scale"):
+        fn(np.ones(3, np.float32), np.ones((2, 3), np.float32), loss_scale=scale)
+
+
 # --- the batch -------------------------------------------------------------------
 
 
@@ -1063,17 +1127,21 @@ def test_one_by_one_costs_what_accumulation_by_hand_costs():
     params = {"in": kernel, "out": kernel}
     x = jax.ShapeDtypeStruct((16, LENGTH, WIDTH), np.float32)
     fn = ost.microbatch_gradients(transformer_loss, 8, vmap_size=1)
-    by_hand, ours = (
-        jax.jit(f).lower(params, x).compile() for f in (accumulate_by_hand, fn)
-    )
+    # A loss scale is multiplied into whatever reads a part's gradient.
+    scaled = functools.partial(fn, loss_scale=np.float32(2.0**15))
+    programs = [
+        jax.jit(f).lower(params, x).compile() for f in (accumulate_by_hand, fn, scaled)
+    ]
     gradient = sum(4 * math.prod(leaf.shape) for leaf in params.values())
-    temp = [p.memory_analysis().temp_size_in_bytes for p in (by_hand, ours)]
-    assert temp[1] - temp[0] < gradient / 8
+    temp = [p.memory_analysis().temp_size_in_bytes for p in programs]
+    assert max(temp[1:]) - temp[0] < gradient / 8
     # Results: loss and gradient, and a few scalars.
-    results = [p.memory_analysis().output_size_in_bytes for p in (by_hand, ours)]
-    assert results[1] - results[0] < 1024
-    flops = [p.cost_analysis()["flops"] for p in (by_hand, ours)]
+    results = [p.memory_analysis().output_size_in_bytes for p in programs]
+    assert max(results[1:]) - results[0] < 1024
+    flops = [p.cost_analysis()["flops"] for p in programs]
     assert abs(flops[1] / flops[0] - 1) < 0.02
+    # One for the distance from the mean, one for the new mean.
+    assert flops[2] - flops[1] < 2.1 * gradient / 4
 
 
 def test_memory_grows_with_how_many_are_evaluated_together():

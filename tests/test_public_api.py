@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import optax_stability as ost
+from optax_stability import flax as ost_flax
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -21,14 +22,10 @@ def exports(module):
     }
 
 
-FUNCTIONS = {
-    **{name: f for name, f in exports(ost).items() if inspect.isfunction(f)},
-    **{
-        f"thresholds.{name}": f
-        for name, f in exports(ost.thresholds).items()
-        if inspect.isfunction(f)
-    },
-}
+NAMES = exports(ost)
+NAMES |= {f"thresholds.{name}": f for name, f in exports(ost.thresholds).items()}
+NAMES |= {f"flax.{name}": f for name, f in exports(ost_flax).items()}
+FUNCTIONS = {name: f for name, f in NAMES.items() if inspect.isfunction(f)}
 
 
 def table_names():
@@ -42,10 +39,9 @@ def test_the_readme_table_lists_every_function_and_no_other():
     assert table_names() == set(FUNCTIONS)
 
 
-@pytest.mark.parametrize("name", sorted(exports(ost) | exports(ost.thresholds)))
+@pytest.mark.parametrize("name", sorted(NAMES))
 def test_every_export_has_a_docstring(name):
-    value = exports(ost).get(name, exports(ost.thresholds).get(name))
-    assert inspect.getdoc(value)
+    assert inspect.getdoc(NAMES[name])
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))

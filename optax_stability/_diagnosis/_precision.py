@@ -6,6 +6,7 @@ from optax_stability._diagnosis import _thresholds as limits
 from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._location import gradient_norm
+from optax_stability._diagnosis._loss import loss_of
 from optax_stability._diagnosis._series import History, is_embedding, is_vector
 from optax_stability._diagnosis._trend import smooth, stretches, sustained
 
@@ -19,9 +20,11 @@ def _all_zero(history: History) -> Finding | None:
     norm = gradient_norm(history)
     if norm is None:
         return None
-    long = [
-        (a, b) for a, b in stretches(norm.values == 0) if b - a >= limits.VANISHED_FOR
-    ]
+    zero, loss = norm.values == 0, loss_of(history)
+    if loss is not None:
+        # A step whose microbatches were all left out has no loss either.
+        zero &= ~np.isnan(loss.values)
+    long = [(a, b) for a, b in stretches(zero) if b - a >= limits.VANISHED_FOR]
     if not long:
         return None
     start, stop = long[0]

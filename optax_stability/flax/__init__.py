@@ -4,6 +4,12 @@ NNX needs no adapter to pass on what the transformations can be told:
 ``optimizer.update(model, grads, value=loss, moments=moments)``.
 """
 
+from optax_stability.flax._gradient_penalty import (
+    penalize_gradient_norm as penalize_gradient_norm,
+)
+from optax_stability.flax._loss_scale import (
+    update_dynamic_scale as update_dynamic_scale,
+)
 from optax_stability.flax._microbatching import (
     microbatch_gradients as microbatch_gradients,
 )

@@ -69,7 +69,7 @@ def microbatch_gradients(
     has_aux: bool = False,
     weight_fn: Callable[[Any], Any] | None = None,
     **options: Any,
-) -> Callable[[Any, Any], tuple[Any, Any, Moments]]:
+) -> Callable[..., tuple[Any, Any, Moments]]:
     """:func:`optax_stability.microbatch_gradients` for an NNX module.
 
     In place of ``nnx.value_and_grad(loss_fn)(model, batch)``.
@@ -92,8 +92,8 @@ def microbatch_gradients(
       options: the others of :func:`optax_stability.microbatch_gradients`.
 
     Returns:
-      ``fn(model, batch) -> (value, grads, moments)``; grads are an ``nnx.State`` for
-      ``optimizer.update(model, grads, moments=moments)``.
+      ``fn(model, batch, *, loss_scale=None) -> (value, grads, moments)``; grads are an
+      ``nnx.State`` for ``optimizer.update(model, grads, moments=moments)``.
 
     Raises:
       ValueError: ``loss_fn`` adds or removes variables; and as the functional one.
@@ -112,7 +112,7 @@ def microbatch_gradients(
     """
     weigh = _microbatching.count_examples if weight_fn is None else weight_fn
 
-    def fn(model, batch):
+    def fn(model, batch, *, loss_scale=None):
         _microbatching.check_batch(batch, num_microbatches)
         graphdef, params, streams, others = nnx.split(model, wrt, nnx.RngState, ...)
         # Values only: the variables themselves belong to the model.
@@ -134,7 +134,7 @@ def microbatch_gradients(
             has_aux=True,
             weight_fn=lambda part: weigh(part[1]),
             **options,
-        )(params, (keys, batch))
+        )(params, (keys, batch), loss_scale=loss_scale)
 
         values, structure = jax.tree.flatten(others)
         joined = [

@@ -1,0 +1,74 @@
+"""The norm of the gradient in the loss, for NNX modules.
+
+*Problem*: a module is more than its parameters, and the penalty looks at it twice.
+
+*Where* and *cost*: as of :func:`optax_stability.penalize_gradient_norm`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from optax_stability import _gradient_penalty, _tree
+
+
+def penalize_gradient_norm(
+    loss_fn: Callable[..., Any],
+    weight: Any,
+    *,
+    wrt: Any = nnx.Param,
+    has_aux: bool = False,
+) -> Callable[..., Any]:
+    """:func:`optax_stability.penalize_gradient_norm` for an NNX module.
+
+    **Rule**: that of the functional one, with respect to the variables that ``wrt``
+    selects.
+
+    **Guarantees**: those of the functional one. Both looks at the module begin with the
+    same random keys, so dropout is the same; what ``loss_fn`` writes to other variables
+    is written once.
+
+    Args:
+      loss_fn: ``loss_fn(model, *args, **kwargs) -> loss``, or ``(loss, aux)``.
+      weight: λ ≥ 0, may be traced.
+      wrt: filter of the variables to differentiate by, as in ``nnx.Optimizer``.
+      has_aux: whether ``loss_fn`` returns something beside the loss.
+
+    Returns:
+      A function like ``loss_fn``, for ``nnx.value_and_grad`` or
+      :func:`optax_stability.flax.microbatch_gradients`.
+
+    Raises:
+      ValueError: ``weight`` is negative or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from optax_stability.flax import penalize_gradient_norm
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> def loss_fn(model, x):
+      ...     return jnp.mean(model(x) ** 2)
+      >>> penalized = penalize_gradient_norm(loss_fn, 0.1)
+      >>> loss, grads = nnx.value_and_grad(penalized)(model, jnp.ones((8, 2)))
+      >>> print(bool(loss > loss_fn(model, jnp.ones((8, 2)))), grads["kernel"].shape)
+      True (2, 1)
+    """
+
+    def penalized(model, *args, **kwargs):
+        graphdef, params, others = nnx.split(model, wrt, ...)
+        params, others = _tree.pure((params, others))
+
+        def pure_loss(params):
+            copy = nnx.merge(graphdef, params, others)
+            value = loss_fn(copy, *args, **kwargs)
+            loss, aux = value if has_aux else (value, None)
+            return loss, (aux, _tree.pure(nnx.split(copy, wrt, ...)[2]))
+
+        total, (aux, written) = _gradient_penalty.penalize_gradient_norm(
+            pure_loss, weight, has_aux=True
+        )(params)
+        nnx.update(model, written)
+        return (total, aux) if has_aux else total
+
+    return penalized
