@@ -45,16 +45,33 @@ class Writer(abc.ABC):
         self.close()
 
 
+def _whole_rows(path: Path) -> list[dict]:
+    """The rows of a file whose last line may be torn, as a killed process leaves it."""
+    *lines, _ = path.read_text().split("\n")
+    return [json.loads(line) for line in lines]
+
+
 class JsonLines(Writer):
     """One line per row, in a file that is whole after each of them.
 
     JSON has neither NaN nor infinity: what is not finite becomes null.
     """
 
-    def __init__(self, path: Path):
-        """Makes the file, empty, and its folder; an OSError if it cannot."""
+    def __init__(self, path: Path, *, resume_after: int | None = None):
+        """Makes the file and its folder, or goes on with it; an OSError if it cannot.
+
+        Args:
+          path: of the file.
+          resume_after: rows of a later ``batch`` are dropped, for they will be written
+            again; None: all are.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
+        keep = []
+        if resume_after is not None and path.exists():
+            keep = [row for row in _whole_rows(path) if row["batch"] <= resume_after]
+        beside = path.with_name(f".{path.name}.tmp")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in keep))
+        beside.replace(path)
         self._path = path
 
     def write(self, step: int, row: Row) -> None:
@@ -70,11 +87,15 @@ class JsonLines(Writer):
 def read_json_lines(path: Path) -> dict[str, np.ndarray]:
     """The columns of such a file, rows of one step joined, as a history.
 
-    Null, and what a row does not have, is NaN.
+    Where a rewind took the run back to an earlier step, the steps it went back past are
+    left out: the columns are those of the run that counts. Null, and what a row does
+    not have, is NaN.
     """
     rows: dict[int, dict] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in _whole_rows(path):
+        before = rows.get(row["step"])
+        if before and before.get("batch") != row.get("batch"):
+            rows = {step: x for step, x in rows.items() if step < row["step"]}
         rows.setdefault(row["step"], {}).update(row)
     keys = dict.fromkeys(key for row in rows.values() for key in row)
     columns = {
@@ -88,15 +109,17 @@ class TensorBoard(Writer):
 
     What is not finite is left out, for it would break the axis.
 
-    In a folder that was used before, TensorBoard shows the new run alone. A run that is
+    In a folder that was used before, TensorBoard shows the new run alone, or the old
+    one up to where it is gone on with. After a rewind a curve goes back. A run that is
     killed loses ten seconds at most.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, resume_after_step: int | None = None):
         """Opens a file of events in the folder; an OSError if it cannot."""
+        purge = 0 if resume_after_step is None else resume_after_step + 1
         # A full queue would make the run wait.
         self._events = SummaryWriter(
-            str(folder), purge_step=0, max_queue=1000, flush_secs=10
+            str(folder), purge_step=purge, max_queue=1000, flush_secs=10
         )
 
     def write(self, step: int, row: Row) -> None:

@@ -16,6 +16,8 @@ INIT_STD = 0.02
 # Tokens enter louder than everything else, so that the first, large steps of Adam do
 # not wash out which token is which.
 TOKEN_STD = 0.3
+# Of the text that the model writes: below 1 it is surer than it should be.
+TEMPERATURE = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,14 @@ class Size:
     context: int  # longest sequence, in tokens
     vocabulary: int  # at least: data with more ids gets more
     learning_rate: float  # peak that suits it
+
+    def flops_per_token(self, parameters: int) -> float:
+        """Of a step of training: 2 forward and 4 backward for each weight that is used.
+
+        And 12 for each position that attention looks at, counted as if all of them
+        were (Chowdhery et al. 2022, "PaLM", appendix B).
+        """
+        return 6 * parameters + 12 * self.layers * self.width * self.context
 
 
 SIZES = {
@@ -62,7 +72,10 @@ class Block(nnx.Module):
         """Mixes every position with those before it."""
         batch, length, width = x.shape
         split = (batch, length, 3, self.heads, width // self.heads)
-        query, key, value = jnp.moveaxis(self.query_key_value(x).reshape(split), 2, 0)
+        each = self.query_key_value(x).reshape(split)
+        if each.dtype == jnp.float16:  # CPUs have no attention in it.
+            each = each.astype(jnp.float32)
+        query, key, value = jnp.moveaxis(each, 2, 0)
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return self.attention_out(mixed.reshape(x.shape))
 
@@ -103,3 +116,19 @@ def next_token_loss(model: GPT, windows: jax.Array) -> jax.Array:
     """Mean cross-entropy, in nats per token, on int[batch, context + 1]."""
     logits, targets = model(windows[:, :-1]), windows[:, 1:]
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+def write_on(model: GPT, prompt: jax.Array, key: jax.Array, length: int) -> jax.Array:
+    """Continues a prompt that fills the context by ``length`` tokens.
+
+    The window slides and is read anew for every token: slow, but short.
+    """
+
+    def append(i, carry):
+        window, written = carry
+        logits = model(window[None])[0, -1] / TEMPERATURE
+        token = jax.random.categorical(jax.random.fold_in(key, i), logits)
+        return jnp.append(window[1:], token), written.at[i].set(token)
+
+    nothing = jnp.zeros(length, prompt.dtype)
+    return jax.lax.fori_loop(0, length, append, (prompt, nothing))[1]

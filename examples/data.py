@@ -1,23 +1,94 @@
 """Turns files on this computer into batches of tokens; nothing is downloaded.
 
-Text is read as bytes, one token each. A ``.bin`` file holds uint16 token ids without a
-header, as nanoGPT writes them.
+Text is read as bytes, one token each, or cut into tokens by a vocabulary that is on
+disk: a ``tokenizer.json`` of Hugging Face's tokenizers, or a ``*.tiktoken`` file of
+ranks. A ``.bin`` file holds uint16 token ids without a header, as nanoGPT writes them.
 """
 
 import dataclasses
+import importlib.util
 import random
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
+from input_error import InputError
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "idlelib", "lib2to3", "test", "tests"}
 
 
-class InputError(Exception):
-    """Something the user gave cannot be used; the message is one line for them."""
+# What tiktoken cuts text into before it joins bytes: that of GPT-4, cl100k_base.
+_WORDS = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"""
+    r"""| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to tokens and back.
+
+    Attributes:
+      encode: text → token ids.
+      decode: token ids → text.
+      vocabulary: number of ids.
+    """
+
+    encode: Callable[[str], Sequence[int]]
+    decode: Callable[[Sequence[int]], str]
+    vocabulary: int
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Reads a vocabulary from disk.
+
+    Raises:
+      InputError: it is missing, malformed or of another kind, or its package is not
+        installed.
+    """
+    packages = {".json": "tokenizers", ".tiktoken": "tiktoken"}
+    if not path.is_file():
+        raise InputError(f"--tokenizer: no such file: {path}; check the path")
+    if path.suffix not in packages:
+        known = "a tokenizer.json or a *.tiktoken file of ranks"
+        raise InputError(f"--tokenizer: cannot read {path}; give {known}")
+    package = packages[path.suffix]
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"--tokenizer: {path} needs a package; pip install {package}")
+    read = _read_json if package == "tokenizers" else _read_ranks
+    try:
+        return read(path)
+    except Exception as error:  # Rust's errors have no class of their own.
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"--tokenizer: {path} is no {package} file: {reason}"
+        ) from error
+
+
+def _read_json(path: Path) -> Tokenizer:
+    import tokenizers
+
+    found = tokenizers.Tokenizer.from_file(str(path))
+    return Tokenizer(
+        lambda text: found.encode(text, add_special_tokens=False).ids,
+        found.decode,
+        found.get_vocab_size(),
+    )
+
+
+def _read_ranks(path: Path) -> Tokenizer:
+    import tiktoken
+    from tiktoken.load import load_tiktoken_bpe
+
+    ranks = load_tiktoken_bpe(str(path))
+    found = tiktoken.Encoding(
+        path.stem, pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={}
+    )
+    return Tokenizer(
+        found.encode_ordinary, lambda ids: found.decode(list(ids)), found.n_vocab
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +101,8 @@ class Corpus:
       held_out: token ids to evaluate on.
       vocabulary: number of ids that covers both.
       unit: ``"byte"`` or ``"token"``.
+      bytes_per_token: of the held-out part; None where no tokenizer is known.
+      tokenizer: what made the tokens; None for bytes and for ids.
     """
 
     name: str
@@ -37,9 +110,13 @@ class Corpus:
     held_out: np.ndarray
     vocabulary: int
     unit: str
+    bytes_per_token: float | None
+    tokenizer: Tokenizer | None = None
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        """Text of bytes; numbers where no tokenizer is known."""
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Their text; numbers where no tokenizer is known."""
+        if self.tokenizer is not None:
+            return self.tokenizer.decode(tokens)
         if self.unit == "token":
             return " ".join(str(token) for token in tokens) + " "
         return bytes(tokens).decode("utf-8", errors="replace")
@@ -70,10 +147,9 @@ def _is_text(content: bytes) -> bool:
         return False
 
 
-def _read_texts(files: Iterable[Path]) -> np.ndarray:
-    """The bytes of all files that are text, joined."""
-    contents = (path.read_bytes() for path in files)
-    return np.frombuffer(b"\n".join(filter(_is_text, contents)), np.uint8)
+def _read_texts(files: Iterable[Path]) -> list[bytes]:
+    """What is in all files that are text."""
+    return list(filter(_is_text, (path.read_bytes() for path in files)))
 
 
 def _read_ids(path: Path) -> np.ndarray:
@@ -93,7 +169,7 @@ def _split(stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return stream[:cut], stream[cut:]
 
 
-def _load_ids(path: Path) -> Corpus:
+def _load_ids(path: Path, tokenizer: Tokenizer | None) -> Corpus:
     """A ``.bin`` file; beside a ``train.bin``, ``val.bin`` is the held-out part."""
     val = path.with_name("val.bin")
     if path.name == "train.bin" and val.is_file():
@@ -101,38 +177,56 @@ def _load_ids(path: Path) -> Corpus:
     else:
         train, held_out = _split(_read_ids(path))
     vocabulary = 1 + int(max(train.max(initial=0), held_out.max(initial=0)))
-    return Corpus(path.name, train, held_out, vocabulary, "token")
+    size = None
+    if tokenizer is not None:
+        if vocabulary > tokenizer.vocabulary:
+            says = f"{path} has ids up to {vocabulary - 1}, and the vocabulary"
+            remedy = f"ends at {tokenizer.vocabulary - 1}; give the one it was made by"
+            raise InputError(f"--tokenizer: {says} {remedy}")
+        vocabulary, part = tokenizer.vocabulary, held_out[:100_000].tolist()
+        size = len(tokenizer.decode(part).encode()) / max(1, len(part))
+    return Corpus(path.name, train, held_out, vocabulary, "token", size, tokenizer)
 
 
-def _load_text(path: Path | None) -> Corpus:
+def _load_text(path: Path | None, tokenizer: Tokenizer | None) -> Corpus:
     if path is None:
         library = Path(sysconfig.get_paths()["stdlib"])
         name = "Python's standard library"
-        stream = _read_texts(_files(library, "*.py", without=_NOT_LIBRARY))
+        texts = _read_texts(_files(library, "*.py", without=_NOT_LIBRARY))
     else:
         name = path.resolve().name
-        stream = _read_texts(_files(path) if path.is_dir() else [path])
-    if not stream.size:
+        texts = _read_texts(_files(path) if path.is_dir() else [path])
+    if not texts:
         raise InputError(f"--data: no UTF-8 text in {path or name}; give a text file")
-    return Corpus(name, *_split(stream), vocabulary=256, unit="byte")
+    stream = np.frombuffer(b"\n".join(texts), np.uint8)
+    if tokenizer is None:
+        return Corpus(name, *_split(stream), 256, "byte", bytes_per_token=1.0)
+    parts = [part.tobytes().decode(errors="ignore") for part in _split(stream)]
+    train, held_out = (np.array(tokenizer.encode(part), np.int32) for part in parts)
+    size = len(parts[1].encode()) / max(1, len(held_out))
+    return Corpus(name, train, held_out, tokenizer.vocabulary, "token", size, tokenizer)
 
 
-def load(path: Path | None, context: int) -> Corpus:
+def load(path: Path | None, context: int, vocabulary: Path | None = None) -> Corpus:
     """Reads a corpus and splits off its last tenth.
 
     Args:
       path: a text file, a folder (every file under it that is UTF-8 and not hidden), a
         ``.bin`` file, or None for the sources of Python's standard library.
       context: tokens the model sees at once; both parts hold at least one window.
+      vocabulary: file of a tokenizer; None reads text as bytes.
 
     Raises:
       InputError: the path is missing, unreadable, malformed or too small.
     """
     if path is not None and not path.exists():
         raise InputError(f"--data: no such file or folder: {path}; check the path")
+    tokenizer = None if vocabulary is None else load_tokenizer(vocabulary)
     try:
-        is_ids = path is not None and path.suffix == ".bin" and path.is_file()
-        corpus = _load_ids(path) if path and is_ids else _load_text(path)
+        if path is not None and path.suffix == ".bin" and path.is_file():
+            corpus = _load_ids(path, tokenizer)
+        else:
+            corpus = _load_text(path, tokenizer)
     except OSError as error:
         raise InputError(f"--data: cannot read {path}: {error.strerror}") from error
     least = min(len(corpus.train), len(corpus.held_out))

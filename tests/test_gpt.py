@@ -1,15 +1,19 @@
 """The GPT trainer, as its users run it."""
 
+import functools
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import chex
+import console
 import data
-import display
 import jax
 import jax.numpy as jnp
 import model
@@ -17,7 +21,12 @@ import numpy as np
 import optax
 import pytest
 import train
+import training
+import writers
+from checkpoints import Checkpoints
+from config import check
 from flax import nnx
+from input_error import InputError
 
 import optax_stability as ost
 
@@ -48,25 +57,42 @@ def text(tmp_path):
     return path
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """A model that compiles in a moment, under the name of the default."""
+    monkeypatch.setitem(model.SIZES, "tiny", model.Size(1, 16, 2, 16, 256, 1e-2))
+
+
+def read_rows(folder):
+    return [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def read_log(folder):
-    lines = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
-    return [x for x in lines if "loss" in x], [x for x in lines if "eval/loss" in x]
+    rows = read_rows(folder)
+    return [x for x in rows if "loss" in x], [x for x in rows if "eval/loss" in x]
+
+
+def without_times(rows):
+    return [{k: x for k, x in row.items() if "perf/" not in k} for row in rows]
+
+
+def newest_state(folder):
+    """All arrays of the newest checkpoint."""
+    with Checkpoints(folder / "checkpoints") as saved:
+        return saved.load(saved.line()[0])
+
+
+def command(folder, text, flags):
+    return [sys.executable, SCRIPT, *flags.split(), "--data", text, "--out", folder]
 
 
 def test_one_command_trains_and_leaves_a_log_and_a_picture(tmp_path, text):
     flags = (
         "--steps 12 --warmup-steps 2 --eval-batches 1 --sample-tokens 8 --log-every 4"
     )
-    command = [
-        sys.executable,
-        SCRIPT,
-        *flags.split(),
-        "--data",
-        text,
-        "--out",
-        tmp_path,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command(tmp_path, text, flags), capture_output=True, text=True, check=True
+    )
     assert "\x1b" not in done.stdout  # Not a terminal: no control characters.
     for shown in ("step  8", "grad", "limit", "tok/s", "bits/byte", "To be"):
         assert shown in done.stdout
@@ -79,31 +105,155 @@ def test_one_command_trains_and_leaves_a_log_and_a_picture(tmp_path, text):
     assert rows[0]["loss"] == pytest.approx(math.log(256), abs=1e-4)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert rows[0]["clip/limit"] is None  # Infinite until the clip is armed.
+    assert evaluations[0]["eval/bits"] == pytest.approx(8, abs=1e-4)
     assert evaluations[-1]["eval/bits"] < 8
     assert rows[1]["noise_scale/b_simple"] is None  # Two steps have no variance.
     for row in rows[-4:]:
         scale, low, high = (row[key] for key in NOISE)
         assert 0 < low < scale < high
         assert 0 < row["noise_scale/noise_to_weight"] < 1
+        assert row["perf/tokens_per_second"] > 0
     (events,) = (tmp_path / "tensorboard").iterdir()
     written = events.read_bytes()
     for tag in ("noise_scale/b_simple", "noise_scale/low", "loss", "eval/loss"):
         assert written.count(b"\n" + bytes([len(tag)]) + tag.encode()) == (
-            1 if tag == "eval/loss" else sum(row[tag] is not None for row in rows)
+            2 if tag == "eval/loss" else sum(row[tag] is not None for row in rows)
         )
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert "No finding" in (tmp_path / "report.html").read_text()
 
 
-def test_a_run_can_be_repeated_exactly(tmp_path, text):
-    for name in ("first", "second"):
-        train.train(train.Config(data=text, out=tmp_path / name, **QUICK))
-    assert read_log(tmp_path / "first") == read_log(tmp_path / "second")
+def test_a_run_that_is_killed_again_and_again_takes_the_same_course(tmp_path, text):
+    flags = "--steps 30 --warmup-steps 2 --eval-batches 1 --sample-tokens 0"
+    flags += " --checkpoint-every 4 --eval-every 10 --inject nan@14 scale@20"
+    # What is compiled once is found again by the next process.
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}
+    start = functools.partial(
+        subprocess.Popen, stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+    def kill_at(step, folder):
+        """Kills the process without a warning as soon as it has logged the step."""
+        process = start(command(folder, text, flags))
+        while not folder.joinpath("log.jsonl").is_file() or not any(
+            row["step"] == step for row in read_whole_rows(folder)
+        ):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+
+    def run(folder):
+        process = start(command(folder, text, flags))
+        printed = process.communicate()[0]
+        assert process.returncode == 0
+        return printed
+
+    run(tmp_path / "whole")
+    for step in (2, 11, 17, 26):
+        kill_at(step, tmp_path / "torn")
+    assert "going on from there" in run(tmp_path / "torn")
+    logs = [without_times(read_rows(tmp_path / x)) for x in ("whole", "torn")]
+    assert logs[0] == logs[1]
+    assert [row["step"] for row in logs[0] if "loss" in row] == list(range(1, 31))
+    chex.assert_trees_all_equal(
+        *(newest_state(tmp_path / x) for x in ("whole", "torn"))
+    )
+    assert "already" not in run(tmp_path / "torn")  # Nothing is left to do.
+    assert without_times(read_rows(tmp_path / "torn")) == logs[0]
+
+
+def read_whole_rows(folder):
+    """The rows of a file that is being written to."""
+    *lines, _ = (folder / "log.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_surge_of_the_learning_rate_is_undone(tmp_path, text):
+    settings = QUICK | {"steps": 120, "eval_every": 20, "checkpoint_every": 20}
+    settings |= {"rewind_steps": 10, "skip_batches": 40, "data": text}
+    quiet = train.train(train.Config(out=tmp_path / "quiet", **settings))
+    config = train.Config(
+        out=tmp_path / "surge", inject=("surge=100@61x12",), **settings
+    )
+    row = train.train(config)
+    assert row["eval/loss"] < quiet["eval/loss"] + 0.2
+    (rewind,) = (row for row in read_rows(config.out) if "rewind/to" in row)
+    assert rewind["rewind/to"] == 40
+    assert 61 < rewind["rewind/from"] < 90
+    rows, _ = read_log(config.out)
+    after = [row for row in rows if row["batch"] > rewind["rewind/from"]]
+    assert [row["step"] for row in after] == list(range(41, 121))
+    # Not one batch that was seen comes again.
+    batches = [row["batch"] for row in rows]
+    assert batches == sorted(set(batches))
+    with_rewind = writers.read_json_lines(config.out / "log.jsonl")
+    np.testing.assert_array_equal(with_rewind["step"][1:], np.arange(1, 121))
+
+
+@pytest.mark.usefixtures("small")
+def test_the_baseline_is_optax_alone(tmp_path, text):
+    settings = QUICK | {"steps": 8, "inject": ("nan@5",), "baseline": True}
+    train.train(train.Config(data=text, out=tmp_path, **settings))
+    rows, evaluations = read_log(tmp_path)
+    assert [row["loss"] is None for row in rows] == [False] * 4 + [True] * 4
+    assert evaluations[-1]["eval/loss"] is None
+    state = training.make_optimizer(train.Config(baseline=True)).init(jnp.ones(2))
+    assert all(type(x).__module__.startswith("optax.") for x in (state[0], state[1][0]))
+
+
+@pytest.mark.usefixtures("small")
+def test_half_precision_learns_and_its_scale_is_logged(tmp_path, text):
+    settings = QUICK | {"steps": 12, "eval_every": 12}
+    losses = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        folder = tmp_path / dtype
+        config = train.Config(data=text, out=folder, dtype=dtype, **settings)
+        losses[dtype] = train.train(config)["eval/loss"]
+        rows, _ = read_log(folder)
+        assert ("loss_scale" in rows[0]) == (dtype == "float16")
+    assert losses["float32"] < 5.3
+    for dtype in ("float16", "bfloat16"):
+        assert losses[dtype] == pytest.approx(losses["float32"], abs=0.05)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_penalty_is_part_of_the_loss(tmp_path, text):
+    first = []
+    for weight in (0.0, 0.5):
+        folder = tmp_path / str(weight)
+        flags = QUICK | {"gradient_penalty": weight, "microbatches": 1}
+        train.train(train.Config(data=text, out=folder, **flags))
+        first.append(read_log(folder)[0][0])
+    penalty = 0.5 * first[0]["grad/norm"]
+    assert first[1]["loss"] == pytest.approx(first[0]["loss"] + penalty, rel=1e-5)
+
+
+@pytest.mark.usefixtures("small")
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, text, monkeypatch, capsys):
+    step, pressed = train.Run.advance, []
+
+    def press(run):
+        if run.step == 2 and not pressed:
+            pressed.append(os.kill(os.getpid(), signal.SIGINT))
+        return step(run)
+
+    config = train.Config(data=text, out=tmp_path, **QUICK)
+    monkeypatch.setattr(train.Run, "advance", press)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config)
+    says = "SIGINT: saved at step 3; the same command goes on"
+    assert says in capsys.readouterr().out
+    assert (tmp_path / "report.html").is_file()
+    train.train(config)
+    assert "is at step 3: going on" in capsys.readouterr().out
+    assert [row["step"] for row in read_log(tmp_path)[0]] == [1, 2, 3, 4]
 
 
 def test_clipping_can_wait_for_the_end_of_the_warm_up():
     config = train.Config(steps=40, warmup_steps=8, clip_after_warmup=True)
-    tx = train.make_optimizer(config)
+    tx = training.make_optimizer(config)
     params = {"w": jnp.ones((2, 2))}
     extra = {"value": 1.0, "moments": MOMENTS}
     step = jax.jit(lambda state: tx.update(params, state, params, **extra)[1])
@@ -119,7 +269,7 @@ def test_clipping_can_wait_for_the_end_of_the_warm_up():
 @pytest.mark.parametrize("guard", [True, False])
 def test_the_guard_leaves_out_a_step_whose_loss_is_not_finite(guard):
     config = train.Config(guard=guard)
-    tx = train.make_optimizer(config)
+    tx = training.make_optimizer(config)
     params = {"w": jnp.ones((2, 2))}
     extra = {"value": jnp.nan, "moments": MOMENTS}
     updates, state = tx.update(params, tx.init(params), params, **extra)
@@ -133,14 +283,14 @@ def test_the_guard_leaves_out_a_step_whose_loss_is_not_finite(guard):
 @pytest.mark.parametrize("late", [True, False])
 def test_there_is_one_noise_scale(level, late):
     config = train.Config(clip_when_noisy=level, clip_after_warmup=late)
-    state = train.make_optimizer(config).init({"w": jnp.ones(2)})
+    state = training.make_optimizer(config).init({"w": jnp.ones(2)})
     assert ost.noise_scale(state).steps == 0
     assert ("when_noisy/active" in ost.metrics(state)) == (level is not None)
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("level", "switches_on"), [(0.0, True), (1e9, False)])
-def test_the_clip_can_wait_for_noise(tmp_path, text, monkeypatch, level, switches_on):
-    monkeypatch.setitem(model.SIZES, "tiny", model.Size(1, 16, 2, 16, 256, 1e-2))
+def test_the_clip_can_wait_for_noise(tmp_path, text, level, switches_on):
     settings = QUICK | {"steps": 30, "eval_every": 30, "batch_size": 16}
     settings |= {"microbatches": 2, "guard": False, "clip_when_noisy": level}
     train.train(train.Config(data=text, out=tmp_path, **settings))
@@ -152,22 +302,24 @@ def test_the_clip_can_wait_for_noise(tmp_path, text, monkeypatch, level, switche
     assert (rows[-1]["clip/limit"] is not None) == switches_on
 
 
+@pytest.mark.usefixtures("small")
 def test_a_crash_leaves_a_report(tmp_path, text, monkeypatch):
-    step = train.Run.step
+    step = train.Run.advance
 
-    def step_until_the_power_fails(run, number):
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(run, number)
+    def step_until_the_power_fails(run):
+        if run.step == 3:
+            raise MemoryError
+        return step(run)
 
-    monkeypatch.setattr(train.Run, "step", step_until_the_power_fails)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(train.Run, "advance", step_until_the_power_fails)
+    with pytest.raises(MemoryError):
         train.train(train.Config(data=text, out=tmp_path, **QUICK))
     report = (tmp_path / "report.html").read_text()
     assert "GPT tiny" in report
-    assert "Steps 0" in report or "steps 0" in report
+    assert "Steps 1" in report or "steps 1" in report
 
 
+@pytest.mark.usefixtures("small")
 def test_histograms_of_every_layer_go_to_tensorboard(tmp_path, text):
     settings = QUICK | {"steps": 8, "histogram_every": 5}
     train.train(train.Config(data=text, out=tmp_path, **settings))
@@ -192,20 +344,55 @@ def noise(scale, low, high):
     ],
 )
 def test_the_line_says_what_is_known_of_the_noise(row, shown):
-    assert display._noise(row) == shown
+    assert console._noise(row) == shown
+
+
+def screen_of(rows, log_every, before=None):
+    """Writes rows to a screen that is no terminal."""
+    row = noise(math.nan, 0.0, math.inf) | {"learning_rate": 0.1, "grad/norm": 1.0}
+    row |= {"clip/limit": math.inf, "skip/skipped": 0, "skip/total": 0}
+    with console.Screen(len(rows), log_every, "byte", before) as screen:
+        for step, each in enumerate(rows, start=1):
+            screen.write(step, row | {"tokens": 8 * step} | each)
 
 
 def test_the_line_counts_what_was_clipped(capsys):
-    row = noise(math.nan, 0.0, math.inf) | {"loss": 1.0, "learning_rate": 0.1}
-    with display.Screen(steps=4, log_every=4, unit="byte") as screen:
-        for step, (norm, limit, skipped) in enumerate(
-            [(2.0, 1.0, 0), (2.0, 1.0, 1), (2.0, math.inf, 0), (1.0, 2.0, 0)], start=1
-        ):
-            seen = {"tokens": 8 * step, "grad/norm": norm, "clip/limit": limit}
-            screen.write(step, row | seen | {"skip/skipped": skipped, "skip/total": 1})
+    seen = [(2.0, 1.0, 0), (2.0, 1.0, 1), (2.0, math.inf, 0), (1.5, 1.0, 0)]
+    keys = ("grad/norm", "clip/limit", "skip/skipped")
+    rows = [dict(zip(keys, each, strict=True)) for each in seen]
+    rows = [row | {"loss": 1.0, "skip/total": 1} for row in rows]
+    screen_of(rows, log_every=4)
     line = capsys.readouterr().out
-    assert line.startswith("step 4  loss 1.000  grad 1.00 limit 2.00  noise –  ")
-    assert line.endswith("  clipped 25%  skipped 1  lr 1.0e-01\n")
+    expected = "step 4  loss 1.000 val –  lr 1.0e-01  grad 1.50 → 1.00 limit 1.00  "
+    assert line == expected + "clipped 50% skipped 1  noise –  – tok/s  eta –\n"
+
+
+def test_the_line_averages_the_loss_over_what_is_finite(capsys):
+    rows = [{"loss": x} for x in (math.nan, 2.0, math.inf, 1.0)]
+    screen_of(rows, log_every=1)
+    losses = [line.split()[3] for line in capsys.readouterr().out.splitlines()]
+    assert losses == ["–", "2.000", "2.000", "1.900"]
+
+
+def test_the_line_tells_speed_and_use_and_time_left(capsys):
+    speed = {"perf/tokens_per_second": 4.0, "perf/mfu": 0.123}
+    screen_of([{"loss": 1.0} | speed, {"loss": 1.0}], log_every=1)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("4.0 tok/s mfu 12%  eta 0:00:02")
+    assert second.endswith("– tok/s  eta –")
+
+
+def test_a_run_that_goes_on_shows_its_last_evaluation(capsys):
+    screen_of([{"loss": 1.0}], 1, {"step": 0, "eval/bits": 3.21})
+    assert " val 3.210 " in capsys.readouterr().out
+
+
+def test_bits_are_per_byte_where_bytes_are_known(capsys):
+    row = {"eval/loss": 2.0, "eval/bits": 2.885}
+    screen_of([row | {"eval/bits_per_byte": 0.9}, row], log_every=1)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step 1  held-out loss 2.000 = 0.900 bits/byte  after 8.0 bytes"
+    assert second == "step 2  held-out loss 2.000 = 2.885 bits/byte  after 16 bytes"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +402,11 @@ def test_the_line_counts_what_was_clipped(capsys):
         ("--data tiny.txt", "error: --data: tiny.txt is too small"),
         ("--data odd.bin", "error: --data: odd.bin has 5 bytes"),
         ("--data empty", "error: --data: no UTF-8 text in empty"),
-        ("--size medium", "error: --size: medium is no size; choose from tiny, small"),
+        ("--resume must", "error: --resume: no checkpoint in runs/gpt; check --out"),
+        ("--inject nan@0", "error: --inject: nan@0 is no fault; write KIND@BATCH"),
+        ("--gradient-penalty -1", "error: --gradient-penalty: -1.0 is out of range"),
+        ("--keep-checkpoints 0", "error: --keep-checkpoints: 0 is too small; give"),
+        ("--tokenizer x.json", "error: --tokenizer: "),
         ("--batch-size 12", "error: --batch-size: 12 cannot be shared by 8 devices"),
         ("--steps 0", "error: --steps: 0 is too small"),
         ("--weight-decay -1", "error: --weight-decay: -1.0 is out of range; give"),
@@ -320,6 +511,7 @@ def test_loss_scale_changes_no_bit_of_a_run():
         chex.assert_trees_all_equal(train_scaled(2.0**exponent), expected)
 
 
+@pytest.mark.usefixtures("small")
 def test_microbatches_do_not_change_the_course_of_training(tmp_path, text, capsys):
     settings = QUICK | {"batch_size": 32, "steps": 8, "eval_every": 8, "log_every": 8}
     curves = []
@@ -334,9 +526,9 @@ def test_microbatches_do_not_change_the_course_of_training(tmp_path, text, capsy
         printed = capsys.readouterr().out
         assert all(line in printed for line in lines)
     np.testing.assert_allclose(*curves, rtol=1e-4)
-    assert curves[0][-1] < curves[0][0] - 0.5
+    assert curves[0][-1] < curves[0][0] - 0.1
 
 
 def test_microbatches_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(train.InputError, match="--microbatches: 3 does not divide"):
-        train.check(train.Config(batch_size=8, microbatches=3))
+    with pytest.raises(InputError, match="--microbatches: 3 does not divide"):
+        check(train.Config(batch_size=8, microbatches=3))

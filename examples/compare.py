@@ -1,0 +1,151 @@
+"""Trains the same GPT with the stability chain and with plain optax, side by side.
+
+    python examples/compare.py --inject bytes@200x5 nan@300
+
+Takes every flag of ``gpt/train.py``. The two runs see the same model, data, schedule
+and faults; each is in a folder of its own under ``--out``, so the same command again
+only shows them once more. Prints a table and draws ``compare.png``.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+sys.path.append(str(Path(__file__).parent / "gpt"))
+import faults
+import train
+from config import Config
+from input_error import InputError
+from trainer import DivergedError
+
+Rows = list[dict[str, float]]
+
+NAMES = {"optax_stability": "tab:blue", "plain optax": "tab:red"}
+
+
+def _train(config: Config) -> Rows:
+    """One of the runs: its log, whatever became of it."""
+    try:
+        train.train(config)
+    except DivergedError as error:
+        sys.stderr.write(f"{error}\n")
+    lines = (config.out / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _column(rows: Rows, key: str) -> np.ndarray:
+    """A number of every row that has it; what is not finite is NaN."""
+    return np.array([row[key] for row in rows if key in row], float)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "not finite"
+
+
+def summarise(rows: Rows) -> dict[str, str]:
+    """What a run came to, by name."""
+    loss, held_out = _column(rows, "loss"), _column(rows, "eval/loss")
+    clipped = _column(rows, "grad/norm") > _column(rows, "clip/limit")
+    return {
+        "held-out loss at the end": _number(
+            held_out[-1] if held_out.size else math.nan
+        ),
+        "best held-out loss": _number(np.nanmin([*held_out, math.inf])),
+        "losses that are not finite": str(int((~np.isfinite(loss)).sum())),
+        "steps skipped": f"{_column(rows, 'skip/skipped').sum():.0f}",
+        "steps clipped": f"{clipped.sum():.0f}",
+        "rewinds": str(_column(rows, "rewind/to").size),
+    }
+
+
+def show(runs: dict[str, Rows]) -> None:
+    """Prints the summaries in columns."""
+    table = Table("", *runs)
+    columns = [summarise(rows) for rows in runs.values()]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
+    Console().print(table)
+
+
+def draw(runs: dict[str, Rows], happened: tuple[faults.Fault, ...], path: Path) -> None:
+    """Draws both losses over the batches, the faults, and what came of them."""
+    figure, (losses, held_out) = plt.subplots(
+        2, 1, figsize=(9, 6), sharex=True, layout="constrained", height_ratios=(3, 2)
+    )
+    for name, rows in reversed(runs.items()):
+        style = {"color": NAMES[name], "lw": 1, "label": name}
+        steps = [row for row in rows if "loss" in row]
+        losses.plot(_column(steps, "batch"), _column(steps, "loss"), **style)
+        evaluations = [row for row in rows if "eval/loss" in row]
+        held_out.plot(
+            _column(evaluations, "batch"),
+            _column(evaluations, "eval/loss"),
+            marker="o",
+            **style,
+        )
+        for row in rows:
+            if "rewind/to" in row:
+                held_out.axvline(row["batch"], color=NAMES[name], ls=":")
+                says = f" back to step {row['rewind/to']:.0f}"
+                held_out.text(
+                    row["batch"],
+                    0.95,
+                    says,
+                    transform=held_out.get_xaxis_transform(),
+                    va="top",
+                    fontsize=8,
+                )
+    for fault in happened:
+        end = fault.first + fault.length
+        losses.axvspan(fault.first, end, color="black", alpha=0.12, lw=0.8)
+        says = f"{fault.kind} × {fault.length}" if fault.length > 1 else fault.kind
+        losses.text(
+            fault.first, 1.01, says, transform=losses.get_xaxis_transform(), fontsize=8
+        )
+    losses.set(ylabel="loss of the batch", yscale="log")
+    held_out.set(ylabel="held-out loss", xlabel="batch")
+    losses.legend(frameon=False)
+    for axes in (losses, held_out):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def compare(config: Config) -> dict[str, Rows]:
+    """Trains both, shows and draws them."""
+    runs = {
+        name: _train(
+            dataclasses.replace(config, out=config.out / folder, baseline=plain)
+        )
+        for name, folder, plain in zip(
+            NAMES, ("ours", "baseline"), (False, True), strict=True
+        )
+    }
+    show(runs)
+    draw(runs, faults.parse(config.inject), config.out / "compare.png")
+    return runs
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        config = tyro.cli(Config, default=Config(out=Path("runs/compare")))
+        compare(config)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The settings of a run, which are the flags of its command line."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Literal
+
+import faults
+import jax
+from input_error import InputError
+from resuming import Resume, flag
+
+# Settings that may differ when a run goes on, for they leave its training alone …
+FREE = {"resume", "out", "eval_every", "eval_batches", "log_every", "sample_tokens"}
+FREE |= {"checkpoint_every", "keep_checkpoints"}
+# … and those that may not: with them the state of the optimizer has another shape.
+FIXED = {"size", "tokenizer", "guard", "baseline", "clip_after_warmup", "inject"}
+FIXED |= {"clip_when_noisy", "histogram_every", "dtype"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains a GPT on text, through a chain that keeps it stable.
+
+    The same command again goes on where the run was interrupted.
+    """
+
+    size: Literal["tiny", "small", "gpt2"] = "tiny"
+    """Shape of the model: about 1, 11 or 124 million parameters."""
+    data: Path | None = None
+    """Text file, folder of text, or nanoGPT's .bin; by default Python's own library."""
+    tokenizer: Path | None = None
+    """Vocabulary on disk, tokenizer.json or *.tiktoken; by default text is bytes."""
+    steps: int = 600
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Windows of text per step; a multiple of the number of devices."""
+    microbatches: int = 4
+    """Parts of a batch that are evaluated one by one; a bad one is left out."""
+    learning_rate: float | None = None
+    """Peak of the schedule. By default what suits the size: 3e-3, 1e-3 or 6e-4."""
+    min_learning_rate: float | None = None
+    """Where the cosine ends. By default a tenth of the peak."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises to its peak."""
+    weight_decay: float = 0.1
+    """Decay of the matrices; vectors do not decay."""
+    gradient_penalty: float = 0.0
+    """Weight of the gradient's norm in the loss; makes a step over 3 times as long."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the computation; parameters and their statistics stay float32."""
+    guard: bool = True
+    """Skip steps whose loss or gradient is not finite or far above the recent past."""
+    clip_after_warmup: bool = False
+    """Clip gradients only once the warm-up is over."""
+    clip_when_noisy: float | None = None
+    """Clip only while the noise scale is above this, in examples: windows of text."""
+    rewind: bool = True
+    """Go back to a checkpoint when the loss has run away, and on with other batches."""
+    max_rewinds: int = 3
+    """How often, before giving up."""
+    rewind_steps: int = 100
+    """How far before the trouble to go back."""
+    skip_batches: int = 200
+    """How many batches to leave out from there on."""
+    baseline: bool = False
+    """Plain optax instead: global-norm clipping and AdamW; no guard, no rewinding."""
+    inject: tuple[str, ...] = ()
+    """Faults to watch it survive, as nan@300 or bytes@200x5; see examples/faults.py."""
+    resume: Resume = "auto"
+    """Go on with the run in --out, if there is one; changed: with other settings."""
+    checkpoint_every: int = 100
+    """Steps from one checkpoint to the next."""
+    keep_checkpoints: int = 5
+    """How many to keep, beside the best."""
+    eval_every: int = 100
+    """Steps from one evaluation on held-out text to the next."""
+    eval_batches: int = 16
+    """Batches per evaluation, the same ones every time."""
+    log_every: int = 10
+    """Steps between log lines, where the output is not a terminal."""
+    histogram_every: int = 0
+    """Steps between histograms of the gradient in TensorBoard, by layer; 0 for none."""
+    sample_tokens: int = 300
+    """Length of the text that the model writes at the end; 0 for none."""
+    seed: int = 0
+    """Decides the initial parameters, the order of the data and the sample."""
+    out: Path = Path("runs/gpt")
+    """Folder for log.jsonl, checkpoints, training.png, report.html and TensorBoard."""
+
+
+def check(config: Config) -> None:
+    """Raises InputError for a setting that cannot work, before any work is done."""
+
+    def require(holds: bool, field: str, remedy: str) -> None:
+        if not holds:
+            raise InputError(f"{flag(field)}: {getattr(config, field)} {remedy}")
+
+    counts = "steps batch_size microbatches eval_every eval_batches log_every"
+    counts += " checkpoint_every keep_checkpoints rewind_steps skip_batches"
+    for field in counts.split():
+        require(getattr(config, field) > 0, field, "is too small; give 1 or more")
+    sizes = "warmup_steps weight_decay sample_tokens seed histogram_every"
+    sizes += " gradient_penalty clip_when_noisy max_rewinds"
+    for field in sizes.split():
+        holds = 0 <= (getattr(config, field) or 0) < math.inf
+        require(holds, field, "is out of range; give a number from 0 up")
+    steps, devices, peak = config.steps, jax.device_count(), config.learning_rate
+    remedy = f"leaves no step to train; give fewer than the {steps} of --steps"
+    require(config.warmup_steps < steps, "warmup_steps", remedy)
+    remedy = f"cannot be shared by {devices} devices; give a multiple of {devices}"
+    require(config.batch_size % devices == 0, "batch_size", remedy)
+    remedy = f"does not divide the {config.batch_size} windows of --batch-size"
+    require(config.batch_size % config.microbatches == 0, "microbatches", remedy)
+    require(peak is None or peak > 0, "learning_rate", "is no rate; give one above 0")
+    try:
+        faults.parse(config.inject)
+    except ValueError as error:
+        raise InputError(f"--inject: {error}") from error

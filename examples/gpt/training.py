@@ -1,0 +1,192 @@
+"""The optimizer, which is where the library is, and one step of training with it."""
+
+from typing import Any, NamedTuple
+
+import faults
+import jax
+import jax.numpy as jnp
+import optax
+from config import Config
+from flax import nnx
+from flax.training.dynamic_scale import DynamicScale
+from model import GPT, SIZES, next_token_loss
+
+import optax_stability as ost
+from optax_stability.flax import (
+    microbatch_gradients,
+    penalize_gradient_norm,
+    update_dynamic_scale,
+)
+
+Metrics = dict[str, jax.Array]
+
+# Steps that the flight recorder keeps, and between measurements that cost passes.
+HISTORY, SELDOM = 1000, 10
+# Where plain optax clips, as everybody does.
+MAX_NORM = 1.0
+# What is shown of the optimizer, as far as the chain has it.
+SHOWN = """grad/norm grad/zero_fraction clip/fraction skip/skipped skip/total
+when_noisy/active noise_scale/b_simple noise_scale/low noise_scale/high
+noise_scale/noise_to_weight"""
+
+
+class TrainState(NamedTuple):
+    """What a step takes and returns, and a checkpoint holds.
+
+    Attributes:
+      arrays: all there are in the model and its optimizer.
+      loss_scale: of float16; None otherwise.
+    """
+
+    arrays: nnx.State
+    loss_scale: DynamicScale | None
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """A linear rise to the peak, then a cosine down to the floor."""
+    peak = config.learning_rate or SIZES[config.size].learning_rate
+    floor = config.min_learning_rate
+    return optax.schedules.warmup_cosine_decay_schedule(
+        init_value=peak / max(1, config.warmup_steps),  # 0 would waste the first step
+        peak_value=peak,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.steps,
+        end_value=peak / 10 if floor is None else floor,
+    )
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+    """The stability chain: look at the gradient; leave it out, or clip it and step.
+
+    The noise scale is learned inside the guard, from the steps that are taken. Around
+    all a flight recorder, for the report. The parts have names, so that ``adopt_state``
+    finds them when one is added.
+    """
+    adamw = optax.adamw if config.baseline else ost.safe_adamw
+    step = adamw(
+        make_schedule(config),
+        b1=0.9,
+        b2=0.95,
+        weight_decay=config.weight_decay,
+        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
+    )
+    if config.inject:
+        step = optax.chain(step, faults.scale_by_surge())
+    if config.baseline:
+        return optax.chain(optax.clip_by_global_norm(MAX_NORM), step)
+    clip = ost.clip_by_zscore()
+    if config.clip_after_warmup:
+        clip = optax.conditionally_transform(
+            clip, lambda step, **_: jnp.asarray(step) >= config.warmup_steps
+        )
+    noise, level = ost.estimate_noise_scale(scope="global"), config.clip_when_noisy
+    parts = [("noise", noise), ("clip", clip)]
+    if level is not None:
+        parts = [("clip", ost.when_noisy(clip, above=level, estimator=noise))]
+    update = ost.record("update", ratio_to_params=True, every=SELDOM)
+    step = optax.named_chain(*parts, ("adamw", step), ("update", update))
+    if config.guard:
+        step = ost.spike_guard(step)
+    histograms = config.histogram_every
+    looks = {
+        "record": ost.record(
+            "grad", every=histograms or SELDOM, histogram=histograms > 0
+        ),
+        "params": ost.record("params", of="params", spectral=True, every=SELDOM),
+    }
+    chain = optax.named_chain(*looks.items(), ("step", step))
+    return ost.record_history(chain, length=HISTORY, slow_every=SELDOM)
+
+
+def create(config: Config, vocabulary: int) -> tuple[GPT, nnx.Optimizer]:
+    """A new model and its optimizer."""
+    dtype = jnp.dtype(config.dtype)
+    model = GPT(SIZES[config.size], vocabulary, dtype, nnx.Rngs(config.seed))
+    optimizer = nnx.Optimizer(model, make_optimizer(config), wrt=nnx.Param)
+    return model, optimizer
+
+
+def start_loss_scale(config: Config) -> DynamicScale | None:
+    """float16 needs one: its smallest number is 6e-8, and gradients are smaller."""
+    if config.dtype != "float16":
+        return None
+    return DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(2**16))
+
+
+def _loss_fn(config: Config, wrt: Any, gradient_factor: jax.Array | None):
+    """The loss of a microbatch, and its gradient times a factor that was injected."""
+    loss_fn = next_token_loss
+    if config.gradient_penalty:
+        loss_fn = penalize_gradient_norm(loss_fn, config.gradient_penalty, wrt=wrt)
+    if gradient_factor is None:
+        return loss_fn
+
+    def faulty(model, windows):
+        loss = loss_fn(model, windows)
+        return loss + (gradient_factor - 1) * (loss - jax.lax.stop_gradient(loss))
+
+    return faulty
+
+
+def _measure(config: Config, model: GPT, optimizer: nnx.Optimizer, grads) -> Metrics:
+    """What the optimizer did; of plain optax no more than the norm is known."""
+    nothing = {"skip/skipped": jnp.zeros(()), "skip/total": jnp.zeros(())}
+    if config.baseline:
+        norm, limit = optax.tree.norm(grads), jnp.float32(MAX_NORM)
+        return nothing | {"grad/norm": norm, "clip/limit": limit}
+    params = nnx.state(model, optimizer.wrt)
+    measured = nothing | ost.metrics(optimizer.opt_state, params=params)
+    limit = measured["clip/limit"]  # 0 before a clip is switched on
+    clips = (limit > 0) & measured.get("when_noisy/active", True)
+    shown = {
+        key: x
+        for key, x in measured.items()
+        if key in SHOWN.split() or key.startswith("grad/histogram")
+    }
+    return shown | {"clip/limit": jnp.where(clips, limit, jnp.inf)}
+
+
+def train_step(
+    graphdef: Any,
+    config: Config,
+    state: TrainState,
+    windows: jax.Array,
+    factors: dict[str, jax.Array],
+) -> tuple[TrainState, Metrics]:
+    """One step of training, as a pure function of the state.
+
+    Args:
+      graphdef: the structure of the model and its optimizer.
+      config: decides the loss and the optimizer.
+      state: before the step.
+      windows: int32[batch, context + 1].
+      factors: what faults multiply the ``"gradient"`` and ``"surge"`` by; empty
+        without faults.
+    """
+    model, optimizer = nnx.merge(graphdef, state.arrays)
+    learning_rate = make_schedule(config)(optimizer.step[...])
+    parts, scale = config.microbatches, state.loss_scale
+    gradients = microbatch_gradients(
+        _loss_fn(config, optimizer.wrt, factors.get("gradient")),
+        parts,
+        wrt=optimizer.wrt,
+        vmap_size=1,
+        reject_nonfinite=not config.baseline,
+    )
+    loss, grads, moments = gradients(
+        model, windows, loss_scale=None if scale is None else scale.scale
+    )
+    surge = {"surge": factors["surge"]} if factors else {}
+    optimizer.update(model, grads, value=loss, moments=moments, **surge)
+    metrics = {
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "microbatches/rejected": parts - moments.num_microbatches,
+    }
+    if scale is not None:
+        metrics["loss_scale"] = scale.scale
+        scale = update_dynamic_scale(scale, moments.num_microbatches == parts)
+    # The donated state comes first and in the order it came in: XLA hands buffers on
+    # in order of appearance, and would have to copy if they were out of order.
+    state = TrainState(nnx.state((model, optimizer)), scale)
+    return state, metrics | _measure(config, model, optimizer, grads)

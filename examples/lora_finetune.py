@@ -1,0 +1,200 @@
+"""Teaches a trained GPT another kind of text, by a few parameters beside it.
+
+    python examples/gpt/train.py                    # a GPT that has read Python
+    python examples/lora_finetune.py                # reads Python's manual
+
+Every matrix W of the blocks becomes W + (α/rank)·A·B; W stays as it is, A and B are
+trained by the same stability chain, with checkpoints, resuming, rewinding, log and
+report as in ``gpt/train.py``. At the end the product is added to W: a GPT as before,
+saved in ``merged`` under ``--out``, which this script can take up again.
+
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
+arXiv 2106.09685.
+"""
+
+import dataclasses
+import sys
+import sysconfig
+from pathlib import Path
+
+import jax
+import tyro
+from flax import nnx
+
+sys.path.append(str(Path(__file__).parent / "gpt"))
+import data
+import train
+import training
+from checkpoints import Checkpoints
+from config import FIXED, Config, check
+from input_error import InputError
+from model import GPT, SIZES
+from resuming import Resume, as_json
+from trainer import DivergedError
+
+# The prose that ``help("if")`` shows: English, and on every computer with Python.
+MANUAL = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
+MATRICES = ("query_key_value", "attention_out", "mlp_in", "mlp_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Fine-tunes a checkpoint of gpt/train.py on other text.
+
+    The same command again goes on where the run was interrupted.
+    """
+
+    base: Path = Path("runs/gpt")
+    """Folder of the run whose newest checkpoint is fine-tuned."""
+    data: Path = MANUAL
+    """Text file or folder of text; by default the manual that Python's help() shows."""
+    rank: int = 8
+    """Columns of A and rows of B."""
+    alpha: float = 16.0
+    """Size of the change: A·B is multiplied by alpha/rank."""
+    steps: int = 200
+    """Optimizer steps."""
+    learning_rate: float = 3e-3
+    """Peak of the schedule."""
+    warmup_steps: int = 20
+    """Steps over which the learning rate rises to its peak."""
+    inject: tuple[str, ...] = ()
+    """Faults to watch it survive, as nan@100; see examples/faults.py."""
+    sample_tokens: int = 300
+    """Length of the text that the model writes at the end; 0 for none."""
+    resume: Resume = "auto"
+    """Go on with the run in --out, if there is one; changed: with other settings."""
+    out: Path = Path("runs/lora")
+    """Folder for the checkpoints, the merged model, the log and the report."""
+
+
+class Adapted(nnx.Module):
+    """A linear layer that is left as it is, and a low-rank one beside it."""
+
+    def __init__(self, base: nnx.Linear, rank: int, alpha: float, rngs: nnx.Rngs):
+        """Starts as the same function: B is 0."""
+        self.base, self.scale = base, alpha / rank
+        self.change = nnx.LoRA(
+            base.in_features, rank, base.out_features, dtype=base.dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Adds what both make of ``x``."""
+        return self.base(x) + self.scale * self.change(x)
+
+    def merged(self) -> nnx.Linear:
+        """One linear layer that does the same."""
+        product = self.change.lora_a[...] @ self.change.lora_b[...]
+        self.base.kernel[...] += self.scale * product
+        return self.base
+
+
+def adapt(model: GPT, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
+    """Puts adapters into every block."""
+    for block in model.blocks:
+        for name in MATRICES:
+            setattr(block, name, Adapted(getattr(block, name), rank, alpha, rngs))
+
+
+def merge(model: GPT) -> None:
+    """Takes the adapters out again, and their change into the matrices."""
+    for block in model.blocks:
+        for name in MATRICES:
+            setattr(block, name, getattr(block, name).merged())
+
+
+def load(folder: Path) -> tuple[Config, GPT]:
+    """Settings and model of the newest checkpoint in a folder.
+
+    Raises:
+      InputError: there is none.
+    """
+    if not (folder / "checkpoints").is_dir():
+        remedy = "train one with gpt/train.py, or check the path"
+        raise InputError(f"--base: no checkpoints in {folder}; {remedy}")
+    with Checkpoints(folder / "checkpoints") as saved:
+        newest = next(iter(saved.line()), None)
+        if newest is None:
+            raise InputError(f"--base: no checkpoint in {folder} is whole; train again")
+        settings = newest["settings"]
+        tokenizer = settings["tokenizer"] and Path(settings["tokenizer"])
+        config = Config(**settings | {"tokenizer": tokenizer})
+        # Shapes only, for the optimizer is not needed but in the file.
+        shapes = nnx.eval_shape(lambda: training.create(config, newest["vocabulary"]))
+        graphdef, arrays = nnx.split(shapes)
+        state = training.TrainState(arrays, training.start_loss_scale(config))
+        arrays = saved.load(newest, like=state).arrays
+    return config, nnx.merge(graphdef, arrays)[0]
+
+
+def configure(flags: Flags, before: Config) -> Config:
+    """The settings of the run: those of the base but for what the flags say."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    given = {
+        field.name: getattr(flags, field.name)
+        for field in dataclasses.fields(flags)
+        if field.name in names
+    }
+    return dataclasses.replace(
+        before, **given, min_learning_rate=None, baseline=False, histogram_every=0
+    )
+
+
+def finetune(flags: Flags) -> tuple[GPT, train.Row]:
+    """Trains the adapters and saves the merged model.
+
+    Returns:
+      The merged model, and what the last step and the last evaluation measured.
+
+    Raises:
+      InputError: the base, the data or the output folder cannot be used.
+    """
+    before, model = load(flags.base)
+    config = configure(flags, before)
+    check(config)
+    corpus = data.load(config.data, SIZES[config.size].context, config.tokenizer)
+    vocabulary = model.tokens.num_embeddings
+    if corpus.vocabulary > vocabulary:
+        says = (
+            f"has {corpus.vocabulary} different tokens, {flags.base} knows {vocabulary}"
+        )
+        raise InputError(f"--data: {flags.data} {says}; give what it was trained on")
+
+    def create() -> tuple[GPT, nnx.Optimizer]:
+        adapt(model, flags.rank, flags.alpha, nnx.Rngs(config.seed))
+        chain = training.make_optimizer(config)
+        return model, nnx.Optimizer(model, chain, wrt=nnx.LoRAParam)
+
+    fixed = FIXED | {"base", "rank", "alpha"}
+    run, row = train.drive(
+        config, corpus, create, as_json(config) | as_json(flags), fixed
+    )
+    merged = run.model()
+    merge(merged)
+    save(merged, config, flags.out / "merged" / "checkpoints")
+    return merged, row
+
+
+def save(model: GPT, config: Config, folder: Path) -> None:
+    """Writes a checkpoint as that of a run that has not begun yet."""
+    optimizer = nnx.Optimizer(model, training.make_optimizer(config), wrt=nnx.Param)
+    arrays = nnx.state((model, optimizer))
+    state = training.TrainState(arrays, training.start_loss_scale(config))
+    about = {"settings": as_json(config), "vocabulary": model.tokens.num_embeddings}
+    with Checkpoints(folder, keep=1) as saved:
+        saved.save(state, about | {"step": 0, "batch": 0})
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        finetune(tyro.cli(Flags))
+    except (InputError, DivergedError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
