@@ -62,19 +62,22 @@ class _Policy(policies.PreservationPolicy):
 class Checkpoints:
     """The newest states of a run, and the one with the lowest held-out loss."""
 
-    def __init__(self, folder: Path, keep: int = 5):
+    def __init__(self, folder: Path, keep: int = 5, *, read_only: bool = False):
         """Opens or makes the folder.
 
         Args:
           folder: holds one folder per checkpoint.
           keep: how many of the newest to keep; the best is kept beside them.
+          read_only: for a folder where a run may be writing, and only to load from.
+            Otherwise what is half written there is cleared away.
         """
         self._keep = keep
         options = ocp.CheckpointManagerOptions(
             # Without it the metrics, which our progress is to Orbax, are not written.
             best_fn=lambda progress: progress["batch"],
             preservation_policy=_Policy(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
         )
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
@@ -75,44 +76,47 @@ def show(runs: dict[str, Rows]) -> None:
     Console().print(table)
 
 
+def _draw_run(losses: Axes, held_out: Axes, name: str, rows: Rows) -> None:
+    """Draws one run over its batches, and marks where it went back or died."""
+    color, width = NAMES[name], 1
+    # A rewind has no loss: there the curve is broken.
+    steps = [row for row in rows if "loss" in row or "rewind/to" in row]
+    batch = _column(steps, "batch")
+    loss = np.array([row.get("loss", math.nan) for row in steps], float)
+    losses.plot(batch, loss, color=color, lw=width, label=name)
+    alive = np.flatnonzero(np.isfinite(loss))
+    if alive.size and alive[-1] < loss.size - 1:
+        at = batch[alive[-1]], loss[alive[-1]]
+        losses.plot(*at, color=color, marker="X", ms=9)
+        says = "not a number from here"
+        losses.annotate(says, at, (6, 6), textcoords="offset points", color=color)
+    measured = [row for row in rows if "eval/loss" in row]
+    points = _column(measured, "batch"), _column(measured, "eval/loss")
+    held_out.plot(*points, color=color, lw=width, marker="o")
+    across = losses.get_xaxis_transform()
+    for row in rows:
+        if "rewind/to" in row:
+            says = f" back to step {row['rewind/to']:.0f}"
+            losses.axvline(row["batch"], color=color, ls=":")
+            losses.text(row["batch"], 0.9, says, transform=across, color=color)
+
+
 def draw(runs: dict[str, Rows], happened: tuple[faults.Fault, ...], path: Path) -> None:
     """Draws both losses over the batches, the faults, and what came of them."""
     figure, (losses, held_out) = plt.subplots(
         2, 1, figsize=(9, 6), sharex=True, layout="constrained", height_ratios=(3, 2)
     )
     for name, rows in reversed(runs.items()):
-        style = {"color": NAMES[name], "lw": 1, "label": name}
-        steps = [row for row in rows if "loss" in row]
-        losses.plot(_column(steps, "batch"), _column(steps, "loss"), **style)
-        evaluations = [row for row in rows if "eval/loss" in row]
-        held_out.plot(
-            _column(evaluations, "batch"),
-            _column(evaluations, "eval/loss"),
-            marker="o",
-            **style,
-        )
-        for row in rows:
-            if "rewind/to" in row:
-                held_out.axvline(row["batch"], color=NAMES[name], ls=":")
-                says = f" back to step {row['rewind/to']:.0f}"
-                held_out.text(
-                    row["batch"],
-                    0.95,
-                    says,
-                    transform=held_out.get_xaxis_transform(),
-                    va="top",
-                    fontsize=8,
-                )
+        _draw_run(losses, held_out, name, rows)
+    across = losses.get_xaxis_transform()
     for fault in happened:
         end = fault.first + fault.length
         losses.axvspan(fault.first, end, color="black", alpha=0.12, lw=0.8)
         says = f"{fault.kind} × {fault.length}" if fault.length > 1 else fault.kind
-        losses.text(
-            fault.first, 1.01, says, transform=losses.get_xaxis_transform(), fontsize=8
-        )
-    losses.set(ylabel="loss of the batch", yscale="log")
+        losses.text(fault.first, 1.01, says, transform=across)
+    losses.set(ylabel="loss of the batch")
     held_out.set(ylabel="held-out loss", xlabel="batch")
-    losses.legend(frameon=False)
+    losses.legend(frameon=False, loc="upper right")
     for axes in (losses, held_out):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

@@ -106,14 +106,19 @@ class Injector:
 
 
 def scale_by_surge() -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by the extra argument ``surge``; stands last in a chain."""
+    """Multiplies updates by the extra argument ``surge``; stands last in a chain.
+
+    Where none is given it does nothing.
+    """
 
     def init_fn(params):
         del params
         return optax.EmptyState()
 
-    def update_fn(updates, state, params=None, *, surge=1.0, **extra_args):
+    def update_fn(updates, state, params=None, *, surge=None, **extra_args):
         del params, extra_args
+        if surge is None:
+            return updates, state
         return jax.tree.map(lambda u: (u * surge).astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

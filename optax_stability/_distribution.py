@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_stability import _norms, _numerics
-from optax_stability._in_place import run_if
+from optax_stability._in_place import branching_is_cheap, run_if
 from optax_stability._leafwise import leafwise
 
 # Of the whole, and of each part.
@@ -119,7 +119,7 @@ def share(counts, sizes) -> Pair:
 
 
 def count_nonfinite(parts: Parts, norms) -> jax.Array:
-    """The entries of each part that are NaN or Inf; a pass only if there are some."""
+    """The entries of each part that are NaN or Inf; on CPU a pass only if needed."""
 
     def measure(batch):
         holds = jnp.where(jnp.isfinite(batch), 0.0, 1.0)
@@ -130,7 +130,8 @@ def count_nonfinite(parts: Parts, norms) -> jax.Array:
         return _norms.sum_over_axes(found, parts.axis_name)
 
     suspect = ~jnp.all(jnp.isfinite(norms))
-    return run_if(suspect, count, jnp.zeros_like(norms))
+    none = jnp.zeros_like(norms)
+    return run_if(suspect, count, none) if branching_is_cheap() else count(none)
 
 
 def bimodality(entries: Entries, norms, scale) -> Pair:

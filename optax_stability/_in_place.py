@@ -20,6 +20,15 @@ from jax import lax
 Carry = TypeVar("Carry")
 
 
+def branching_is_cheap() -> bool:
+    """Whether it costs less to ask than to do something that may not be needed.
+
+    On a GPU the host must read what decides, and everything stands still meanwhile: a
+    pass over the parameters costs less. Asked while a program is traced.
+    """
+    return jax.default_backend() == "cpu"
+
+
 def after(run, *measured):
     """The bool[] ``run``, known only once other things are.
 

@@ -20,7 +20,7 @@ import optax
 from jax import lax
 
 from optax_stability import _norms, _numerics, _tree
-from optax_stability._in_place import after
+from optax_stability._in_place import after, branching_is_cheap
 
 # Two numbers below it can be subtracted without overflow.
 _LARGEST = _numerics.HUGE / 4
@@ -150,6 +150,8 @@ def all_finite(
     if apart is None:
         return measured() & jnp.isfinite(value)
     surely = jnp.all(jnp.isfinite(apart))
+    if not branching_is_cheap():
+        return (surely | measured()) & jnp.isfinite(value)
     return lax.cond(surely, lambda: surely, measured) & jnp.isfinite(value)
 
 

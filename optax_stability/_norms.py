@@ -1,7 +1,8 @@
 """Norms that neither overflow nor vanish, of leaves, of their layers, of the whole.
 
-*Cost*: a norm is one pass over the leaves and one reduction per leaf; a second pass
-runs only when a norm is above 4e9. No buffer the size of a parameter.
+*Cost*: a norm is one pass over the leaves and one reduction per leaf; on CPU a second
+pass runs only when a norm is above 4e9, elsewhere the same pass makes two reductions.
+No buffer the size of a parameter.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
 from optax_stability import _numerics
+from optax_stability._in_place import branching_is_cheap
 
 AxisName = str | tuple[str, ...] | None
 Join = Callable[[list], jax.Array]
@@ -72,7 +74,25 @@ def _sums_of_squares(leaves, scales, join: Join, layered: Layered, axis_name: Ax
 
 
 def _measure_norms(leaves, join: Join, layered: Layered, axis_name: AxisName):
-    """Measures at one scale and, if a square overflowed, once more at the other."""
+    """Measures at one scale and, where a square overflowed, at the other."""
+    measure = _measure_twice if branching_is_cheap() else _measure_at_once
+    return measure(leaves, join, layered, axis_name)
+
+
+def _measure_at_once(leaves, join: Join, layered: Layered, axis_name: AxisName):
+    """Both scales in one pass."""
+
+    def at(scale):
+        scales = [jnp.float32(scale)] * len(leaves)
+        sums = _sums_of_squares(leaves, scales, join, layered, axis_name)
+        return jnp.sqrt(sums) / scale
+
+    norms = at(_SCALE)
+    return jnp.where(jnp.isinf(norms), at(_SCALE * _RESCALE), norms)
+
+
+def _measure_twice(leaves, join: Join, layered: Layered, axis_name: AxisName):
+    """The second pass only if it is needed."""
 
     def measure(carry):
         _, scales, norms = carry

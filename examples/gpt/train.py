@@ -10,7 +10,6 @@ again goes on where the run was interrupted, whatever interrupted it.
 """
 
 import contextlib
-import functools
 import math
 import sys
 from collections.abc import Callable, Set
@@ -63,7 +62,13 @@ class Run:
         state = TrainState(arrays, training.start_loss_scale(config))
         self.state = jax.device_put(state, everywhere)
 
-        step = functools.partial(training.train_step, self._graphdef, config)
+        def step(leaves, windows, factors):
+            state = jax.tree.unflatten(self._structure, leaves)
+            state, metrics = training.train_step(
+                self._graphdef, config, state, windows, factors
+            )
+            return jax.tree.leaves(state), metrics
+
         self._train_step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
         self._loss = jax.jit(lambda state, x: next_token_loss(self._merge(state)[0], x))
         length = config.sample_tokens
@@ -81,6 +86,16 @@ class Run:
         self._prompt = corpus.held_out[: size.context].astype(np.int32)
         self._injector = faults.Injector(faults.parse(config.inject), corpus.vocabulary)
 
+    @property
+    def state(self) -> TrainState:
+        """All that is trained and kept between steps."""
+        return jax.tree.unflatten(self._structure, self._leaves)
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        # A list is handed to a compiled step much faster than a state of NNX.
+        self._leaves, self._structure = jax.tree.flatten(state)
+
     def _merge(self, state: TrainState) -> Any:
         return nnx.merge(self._graphdef, state.arrays)
 
@@ -89,7 +104,7 @@ class Run:
         windows = self._injector.corrupt(self._batches(self.batch), self.batch + 1)
         factors = self._injector.factors(self.batch + 1) if self._config.inject else {}
         windows = jax.device_put(windows, self._shared_out)
-        self.state, metrics = self._train_step(self.state, windows, factors)
+        self._leaves, metrics = self._train_step(self._leaves, windows, factors)
         self.step, self.batch = self.step + 1, self.batch + 1
         return metrics
 

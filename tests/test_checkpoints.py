@@ -1,0 +1,181 @@
+"""Checkpoints: whole or not there, the newest and the best, and none that is past."""
+
+import contextlib
+import math
+import shutil
+import threading
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import Checkpoints, those_that_count
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+STATE = {"w": np.arange(16, dtype=np.float32), "n": np.array(7, np.int32)}
+
+
+def progress(step, batch=None, loss=math.nan, **more):
+    batch = step if batch is None else batch
+    return {"step": step, "batch": batch, "eval/loss": loss} | more
+
+
+def batches(line):
+    return [each["batch"] for each in line]
+
+
+def folders(tmp_path):
+    return sorted(int(path.name) for path in tmp_path.iterdir())
+
+
+@contextlib.contextmanager
+def its_threads_end():
+    """Orbax writes, deletes and cleans up in threads of its own."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    with its_threads_end():
+        yield
+
+
+def test_what_counts_is_the_newest_and_the_best():
+    found = [progress(n, loss=loss) for n, loss in enumerate([3, 1, 2, math.nan, 2])]
+    assert batches(those_that_count(found, 2)) == [4, 3, 1]
+    assert batches(those_that_count(found[2:], 2)) == [4, 3]  # A tie.
+    assert batches(those_that_count(reversed(found), 9)) == [4, 3, 2, 1, 0]
+    assert those_that_count([], 2) == []
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_is_never_the_best(loss):
+    found = [progress(0, loss=loss), progress(1, loss=9), progress(2), progress(3)]
+    assert batches(those_that_count(found, 1)) == [3, 1]
+
+
+def test_what_a_rewind_went_back_past_does_not_count_and_does_not_crowd_out():
+    # From step 30 back to step 10, and on behind batch 50.
+    found = [progress(n, loss=9 - n) for n in (0, 10, 20, 30)]
+    found += [progress(10, 50, loss=-1), progress(20, 60)]
+    assert batches(those_that_count(found, 3)) == [60, 50, 0]
+    assert batches(those_that_count(found, 1)) == [60, 50]  # The best of the line.
+
+
+def test_an_interim_checkpoint_counts_only_while_it_is_the_newest():
+    found = [progress(0), progress(4), progress(6, interim=True, loss=-1)]
+    assert batches(those_that_count(found, 2)) == [6, 4, 0]
+    assert batches(those_that_count([*found, progress(8)], 2)) == [8, 4]
+
+
+def test_a_checkpoint_is_what_was_saved(tmp_path):
+    said = progress(3, 5, 1.5, policy={"losses": [1.0, None]}, settings={"a": [1, "b"]})
+    with Checkpoints(tmp_path) as saved:
+        saved.save(STATE, said)
+        assert saved.line() == [said]
+    with Checkpoints(tmp_path) as saved:
+        assert saved.line() == [said]
+        chex.assert_trees_all_equal(saved.load(said, like=STATE), STATE)
+        chex.assert_trees_all_equal(saved.load(said), STATE)
+
+
+def test_a_checkpoint_keeps_what_a_donating_step_overwrites(tmp_path):
+    step = jax.jit(lambda state: state + 1, donate_argnums=0)
+    # Large enough that a copy in the background could be too late.
+    state = step(jnp.zeros(2**22))
+    with Checkpoints(tmp_path) as saved:
+        saved.save({"w": state}, progress(0))
+        for _ in range(5):
+            state = step(state)
+        w = saved.load(saved.line()[0])["w"]
+    assert (np.asarray(w) == 1).all()
+    assert float(state[0]) == 6
+
+
+def test_the_newest_and_the_best_are_kept_also_when_it_is_opened_again(tmp_path):
+    for step, loss in enumerate([3.0, 1.0, 2.0, math.nan, 2.0, math.inf]):
+        with Checkpoints(tmp_path, keep=2) as saved:
+            saved.save(STATE, progress(step, loss=loss))
+    assert folders(tmp_path) == [1, 4, 5]
+
+
+def test_what_is_there_already_is_not_written_again(tmp_path):
+    with Checkpoints(tmp_path) as saved:
+        saved.save(STATE, progress(1))
+        saved.save({"w": np.zeros(3)}, progress(1, loss=1))
+        assert "w" in saved.load(saved.line()[0], like=STATE)
+        assert math.isnan(saved.line()[0]["eval/loss"])
+
+
+def test_what_a_rewind_abandons_is_deleted(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as saved:
+        for step in (0, 10, 20, 30):
+            saved.save(STATE, progress(step, loss=9 - step))
+        saved.save(STATE, progress(10, 50, loss=-1))
+        assert batches(saved.line()) == [50]  # Step 0 made room for step 30.
+    assert folders(tmp_path) == [50]
+
+
+def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
+    """At any moment of a save or of a deletion."""
+    with Checkpoints(tmp_path, keep=9) as saved:
+        for step in range(6):
+            saved.save(STATE, progress(step))
+    # 7 was being written, under another name until it is whole; 0 and 1 were being
+    # deleted, which has no fixed order.
+    half = tmp_path / "7.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "5", half)
+    shutil.rmtree(half / "state")
+    shutil.rmtree(tmp_path / "0" / "metrics")
+    shutil.rmtree(tmp_path / "1" / "state")
+    with Checkpoints(tmp_path, keep=3) as saved:
+        assert batches(saved.line()) == [5, 4, 3]
+        saved.save(STATE, saved.line()[0])  # As every run begins.
+        assert not [n for n in (0, 1, 2) if (tmp_path / str(n)).exists()]
+        assert batches(saved.line()) == [5, 4, 3]
+        saved.save(STATE, progress(6))
+        assert batches(saved.line()) == [6, 5, 4]
+        chex.assert_trees_all_equal(saved.load(saved.line()[0], like=STATE), STATE)
+    assert folders(tmp_path) == [4, 5, 6]
+
+
+def test_looking_disturbs_no_run_that_is_writing(tmp_path):
+    half = tmp_path / "7.orbax-checkpoint-tmp"
+    with Checkpoints(tmp_path, keep=9) as saved:
+        for step in range(3):
+            saved.save(STATE, progress(step))
+        saved.line()
+        half.mkdir()
+        with (
+            its_threads_end(),
+            Checkpoints(tmp_path, keep=1, read_only=True) as looking,
+        ):
+            assert batches(looking.line()) == [2]
+        assert half.exists()
+        half.rmdir()
+    assert folders(tmp_path) == [0, 1, 2]
+
+
+def test_a_state_is_restored_onto_other_devices(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    copies = NamedSharding(mesh, PartitionSpec())
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    with Checkpoints(tmp_path) as saved:
+        saved.save({"w": jax.device_put(STATE["w"], split)}, progress(0))
+        for sharding in (split, copies, one):
+            like = {"w": jax.device_put(np.zeros(16, np.float32), sharding)}
+            restored = saved.load(saved.line()[0], like=like)["w"]
+            assert restored.sharding == sharding
+            np.testing.assert_array_equal(restored, STATE["w"])
+
+
+def test_a_place_that_cannot_be_is_an_os_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        Checkpoints(tmp_path / "file" / "inside")
