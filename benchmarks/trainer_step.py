@@ -144,6 +144,25 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def readme_table() -> str:
+    """All results that are kept, as the README shows them."""
+    lines = [
+        "| whole step of the trainer | on | plain optax | the chain | time |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for path in sorted(RESULTS.glob("trainer_step_*.json")):
+        report = json.loads(path.read_text())
+        rows, device = report["rows"], report["device"]
+        device = "two CPU cores" if device == "cpu" else device
+        plain, ours = (rows[name]["ms"]["median"] for name in (BASELINE, OURS))
+        ratio = rows[OURS]["time_ratio"]
+        lines.append(
+            f"| {report['title']} | {device} | {plain:.1f} ms | {ours:.1f} ms "
+            f"| {ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measures, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -20,6 +20,7 @@ import early_warning
 import fault_table
 import peers
 import spike_detection
+import trainer_step
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -355,6 +356,12 @@ def test_the_readme_quotes_the_last_full_runs():
     assert fault_table.readme_table(fault_table.read_results()) in README
     detection = json.loads(spike_detection.RESULTS.read_text())["rules"]
     assert spike_detection.table(detection) in README
+    assert trainer_step.readme_table() in README
+
+
+def test_the_chain_costs_little_of_a_step_on_cpu():
+    rows = read("trainer_step_small_cpu.json")["rows"]
+    assert rows[trainer_step.OURS]["time_ratio"]["median"] <= 1.03
 
 
 def read(name):

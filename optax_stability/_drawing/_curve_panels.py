@@ -130,8 +130,10 @@ def draw_noise(axes: Axes, run: Run) -> None:
         for name in ("b_simple", "low", "high", "batch_size")
     ]
     scale, low, high, batch = (none if each is None else each for each in found)
-    bound = np.where(~np.isfinite(scale) & (low > 0), low, np.nan)
-    scale = np.where(scale > 0, scale, np.nan)
+    known, bounded = scale > 0, ~np.isfinite(scale) & (low > 0)
+    # Inf breaks a line where the other one takes over; through NaN it goes on.
+    bound = np.where(bounded, low, np.where(known, np.inf, np.nan))
+    scale = np.where(bounded, np.inf, np.where(known, scale, np.nan))
     batch = np.where(batch > 0, batch, np.nan)
     _axes.logarithmic(axes, np.concatenate([scale, bound, batch, low]))
     _draw_interval(axes, steps, scale, low, high)
