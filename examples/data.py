@@ -5,6 +5,7 @@ disk: a ``tokenizer.json`` of Hugging Face's tokenizers, or a ``*.tiktoken`` fil
 ranks. A ``.bin`` file holds uint16 token ids without a header, as nanoGPT writes them.
 """
 
+import base64
 import dataclasses
 import importlib.util
 import random
@@ -17,7 +18,6 @@ import numpy as np
 from input_error import InputError
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "idlelib", "lib2to3", "test", "tests"}
-
 
 # What tiktoken cuts text into before it joins bytes: that of GPT-4, cl100k_base.
 _WORDS = (
@@ -56,12 +56,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"--tokenizer: cannot read {path}; give {known}")
     package = packages[path.suffix]
     if importlib.util.find_spec(package) is None:
-        raise InputError(f"--tokenizer: {path} needs a package; pip install {package}")
+        needs = f"needs the package {package}; pip install {package}"
+        raise InputError(f"--tokenizer: {path} {needs}")
     read = _read_json if package == "tokenizers" else _read_ranks
     try:
         return read(path)
     except Exception as error:  # Rust's errors have no class of their own.
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise InputError(
             f"--tokenizer: {path} is no {package} file: {reason}"
         ) from error
@@ -71,6 +72,9 @@ def _read_json(path: Path) -> Tokenizer:
     import tokenizers
 
     found = tokenizers.Tokenizer.from_file(str(path))
+    # What was made for short inputs may say to cut them off, or to fill them up.
+    found.no_truncation()
+    found.no_padding()
     return Tokenizer(
         lambda text: found.encode(text, add_special_tokens=False).ids,
         found.decode,
@@ -80,14 +84,26 @@ def _read_json(path: Path) -> Tokenizer:
 
 def _read_ranks(path: Path) -> Tokenizer:
     import tiktoken
-    from tiktoken.load import load_tiktoken_bpe
 
-    ranks = load_tiktoken_bpe(str(path))
+    # Not by tiktoken's own reader: it keeps a copy of the file by its path, and would
+    # return that when the file has changed.
+    lines = map(bytes.split, path.read_bytes().splitlines())
+    try:
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    except ValueError as error:
+        raise ValueError("a line is not a token in base64 and its rank") from error
+    if not {bytes([byte]) for byte in range(256)} <= ranks.keys():
+        raise ValueError("not every byte has a rank")
+    known = set(ranks.values())
+    if len(known) < len(ranks):
+        raise ValueError("two tokens have the same rank")
     found = tiktoken.Encoding(
         path.stem, pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={}
     )
     return Tokenizer(
-        found.encode_ordinary, lambda ids: found.decode(list(ids)), found.n_vocab
+        found.encode_ordinary,
+        lambda ids: found.decode([each for each in ids if each in known]),
+        found.n_vocab,
     )
 
 
@@ -114,12 +130,16 @@ class Corpus:
     tokenizer: Tokenizer | None = None
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Their text; numbers where no tokenizer is known."""
+        """Their text; numbers where no tokenizer is known.
+
+        A model may know more ids than the data has: those stand for no text.
+        """
         if self.tokenizer is not None:
             return self.tokenizer.decode(tokens)
         if self.unit == "token":
             return " ".join(str(token) for token in tokens) + " "
-        return bytes(tokens).decode("utf-8", errors="replace")
+        known = bytes(token for token in tokens if token < 256)
+        return known.decode("utf-8", errors="replace")
 
 
 def _files(root: Path, pattern: str = "*", without: Iterable[str] = ()) -> list[Path]:
@@ -169,6 +189,23 @@ def _split(stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return stream[:cut], stream[cut:]
 
 
+def _split_texts(texts: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """The first nine tenths of all bytes, and the last; one text is cut in two."""
+    left = sum(map(len, texts)) * 9 // 10
+    first, last = [], []
+    for text in texts:
+        first.append(text[:left])
+        last.append(text[left:])
+        left = max(0, left - len(text))
+    return first, last
+
+
+def _encode(tokenizer: Tokenizer, texts: Iterable[bytes]) -> np.ndarray:
+    """Text by text, which takes less time and memory than all at once."""
+    ids = (tokenizer.encode(text.decode(errors="ignore")) for text in texts)
+    return np.concatenate([np.array(each, np.int32) for each in ids])
+
+
 def _load_ids(path: Path, tokenizer: Tokenizer | None) -> Corpus:
     """A ``.bin`` file; beside a ``train.bin``, ``val.bin`` is the held-out part."""
     val = path.with_name("val.bin")
@@ -198,12 +235,12 @@ def _load_text(path: Path | None, tokenizer: Tokenizer | None) -> Corpus:
         texts = _read_texts(_files(path) if path.is_dir() else [path])
     if not texts:
         raise InputError(f"--data: no UTF-8 text in {path or name}; give a text file")
-    stream = np.frombuffer(b"\n".join(texts), np.uint8)
+    parts = _split_texts([*(text + b"\n" for text in texts[:-1]), texts[-1]])
     if tokenizer is None:
-        return Corpus(name, *_split(stream), 256, "byte", bytes_per_token=1.0)
-    parts = [part.tobytes().decode(errors="ignore") for part in _split(stream)]
-    train, held_out = (np.array(tokenizer.encode(part), np.int32) for part in parts)
-    size = len(parts[1].encode()) / max(1, len(held_out))
+        train, held_out = (np.frombuffer(b"".join(part), np.uint8) for part in parts)
+        return Corpus(name, train, held_out, 256, "byte", bytes_per_token=1.0)
+    train, held_out = (_encode(tokenizer, part) for part in parts)
+    size = sum(map(len, parts[1])) / max(1, len(held_out))
     return Corpus(name, train, held_out, tokenizer.vocabulary, "token", size, tokenizer)
 
 

@@ -112,7 +112,7 @@ def load(folder: Path) -> tuple[Config, GPT]:
     if not (folder / "checkpoints").is_dir():
         remedy = "train one with gpt/train.py, or check the path"
         raise InputError(f"--base: no checkpoints in {folder}; {remedy}")
-    with Checkpoints(folder / "checkpoints") as saved:
+    with Checkpoints(folder / "checkpoints", read_only=True) as saved:
         newest = next(iter(saved.line()), None)
         if newest is None:
             raise InputError(f"--base: no checkpoint in {folder} is whole; train again")

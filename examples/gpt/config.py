@@ -10,7 +10,8 @@ import jax
 from input_error import InputError
 from resuming import Resume, flag
 
-# Settings that may differ when a run goes on, for they leave its training alone …
+# Settings that may differ when a run goes on: they leave its training alone, but for
+# where a rewind goes back to …
 FREE = {"resume", "out", "eval_every", "eval_batches", "log_every", "sample_tokens"}
 FREE |= {"checkpoint_every", "keep_checkpoints"}
 # … and those that may not: with them the state of the optimizer has another shape.
