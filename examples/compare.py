@@ -24,7 +24,6 @@ sys.path.append(str(Path(__file__).parent / "gpt"))
 import faults
 import train
 from config import Config
-from input_error import InputError
 from trainer import DivergedError
 
 Rows = list[dict[str, float]]
@@ -141,14 +140,8 @@ def compare(config: Config) -> dict[str, Rows]:
 
 def main() -> None:
     """Runs the command line."""
-    try:
-        config = tyro.cli(Config, default=Config(out=Path("runs/compare")))
-        compare(config)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    default = Config(out=Path("runs/compare"))
+    train.run_command(lambda: compare(tyro.cli(Config, default=default)))
 
 
 if __name__ == "__main__":

@@ -121,15 +121,16 @@ class Screen(Writer):
         self._clipped += (
             row["grad/norm"] > row["clip/limit"] and not row["skip/skipped"]
         )
-        text = f"loss {_or_dash(self._loss, '.3f')} val {self._held_out}  "
-        text += f"lr {row['learning_rate']:.1e}  {_gradient(row)}  "
-        text += f"clipped {self._clipped / self._written:.0%} "
-        text += f"skipped {row['skip/total']:.0f}  {_noise(row)}  "
-        text += _speed(row, self._steps - step, row["tokens"] / step)
+        learns = f"loss {_or_dash(self._loss, '.3f')} val {self._held_out}  "
+        learns += f"lr {row['learning_rate']:.1e}  {_gradient(row)}"
+        fares = f"clipped {self._clipped / self._written:.0%} "
+        fares += f"skipped {row['skip/total']:.0f}  {_noise(row)}  "
+        fares += _speed(row, self._steps - step, row["tokens"] / step)
         self._bar.update(self._task, completed=step)
-        self._live.update(Group(self._bar, Text(text)))
+        # Two lines, for one is wider than most terminals.
+        self._live.update(Group(self._bar, Text(f"{learns}\n{fares}")))
         if not self.console.is_terminal and step % self._log_every == 0:
-            self.say(at + text)
+            self.say(f"{at}{learns}  {fares}")
 
     def sample(self, prompt: str, written: str) -> None:
         """Shows what the model writes, apart from what it was given."""

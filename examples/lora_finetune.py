@@ -30,7 +30,6 @@ from config import FIXED, Config, check
 from input_error import InputError
 from model import GPT, SIZES
 from resuming import Resume, as_json
-from trainer import DivergedError
 
 # The prose that ``help("if")`` shows: English, and on every computer with Python.
 MANUAL = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
@@ -187,13 +186,7 @@ def save(model: GPT, config: Config, folder: Path) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    try:
-        finetune(tyro.cli(Flags))
-    except (InputError, DivergedError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    train.run_command(lambda: finetune(tyro.cli(Flags)))
 
 
 if __name__ == "__main__":

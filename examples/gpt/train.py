@@ -252,15 +252,20 @@ def train(config: Config) -> Row:
     return drive(config, corpus, create, as_json(config))[1]
 
 
-def main() -> None:
-    """Runs the command line."""
+def run_command(work: Callable[[], object]) -> None:
+    """Does the work of a command line; what the user can mend is said in one line."""
     try:
-        train(tyro.cli(Config))
+        work()
     except (InputError, DivergedError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def main() -> None:
+    """Runs the command line."""
+    run_command(lambda: train(tyro.cli(Config)))
 
 
 if __name__ == "__main__":
