@@ -13,6 +13,7 @@ arXiv 2106.09685.
 """
 
 import dataclasses
+import math
 import sys
 import sysconfig
 from pathlib import Path
@@ -146,8 +147,13 @@ def finetune(flags: Flags) -> tuple[GPT, train.Row]:
       The merged model, and what the last step and the last evaluation measured.
 
     Raises:
-      InputError: the base, the data or the output folder cannot be used.
+      InputError: a flag, the base, the data or the output folder cannot be used.
     """
+    if flags.rank < 1:
+        raise InputError(f"--rank: {flags.rank} is too small; give 1 or more")
+    if not 0 < flags.alpha < math.inf:
+        remedy = "is no size; give a finite number above 0"
+        raise InputError(f"--alpha: {flags.alpha} {remedy}")
     before, model = load(flags.base)
     config = configure(flags, before)
     check(config)

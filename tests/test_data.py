@@ -184,6 +184,17 @@ def test_a_folder_is_cut_at_the_same_place_with_a_vocabulary(tmp_path, vocabular
         assert corpus.decode(tokens.tolist()) == bytes(content).decode()
 
 
+def test_a_letter_that_is_cut_in_two_is_left_out(tmp_path, vocabulary):
+    path = tmp_path / "letters.txt"
+    path.write_text("é" * 105, encoding="utf-8")
+    corpus, as_bytes = data.load(path, 4, vocabulary[0]), data.load(path, 4)
+    assert [len(as_bytes.train), len(as_bytes.held_out)] == [189, 21]
+    assert corpus.decode(corpus.train.tolist()) == "é" * 94
+    assert corpus.decode(corpus.held_out.tolist()) == "é" * 10
+    half = "\N{REPLACEMENT CHARACTER}"
+    assert as_bytes.decode(as_bytes.held_out.tolist()) == half + "é" * 10
+
+
 def test_the_default_is_python_s_library_without_its_tests(tmp_path, monkeypatch):
     for name in ("a.py", "b/c.py", "test/d.py", "site-packages/e.py", "f.txt"):
         path = tmp_path / name
