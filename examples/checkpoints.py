@@ -107,15 +107,23 @@ class Checkpoints:
         # It is missing where a process was killed while it deleted the checkpoint.
         return those_that_count(filter(None, found), self._keep)
 
-    def load(self, progress: Progress, like: Any = None) -> Any:
+    def load(
+        self,
+        progress: Progress,
+        like: Any = None,
+        lie: jax.sharding.Sharding | None = None,
+    ) -> Any:
         """The state of one of :meth:`line`.
 
         Args:
           progress: which.
           like: a state of the same structure, whose shardings it gets; None: nested
             dicts of arrays, as they were written.
+          lie: how all arrays are to lie instead.
         """
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        if lie is not None:
+            shapes = jax.tree.map(lambda shape: shape.update(sharding=lie), shapes)
         only = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
         return self._manager.restore(progress["batch"], args=only)["state"]
 

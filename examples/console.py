@@ -66,7 +66,13 @@ class Screen(Writer):
     """Live lines in a terminal; log lines, without control characters, elsewhere."""
 
     def __init__(
-        self, steps: int, log_every: int, unit: str, before: Row | None = None
+        self,
+        steps: int,
+        log_every: int,
+        unit: str,
+        before: Row | None = None,
+        *,
+        quiet: bool = False,
     ):
         """Starts the live lines.
 
@@ -75,8 +81,11 @@ class Screen(Writer):
           log_every: steps between log lines.
           unit: what a token is.
           before: ``step`` and ``eval/…`` of the run that goes on, if one does.
+          quiet: shows nothing, as where another process does.
         """
-        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.console = Console(
+            highlight=False, markup=False, soft_wrap=True, quiet=quiet
+        )
         self._steps, self._log_every, self._unit = steps, log_every, unit
         self._written = self._clipped = 0
         self._loss, self._held_out = math.nan, _held_out(before or {}, unit)[0]
@@ -85,7 +94,7 @@ class Screen(Writer):
         self._bar = Progress(MofNCompleteColumn(), bar, expand=True)
         self._task = self._bar.add_task("", total=steps, completed=done)
         self._live = Live(Group(self._bar, Text("compiling …")), console=self.console)
-        if self.console.is_terminal:
+        if self.console.is_terminal and not quiet:
             self._live.start()
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from flax import nnx
 
 sys.path.append(str(Path(__file__).parent / "gpt"))
 import data
+import devices
 import train
 import training
 from checkpoints import Checkpoints
@@ -123,7 +124,8 @@ def load(folder: Path) -> tuple[Config, GPT]:
         shapes = nnx.eval_shape(lambda: training.create(config, newest["vocabulary"]))
         graphdef, arrays = nnx.split(shapes)
         state = training.TrainState(arrays, training.start_loss_scale(config))
-        arrays = saved.load(newest, like=state).arrays
+        mesh = devices.make_mesh(None)
+        arrays = saved.load(newest, like=state, lie=devices.everywhere(mesh)).arrays
     return config, nnx.merge(graphdef, arrays)[0]
 
 
@@ -136,7 +138,13 @@ def configure(flags: Flags, before: Config) -> Config:
         if field.name in names
     }
     return dataclasses.replace(
-        before, **given, min_learning_rate=None, baseline=False, histogram_every=0
+        before,
+        **given,
+        min_learning_rate=None,
+        baseline=False,
+        histogram_every=0,
+        mesh=None,
+        processes=None,
     )
 
 
@@ -165,14 +173,17 @@ def finetune(flags: Flags) -> tuple[GPT, train.Row]:
         )
         raise InputError(f"--data: {flags.data} {says}; give what it was trained on")
 
-    def create() -> tuple[GPT, nnx.Optimizer]:
-        adapt(model, flags.rank, flags.alpha, nnx.Rngs(config.seed))
+    graphdef, arrays = nnx.split(model)
+
+    def create(arrays: nnx.State) -> tuple[GPT, nnx.Optimizer]:
+        adapted = nnx.merge(graphdef, arrays)
+        adapt(adapted, flags.rank, flags.alpha, nnx.Rngs(config.seed))
         chain = training.make_optimizer(config)
-        return model, nnx.Optimizer(model, chain, wrt=nnx.LoRAParam)
+        return adapted, nnx.Optimizer(adapted, chain, wrt=nnx.LoRAParam)
 
     fixed = FIXED | {"base", "rank", "alpha"}
     run, row = train.drive(
-        config, corpus, create, as_json(config) | as_json(flags), fixed
+        config, corpus, create, as_json(config) | as_json(flags), fixed, (arrays,)
     )
     merged = run.model()
     merge(merged)

@@ -153,7 +153,7 @@ class Trainer:
         while run.step < schedule.steps and not stops:
             metrics = run.advance()
             self._waiting.append((run.step, run.batch, metrics))
-            stops, last = bool(stop.requested), run.step == schedule.steps
+            stops, last = stop.due(), run.step == schedule.steps
             evaluates = last or run.step % schedule.eval_every == 0
             regular = last or run.step % schedule.checkpoint_every == 0
             saves = regular or stops

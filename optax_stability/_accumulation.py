@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _moments, _norms, _numerics, _tree, _validate
+from optax_stability import _mesh_axes, _moments, _numerics, _tree, _validate
 from optax_stability._accumulation_state import (
     AccumulateMomentsState,
     advance,
@@ -47,7 +47,9 @@ def _check_moments(moments: Moments, weight: Any, mean_square: bool) -> None:
         )
 
 
-def _incoming(updates, loss, weight, moments, *, mean_square: bool) -> Aggregate:
+def _incoming(
+    updates, loss, weight, moments, *, mean_square: bool, axis_name
+) -> Aggregate:
     """What one call brings: one microbatch, or, with moments, the mean of several."""
     if moments is None:
         weight = 1.0 if weight is None else weight
@@ -57,7 +59,7 @@ def _incoming(updates, loss, weight, moments, *, mean_square: bool) -> Aggregate
     return Aggregate(
         mean=updates,
         value=jnp.asarray(loss, jnp.float32),
-        moments=_moments.rescaled(moments, updates),
+        moments=_moments.rescaled(moments, updates, axis_name),
     )
 
 
@@ -126,7 +128,7 @@ def accumulate_moments(
     mean_square: bool = True,
     reject_nonfinite: bool = True,
     accumulator_dtype: Any = _numerics.FLOAT32,
-    axis_name: _norms.AxisName = None,
+    axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages gradients over ``every_k`` calls, and then lets ``inner`` take a step.
 
@@ -225,8 +227,15 @@ def accumulate_moments(
 
     def update_fn(updates, state, params=None, *, weight=None, moments=None, **extra):
         losses = _losses(extra)
-        loss = next(iter(losses.values()), 0.0)
-        incoming = _incoming(updates, loss, weight, moments, mean_square=mean_square)
+        loss = _mesh_axes.mean(next(iter(losses.values()), 0.0), axis_name)
+        incoming = _incoming(
+            updates,
+            loss,
+            weight,
+            moments,
+            mean_square=mean_square,
+            axis_name=axis_name,
+        )
         window = window_of(state)
         apart = _moments.distances(window, updates, axis_name)
         keep = _moments.usable_weight(incoming.moments.weight)
@@ -234,7 +243,7 @@ def accumulate_moments(
             keep &= _moments.all_finite(
                 updates, incoming.value, apart=apart, axis_name=axis_name
             )
-        keep = _norms.everywhere(keep, axis_name)
+        keep = _mesh_axes.everywhere(keep, axis_name)
         window = _moments.merge(window, _moments.if_kept(incoming, keep), apart)
 
         rejected = jnp.where(keep, 0, 1)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_stability import _norms, _validate, thresholds
+from optax_stability import _mesh_axes, _validate, thresholds
 from optax_stability._clipping import clip_by_threshold
 from optax_stability._scopes import Scope
 from optax_stability.thresholds import Threshold
@@ -30,7 +30,7 @@ def clip_by_zscore(
     relearn_after: int | None = 25,
     scope: Scope = "global",
     stacked: Any = None,
-    axis_name: _norms.AxisName = None,
+    axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """ZClip: clips a norm that is ``z_max`` deviations above its recent mean.
 
@@ -77,7 +77,7 @@ def clip_by_quantile(
     window: int = 128,
     scope: Scope = "global",
     stacked: Any = None,
-    axis_name: _norms.AxisName = None,
+    axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AutoClip: clips a norm to a quantile of the last ``window`` norms.
 
@@ -121,7 +121,7 @@ def clip_by_leaf_history(
     warmup: int | jax.Array = 100,
     relearn_after: int | None = 25,
     stacked: Any = None,
-    axis_name: _norms.AxisName = None,
+    axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaGC: clips every leaf to a multiple of what its norm was before.
 

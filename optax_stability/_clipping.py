@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _norms, _numerics, _tree, _validate
+from optax_stability import _mesh_axes, _norms, _numerics, _tree, _validate
 from optax_stability._scopes import (
     Parts,
     Scope,
@@ -91,7 +91,7 @@ def clip_by_threshold(
     *,
     scope: Scope = "global",
     stacked: Any = None,
-    axis_name: _norms.AxisName = None,
+    axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the gradient down to the threshold's limit, globally or per leaf.
 
@@ -127,7 +127,9 @@ def clip_by_threshold(
         has a stream of its own. Under ``shard_map`` that axis must not be one of
         ``axis_name``. None: none.
       axis_name: under ``shard_map``, the mesh axes that shard the gradient, to sum
-        norms over. Leave it None under ``jit``.
+        norms over. A leaf that some of them do not shard, by its type, counts once;
+        with ``check_vma=False`` types do not tell, and all must shard it. Leave it None
+        under ``jit``.
 
     Returns:
       A transformation with state :class:`ClipByThresholdState` and metrics

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from optax_stability import _norms, thresholds
+from optax_stability import _mesh_axes, thresholds
 from optax_stability.thresholds import Threshold
 
 # What a step can be abnormal by, in the order of `Reading.kinds`.
@@ -127,7 +126,7 @@ class Detector(NamedTuple):
 
 
 def loss_of(
-    extra_args: Mapping[str, Any], *, needed: bool, axis_name: _norms.AxisName
+    extra_args: Mapping[str, Any], *, needed: bool, axis_name: _mesh_axes.AxisName
 ) -> jax.Array:
     """The loss among the extra arguments, float32[]; 0 if there is none.
 
@@ -151,4 +150,4 @@ def loss_of(
             "loss of the batch."
         )
     value = jnp.asarray(value, jnp.float32)
-    return value if axis_name is None else lax.pmean(value, axis_name)
+    return _mesh_axes.mean(value, axis_name)

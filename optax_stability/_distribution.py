@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from optax_stability import _norms, _numerics
+from optax_stability import _mesh_axes, _norms, _numerics
 from optax_stability._in_place import branching_is_cheap, run_if
 from optax_stability._leafwise import leafwise
 
@@ -38,7 +37,7 @@ class Parts(NamedTuple):
 
     leaves: list
     layered: _norms.Layered
-    axis_name: _norms.AxisName = None
+    axis_name: _mesh_axes.AxisName = None
 
     @property
     def num_parts(self) -> int:
@@ -53,7 +52,12 @@ class Parts(NamedTuple):
             for leaf, count in zip(self.leaves, counts, strict=True)
         ]
         flat = jnp.array([size for each in sizes for size in each], jnp.float32)
-        return _norms.sum_over_axes(flat, self.axis_name)
+        return self.add_up(flat)
+
+    def add_up(self, values) -> jax.Array:
+        """Sums over the shards of each part, [n_parts, …], as sums over the parts."""
+        counts = _norms.count_parts(self.leaves, self.layered)
+        return _mesh_axes.add_up(values, self.leaves, self.axis_name, counts)
 
     def times(self, factors) -> list[jax.Array]:
         """Every leaf, in float32, times the factor of its part."""
@@ -93,12 +97,10 @@ def survey(parts: Parts, scale) -> Entries:
     largest, nonzero, fourth = leafwise(
         measure, parts.leaves, outputs=3, layered=parts.layered
     )
-    if parts.axis_name is not None:
-        largest = lax.pmax(largest, parts.axis_name)
     return Entries(
-        largest=largest,
-        nonzero=_norms.sum_over_axes(nonzero, parts.axis_name),
-        fourth=_norms.sum_over_axes(fourth, parts.axis_name),
+        largest=_mesh_axes.largest(largest, parts.axis_name),
+        nonzero=parts.add_up(nonzero),
+        fourth=parts.add_up(fourth),
     )
 
 
@@ -127,7 +129,7 @@ def count_nonfinite(parts: Parts, norms) -> jax.Array:
 
     def count(_):
         (found,) = leafwise(measure, parts.leaves, outputs=1, layered=parts.layered)
-        return _norms.sum_over_axes(found, parts.axis_name)
+        return parts.add_up(found)
 
     suspect = ~jnp.all(jnp.isfinite(norms))
     none = jnp.zeros_like(norms)

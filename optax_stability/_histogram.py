@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_stability import _norms
 from optax_stability._distribution import Parts
 from optax_stability._leafwise import leafwise
 
@@ -54,7 +53,7 @@ def measure(parts: Parts) -> tuple[jax.Array, jax.Array]:
             return (jnp.sum(beyond, axis=tuple(range(1, batch.ndim))),)
 
         (found,) = leafwise(measure, parts.leaves, outputs=1, layered=parts.layered)
-        return counts.at[i].set(_norms.sum_over_axes(found, parts.axis_name))
+        return counts.at[i].set(parts.add_up(found))
 
     # One row more, for what is above every power: nothing.
     start = jnp.zeros((len(above) + 1, parts.num_parts), jnp.float32)

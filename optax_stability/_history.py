@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_stability import _metrics, _norms, _numerics, _validate
+from optax_stability import _mesh_axes, _metrics, _norms, _numerics, _validate
 from optax_stability._detection import loss_of
 from optax_stability._in_place import run_if
 
@@ -145,7 +145,7 @@ def record_history(
     *,
     length: int = 256,
     slow_every: int = 50,
-    axis_name: _norms.AxisName = None,
+    axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps loss and metrics of the last steps in the state, to be read after a crash.
 
@@ -167,7 +167,8 @@ def record_history(
       ``clip_…`` within that look at this same gradient.
 
     **Edge cases**: counts are kept in float32, exact up to 2²⁴. A loss that is not
-    given is NaN. Histograms are not kept.
+    given is NaN. Histograms are not kept. Under ``shard_map`` each device measures
+    ``adam/…`` on its shard; the mean over devices is kept.
 
     Args:
       inner: what is watched: the whole chain.
@@ -213,7 +214,11 @@ def record_history(
         quick, slow = _by_cost(inner_state)
         head = jnp.concatenate([loss[None], _row(quick)])
         before = state.rows[(state.step - 1) % length, len(head) :]
-        tail = run_if(state.step % slow_every == 0, lambda _: _row(slow), before)
+
+        def read(_):
+            return _mesh_axes.made_alike(_row(slow), axis_name)
+
+        tail = run_if(state.step % slow_every == 0, read, before)
         return jnp.concatenate([head, tail])
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -70,8 +70,10 @@ def _no_tangent(x):
 def _observe(look, run, seen, beside, found):
     def step(carry):
         seen, found = carry
-        # The barrier keeps JAX from taking what passes out of the loop.
-        return lax.optimization_barrier(seen), look(seen, beside, found)
+        # The barriers keep JAX from taking what passes out of the loop. Around all at
+        # once, one would give all the type of the most sharded under ``shard_map``.
+        passed = jax.tree.map(lax.optimization_barrier, seen)
+        return passed, look(seen, beside, found)
 
     return run_if(run, step, (seen, found))
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from optax_stability import _norms
 
-# Entries: above it a copy costs more than it saves.
-_SMALL = 2**14
+# Entries: above it a copy costs more than it saves. And where devices hold parts of
+# some matrices, the compiler would have them move the others of that shape.
+_SMALL = 2**12
 
 # From arrays [k, …] to several arrays [k, …]: one row for each part.
 Measure = Callable[..., tuple[jax.Array, ...]]

@@ -96,7 +96,8 @@ def now_and_then(
     previous, spectrum = memory
     sizes, scale = parts.sizes(), _distribution.scale_of(norms.leaves)
     entries = _distribution.survey(parts, scale)
-    largest = entries.largest
+    # The maximum over devices of numbers and NaN is a number, on some backends.
+    largest = jnp.where(jnp.isnan(norms.leaves), jnp.nan, entries.largest)
     nonfinite = _distribution.count_nonfinite(parts, norms.leaves)
     measured = {
         "max_abs": (jnp.max(largest, initial=0.0), largest),

@@ -21,6 +21,12 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_stability import _moments, _norms, _tree, _validate
+from optax_stability._mesh_axes import (
+    all_varying_axes,
+    sharding_axes,
+    typed_like,
+    varying_axes,
+)
 from optax_stability._moments import Aggregate, Moments
 
 
@@ -76,6 +82,22 @@ def _usable_scale(loss_scale: Any) -> Any:
     remedy = "give a power of two such as 2.0**15, or None"
     _validate.check_interval("loss_scale", loss_scale, "(0, inf)", remedy)
     return jnp.clip(jnp.asarray(loss_scale, jnp.float32), 2.0**-126, 2.0**126)
+
+
+def _check_loss(loss: Any, params: Any) -> None:
+    """Raises if JAX has added up the gradients of devices that differ in the loss."""
+    names, leaves = _tree.leaf_names(params), jax.tree.leaves(params)
+    for name, leaf in zip(names, leaves, strict=True):
+        lost = varying_axes(jax.typeof(loss)) - varying_axes(jax.typeof(leaf))
+        if lost:
+            axes = ", ".join(map(repr, sorted(lost)))
+            raise ValueError(
+                f"under shard_map loss_fn differs along the mesh axis {axes}, while "
+                f"params[{name!r}] does not: JAX adds its gradients up over the "
+                "devices, and what would be their noise is lost. Return "
+                f"jax.lax.pmean(loss, {axes}); or leave shard_map for jit with "
+                f"spmd_axis_name={axes}, where devices have microbatches of their own."
+            )
 
 
 def _value_and_grad(loss_fn: Callable[..., Any], has_aux: bool, loss_scale: Any):
@@ -166,6 +188,13 @@ def microbatch_gradients(
         of its own: the noise between devices at the price of one all-reduce. Its size
         divides ``vmap_size``. For use under ``jit``, not ``shard_map``.
 
+    Under ``shard_map`` average the loss inside ``loss_fn``, with ``jax.lax.pmean`` over
+    the mesh axes that shard the batch. A microbatch is then the k-th of all devices,
+    who keep it or drop it together; the default weight counts the rows of one device.
+    A loss that devices do not share is an error where the parameters are shared: JAX
+    would add up the gradients, and the noise would read 0. All this goes by the types
+    of ``check_vma=True``, the default.
+
     Returns:
       ``fn(params, batch, *, loss_scale=None) -> (value, grads, moments)``, to be called
       inside ``jit``. value is the loss, or ``(loss, aux)`` with aux stacked over the K
@@ -175,8 +204,8 @@ def microbatch_gradients(
 
     Raises:
       TypeError: a size is no integer, or the loss scale no number.
-      ValueError: sizes do not divide each other, K does not divide the batch, or the
-        loss scale is not above 0.
+      ValueError: sizes do not divide each other, K does not divide the batch, the loss
+        scale is not above 0, or devices that share parameters do not share the loss.
 
     Example:
       >>> import jax.numpy as jnp
@@ -207,6 +236,7 @@ def microbatch_gradients(
         value_and_grad = _value_and_grad(loss_fn, has_aux, loss_scale)
         value, grads = value_and_grad(params, microbatch)
         loss, aux = value if has_aux else (value, None)
+        _check_loss(loss, params)
         weight = jnp.asarray(weight_fn(microbatch), jnp.float32)
         weight = jnp.where(_moments.usable_weight(weight), weight, 0)
         return grads, loss, weight, aux
@@ -217,8 +247,10 @@ def microbatch_gradients(
     def add_one(total, params, microbatches, loss_scale):
         only = jax.tree.map(lambda leaf: leaf[0], microbatches)
         grads, loss, weight, aux = evaluate(params, only, loss_scale)
-        apart = None if total is None else _moments.distances(total, grads)
-        weight = kept(weight, _moments.all_finite(grads, loss, apart=apart))
+        axes = sharding_axes(grads, loss)
+        apart = None if total is None else _moments.distances(total, grads, axes)
+        finite = _moments.all_finite(grads, loss, apart=apart, axis_name=axes)
+        weight = kept(weight, finite)
         part = _moments.single(grads, loss, weight, mean_square=mean_square)
         total = part if total is None else _moments.merge(total, part, apart)
         return total, jax.tree.map(lambda leaf: leaf[None], aux)
@@ -227,9 +259,15 @@ def microbatch_gradients(
         grads, losses, weights, aux = jax.vmap(
             evaluate, in_axes=(None, 0, None), spmd_axis_name=spmd_axis_name
         )(params, microbatches, loss_scale)
-        weights = kept(weights, _moments.each_finite(grads, losses))
-        part = _moments.stacked(grads, losses, weights, mean_square=mean_square)
-        return part if total is None else _moments.merge(total, part), aux
+        axes = sharding_axes(grads, losses)
+        weights = kept(weights, _moments.each_finite(grads, losses, axes))
+        part = _moments.stacked(
+            grads, losses, weights, mean_square=mean_square, axis_name=axes
+        )
+        if total is None:
+            return part, aux
+        apart = _moments.distances(total, part.mean, axes)
+        return _moments.merge(total, part, apart), aux
 
     add = add_one if vmap_size == 1 else add_group
 
@@ -238,6 +276,10 @@ def microbatch_gradients(
             only = jax.tree.map(lambda leaf: leaf[0], batch)
             return add(None, params, only, loss_scale)
         nothing = _moments.nothing(params, mean_square=mean_square)
+        if all_varying_axes((params, batch)):
+            first = jax.tree.map(lambda leaf: leaf[0], batch)
+            after_one, _ = jax.eval_shape(add, nothing, params, first, loss_scale)
+            nothing = typed_like(nothing, after_one)
         total, aux = lax.scan(
             lambda total, group: add(total, params, group, loss_scale), nothing, batch
         )

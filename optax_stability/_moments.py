@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_stability import _norms, _numerics, _tree
+from optax_stability import _mesh_axes, _norms, _numerics, _tree
 from optax_stability._in_place import after, branching_is_cheap
 
 # Two numbers below it can be subtracted without overflow.
@@ -130,7 +130,7 @@ def all_finite(
     value: Any = 0.0,
     *,
     apart: Any = None,
-    axis_name: _norms.AxisName = None,
+    axis_name: _mesh_axes.AxisName = None,
 ) -> jax.Array:
     """Whether no entry is NaN or Inf, no leaf has a norm above 8e37, and so the loss.
 
@@ -155,7 +155,9 @@ def all_finite(
     return lax.cond(surely, lambda: surely, measured) & jnp.isfinite(value)
 
 
-def each_finite(trees: Any, values: Any) -> jax.Array:
+def each_finite(
+    trees: Any, values: Any, axis_name: _mesh_axes.AxisName = None
+) -> jax.Array:
     """:func:`all_finite` for each of k trees that are stacked along axis 0, bool[k].
 
     Not by ``vmap`` of it: the loop in the norms does not pass one over a mesh axis.
@@ -165,7 +167,7 @@ def each_finite(trees: Any, values: Any) -> jax.Array:
         # Above _LARGEST a square at this scale overflows.
         squares = jnp.square(leaf.astype(jnp.float32) * 2.0**-62)
         finite &= jnp.sum(squares, axis=tuple(range(1, leaf.ndim))) <= _numerics.HUGE
-    return finite
+    return _mesh_axes.everywhere(finite, axis_name)
 
 
 def usable_weight(weight) -> jax.Array:
@@ -201,7 +203,9 @@ def if_kept(given: Aggregate, keep) -> Aggregate:
     )
 
 
-def distances(a: Aggregate, mean: Any, axis_name: _norms.AxisName = None) -> jax.Array:
+def distances(
+    a: Aggregate, mean: Any, axis_name: _mesh_axes.AxisName = None
+) -> jax.Array:
     """‖mean − ḡ‖² of each leaf, float32[n_leaves].
 
     Args:
@@ -214,7 +218,7 @@ def distances(a: Aggregate, mean: Any, axis_name: _norms.AxisName = None) -> jax
         return _total(jnp.square(y.astype(_wide(x)) - x.astype(_wide(x))))
 
     squares = _stack(jax.tree.leaves(jax.tree.map(distance, a.mean, mean)))
-    return _norms.sum_over_axes(squares, axis_name)
+    return _mesh_axes.add_up(squares, jax.tree.leaves(mean), axis_name)
 
 
 def merge(a: Aggregate, b: Aggregate, apart: Any = None) -> Aggregate:
@@ -261,10 +265,18 @@ def merge(a: Aggregate, b: Aggregate, apart: Any = None) -> Aggregate:
     )
 
 
-def stacked(grads, values, weights, *, mean_square: bool) -> Aggregate:
+def stacked(
+    grads,
+    values,
+    weights,
+    *,
+    mean_square: bool,
+    axis_name: _mesh_axes.AxisName = None,
+) -> Aggregate:
     """Microbatches along the first axis of every array, as one aggregate.
 
-    Those of weight 0 count for nothing, whatever their arrays hold.
+    Those of weight 0 count for nothing, whatever their arrays hold. ``axis_name`` are
+    the mesh axes that shard the gradients, under ``shard_map``.
     """
     kept, weight = weights > 0, jnp.sum(weights)
     shares = _share(weights, weight)
@@ -283,6 +295,8 @@ def stacked(grads, values, weights, *, mean_square: bool) -> Aggregate:
     grads = widen(grads)
     mean = jax.tree.map(average, grads)
     squares = jax.tree.map(lambda leaf: average(_square(leaf)), grads)
+    leaves = jax.tree.leaves(mean)
+    deviations = _stack(jax.tree.leaves(jax.tree.map(deviation, grads, mean)))
     return Aggregate(
         mean=mean,
         value=average(values.astype(jnp.float32)),
@@ -290,7 +304,7 @@ def stacked(grads, values, weights, *, mean_square: bool) -> Aggregate:
             # As float32, so that over devices it travels with the deviations.
             num_microbatches=_total(kept).astype(jnp.int32),
             weight=weight,
-            deviation=_stack(jax.tree.leaves(jax.tree.map(deviation, grads, mean))),
+            deviation=_mesh_axes.add_up(deviations, leaves, axis_name),
             mean_square=squares if mean_square else None,
             leaves=_tree.mark_leaves(mean),
         ),
@@ -346,19 +360,25 @@ def visible(moments: Moments, updates: Any) -> Moments:
     )
 
 
-def _factors(moments: Moments, grads: Any) -> jax.Array:
+def _factors(
+    moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName = None
+) -> jax.Array:
     """By what each leaf of the mean was scaled since it was made, float32[n_leaves]."""
+    leaves = jax.tree.leaves(grads)
     if moments.norm is None:
-        return jnp.ones((len(jax.tree.leaves(grads)),), jnp.float32)
-    factors = _norms.leaf_norms(grads) / moments.norm
+        return jnp.ones((len(leaves),), jnp.float32)
+    then = _norms.whole_leaves(moments.norm, leaves, axis_name)
+    factors = _norms.leaf_norms(grads, axis_name) / then
     return jnp.where(jnp.isfinite(factors), factors, 1.0)
 
 
-def rescaled(moments: Moments, grads: Any) -> Moments:
+def rescaled(
+    moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName = None
+) -> Moments:
     """The moments as if every microbatch gradient had been scaled as their mean was."""
     if moments.norm is None:
         return moments
-    squares = jnp.square(_factors(moments, grads))
+    squares = jnp.square(_factors(moments, grads, axis_name))
     leaves, treedef = jax.tree.flatten(moments.mean_square)
     scaled = [leaf * squares[i] for i, leaf in enumerate(leaves)]
     return moments._replace(

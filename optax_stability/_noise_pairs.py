@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_stability import _norms
+from optax_stability import _mesh_axes
 from optax_stability._noise_statistics import Observed
 
 
@@ -33,7 +33,7 @@ def begin(like: Any) -> Pairs:
     return Pairs(previous=zeros, weight=jnp.zeros((), jnp.float32))
 
 
-def _inner_products(a: Any, b: Any, axis_name: _norms.AxisName):
+def _inner_products(a: Any, b: Any, axis_name: _mesh_axes.AxisName):
     """⟨a, b⟩ of each leaf, float32[n_leaves]."""
 
     def product(x, y):
@@ -41,11 +41,11 @@ def _inner_products(a: Any, b: Any, axis_name: _norms.AxisName):
 
     products = jax.tree.leaves(jax.tree.map(product, a, b))
     stacked = jnp.stack(products) if products else jnp.zeros((0,), jnp.float32)
-    return _norms.sum_over_axes(stacked, axis_name)
+    return _mesh_axes.add_up(stacked, jax.tree.leaves(a), axis_name)
 
 
 def advance(
-    pairs: Pairs, grads: Any, weight, axis_name: _norms.AxisName
+    pairs: Pairs, grads: Any, weight, axis_name: _mesh_axes.AxisName
 ) -> tuple[Pairs, Observed]:
     """Pairs a gradient with the one that waits, or lets it wait.
 

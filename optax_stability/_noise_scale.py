@@ -20,7 +20,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _moments, _noise_pairs, _norms, _scopes, _tree, _validate
+from optax_stability import (
+    _mesh_axes,
+    _moments,
+    _noise_pairs,
+    _norms,
+    _scopes,
+    _tree,
+    _validate,
+)
 from optax_stability._moments import Moments
 from optax_stability._noise_scale_state import (
     EstimateNoiseScaleState,
@@ -45,17 +53,17 @@ def _needed(moments: Moments | None) -> Moments:
 def _param_rms(params: Any, known, state: EstimateNoiseScaleState, axis_name):
     """Root mean square of the parameters in each stream, where they are known."""
     # Not by norms that are safe at any scale: their loop would copy the parameters.
-    squares = [
-        jnp.sum(jnp.square(p.astype(jnp.float32))) for p in jax.tree.leaves(params)
-    ]
-    squares = _norms.sum_over_axes(jnp.array(squares), axis_name)
+    leaves = jax.tree.leaves(params)
+    squares = [jnp.sum(jnp.square(p.astype(jnp.float32))) for p in leaves]
+    squares = _mesh_axes.add_up(jnp.array(squares), leaves, axis_name)
     return jnp.sqrt(by_stream(jnp.where(known, squares, 0.0), state) / state.size)
 
 
-def _squared_norms(moments: Moments, grads: Any, axis_name: _norms.AxisName):
+def _squared_norms(moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName):
     """‖ḡ‖² of each leaf, as it was when it was made."""
     norms = _norms.leaf_norms(grads) if moments.norm is None else moments.norm
-    return _norms.sum_over_axes(jnp.square(norms), axis_name)
+    leaves = jax.tree.leaves(grads)
+    return _mesh_axes.add_up(jnp.square(norms), leaves, axis_name)
 
 
 def _observe(moments: Moments, squared_norms) -> Observed:
@@ -98,7 +106,7 @@ def estimate_noise_scale(
     confidence: float | jax.Array = 0.95,
     scope: _scopes.Scope = "leaf",
     difference: bool = False,
-    axis_name: _norms.AxisName = None,
+    axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Estimates the gradient noise scale, with an interval, and leaves updates alone.
 
@@ -170,9 +178,9 @@ def estimate_noise_scale(
       difference: while there is one microbatch per step, estimate from pairs of
         successive gradients. They are of different parameters: ``biased`` says so, and
         the first step with more microbatches begins anew. Costs one buffer.
-      axis_name: under ``shard_map``, the mesh axes that shard the gradient; the moments
-        must be those of :func:`accumulate_moments` with the same. Leave it None under
-        ``jit``.
+      axis_name: under ``shard_map``, the mesh axes that shard the gradient, see
+        :func:`clip_by_threshold`; moments of :func:`accumulate_moments` must be of the
+        same. Leave it None under ``jit``.
 
     Returns:
       A transformation with state :class:`EstimateNoiseScaleState`; its ``update`` needs

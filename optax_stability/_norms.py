@@ -16,10 +16,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
-from optax_stability import _numerics
+from optax_stability import _mesh_axes, _numerics
 from optax_stability._in_place import branching_is_cheap
+from optax_stability._mesh_axes import AxisName
 
-AxisName = str | tuple[str, ...] | None
 Join = Callable[[list], jax.Array]
 # For each leaf: whether its first axis holds separate layers.
 Layered = tuple[bool, ...]
@@ -29,16 +29,6 @@ Layered = tuple[bool, ...]
 # from there to 3e38: what flushes to zero (below 2⁻¹²⁶) is < 2⁻⁵⁸ of the sum.
 _SCALE = 2.0**32
 _RESCALE = 2.0**-98
-
-
-def sum_over_axes(values, axis_name: AxisName):
-    """The values, added up over the mesh axes of ``shard_map``."""
-    return values if axis_name is None else lax.psum(values, axis_name)
-
-
-def everywhere(holds, axis_name: AxisName):
-    """Whether a bool[] holds on every device along the mesh axes."""
-    return holds if axis_name is None else lax.pmin(holds.astype(int), axis_name) > 0
 
 
 def part_axes(leaf, layered: bool) -> tuple[int, ...]:
@@ -64,13 +54,19 @@ def concatenate(parts) -> jax.Array:
     return jnp.concatenate([replicated(jnp.atleast_1d(part)) for part in parts])
 
 
+def _joined(sums: list, leaves: list, join: Join, axis_name: AxisName):
+    """Sums over shards of leaves, joined and added up over devices."""
+    sums = _mesh_axes.count_once(sums, leaves, axis_name)
+    return _mesh_axes.psum(join(sums), axis_name)
+
+
 def _sums_of_squares(leaves, scales, join: Join, layered: Layered, axis_name: AxisName):
     """Σ(scale·x)² of each part, joined into a vector or a total."""
     sums = [
         _sum(jnp.square(x.astype(jnp.float32) * scale), split)
         for x, scale, split in zip(leaves, scales, layered, strict=True)
     ]
-    return sum_over_axes(join(sums), axis_name)
+    return _joined(sums, leaves, join, axis_name)
 
 
 def _measure_norms(leaves, join: Join, layered: Layered, axis_name: AxisName):
@@ -106,12 +102,10 @@ def _measure_twice(leaves, join: Join, layered: Layered, axis_name: AxisName):
     # One scale per leaf, though all are equal: shared by two leaves of one shape, XLA
     # would write it out as a buffer of that shape.
     scales = [jnp.float32(_SCALE)] * len(leaves)
-    # full_like gives the carry the type of the leaves under shard_map.
-    start = [
-        lax.full_like(x, jnp.inf, jnp.float32, shape=x.shape[: int(split)])
-        for x, split in zip(leaves, layered, strict=True)
-    ]
-    norms = sum_over_axes(join(start), axis_name)
+    unknown = jnp.full(
+        () if join is sum else sum(count_parts(leaves, layered)), jnp.inf
+    )
+    norms = _mesh_axes.typed_as_sum(unknown, leaves, axis_name)
     carry = jnp.any(norms > 0), scales, norms
     return lax.while_loop(lambda carry: carry[0], measure, carry)[2]
 
@@ -134,7 +128,7 @@ def _norms_jvp(join: Join, layered: Layered, axis_name: AxisName, primals, tange
             leaves, tangent_leaves, by_leaf, layered, strict=True
         )
     ]
-    return norms, sum_over_axes(join(dots), axis_name)
+    return norms, _joined(dots, leaves, join, axis_name)
 
 
 def count_parts(leaves, layered: Layered) -> list[int]:
@@ -268,8 +262,19 @@ def measure(tree: Any, axis_name: AxisName = None) -> Norms:
 
 def leaf_sizes(tree: Any, axis_name: AxisName = None):
     """The number of entries of each leaf, over all shards, float32[n_leaves]."""
-    sizes = np.array([leaf.size for leaf in jax.tree.leaves(tree)], np.float32)
-    return sum_over_axes(sizes, axis_name)
+    leaves = jax.tree.leaves(tree)
+    sizes = np.array([leaf.size for leaf in leaves], np.float32)
+    return _mesh_axes.add_up(sizes, leaves, axis_name)
+
+
+def whole_leaves(norms, leaves: list, axis_name: AxisName) -> jax.Array:
+    """Norms of shards of the leaves as norms of the leaves, float32[n_leaves]."""
+    if axis_name is None:
+        return norms
+    largest = _mesh_axes.largest(norms, axis_name)
+    # Relative to the largest, no square can overflow.
+    squares = jnp.square(_numerics.relative_to(norms, largest))
+    return largest * jnp.sqrt(_mesh_axes.add_up(squares, leaves, axis_name))
 
 
 def join_norms(norms) -> jax.Array:

@@ -18,6 +18,7 @@ import optax
 
 from optax_stability import (
     _measuring,
+    _mesh_axes,
     _norms,
     _numerics,
     _scopes,
@@ -70,7 +71,7 @@ def record(
     histogram: bool = False,
     every: int = 1,
     stacked: Any = None,
-    axis_name: _norms.AxisName = None,
+    axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Records norms and distribution of the updates at this place in the chain.
 
@@ -126,7 +127,8 @@ def record(
       stacked: which leaves hold several layers along their first axis, as ``nnx.scan``
         stacks them: a tree (or tree prefix) of bools, or a callable from the tree to
         one. Each layer is then measured as a leaf, ``blocks/kernel/3``.
-      axis_name: under ``shard_map``, the mesh axes that shard the updates.
+      axis_name: under ``shard_map``, the mesh axes that shard the updates; see
+        :func:`clip_by_threshold`.
 
     Returns:
       A transformation with state :class:`RecordState` and metrics ``<name>/…`` of the

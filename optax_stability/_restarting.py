@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _norms, _validate, thresholds
+from optax_stability import _mesh_axes, _norms, _validate, thresholds
 from optax_stability._in_place import run_if
 from optax_stability._numerics import increment, scale
 from optax_stability.thresholds import Threshold
@@ -65,7 +65,7 @@ def restart_moments(
     every: int | None = None,
     on_spike: Threshold | None = None,
     warmup: int = 0,
-    axis_name: _norms.AxisName = None,
+    axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Starts the state of ``inner`` afresh every so often, or after a spike.
 
@@ -101,7 +101,8 @@ def restart_moments(
       on_spike: threshold on the L2 norm of the gradient, or None.
       warmup: steps after a restart over which the update grows back, ≥ 0. SPAM uses
         150; 0 gives it in full at once.
-      axis_name: under ``shard_map``, the mesh axes that shard the gradient.
+      axis_name: under ``shard_map``, the mesh axes that shard the gradient; see
+        :func:`clip_by_threshold`.
 
     Returns:
       A transformation with state :class:`RestartMomentsState` and metrics

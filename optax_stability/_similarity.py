@@ -50,7 +50,7 @@ def measure(
     before, treedef = jax.tree.flatten(previous.directions)
     products = [u * b.astype(jnp.float32) for u, b in zip(units, before, strict=True)]
     (of_each,) = leafwise(_sums, products, outputs=1, layered=parts.layered)
-    of_each = _norms.sum_over_axes(of_each, parts.axis_name)
+    of_each = parts.add_up(of_each)
 
     weights = _relative(norms.leaves) * _relative(previous.norms)
     whole = jnp.sum(jnp.where(weights > 0, of_each * weights, 0.0))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _norms, _validate, thresholds
+from optax_stability import _mesh_axes, _norms, _validate, thresholds
 from optax_stability._detection import Detector, loss_of
 from optax_stability._in_place import after, apply_if, run_if
 from optax_stability._numerics import scale
@@ -46,7 +46,7 @@ def skip_spikes(
     confirm: Threshold | None = None,
     max_consecutive: int = 5,
     budget: int = 16,
-    axis_name: _norms.AxisName = None,
+    axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Leaves out steps whose gradient norm or loss is far above the recent past.
 
@@ -112,7 +112,8 @@ def skip_spikes(
       budget: finite spikes that may be skipped before normal steps have to earn more,
         from 1 to 10,000.
       axis_name: under ``shard_map``, the mesh axes that shard gradient and batch: norms
-        are summed, the loss is averaged over them. Leave it None under ``jit``.
+        are summed, as in :func:`clip_by_threshold`, and the loss is averaged over them.
+        Leave it None under ``jit``.
 
     Returns:
       A transformation with state :class:`SkipSpikesState`. Its ``update`` takes the

@@ -391,7 +391,7 @@ def test_bits_are_per_byte_where_bytes_are_known(capsys):
         ("--gradient-penalty -1", "error: --gradient-penalty: -1.0 is out of range"),
         ("--keep-checkpoints 0", "error: --keep-checkpoints: 0 is too small; give"),
         ("--tokenizer x.json", "error: --tokenizer: "),
-        ("--batch-size 12", "error: --batch-size: 12 cannot be shared by 8 devices"),
+        ("--batch-size 12", "error: --batch-size: 12 cannot be split into 8 parts"),
         ("--steps 0", "error: --steps: 0 is too small"),
         ("--weight-decay -1", "error: --weight-decay: -1.0 is out of range; give"),
         ("--clip-when-noisy -1", "error: --clip-when-noisy: -1.0 is out of range; g"),

@@ -186,7 +186,7 @@ def go(saved, log, *, run=NumpyRun, policy=AfterThree, life=None, stop=""):
     trainer = Trainer(SCHEDULE, run, saved, writer, {"about": "it"}, policy)
     if newest:
         trainer.resume(newest)
-    trainer.train(SimpleNamespace(requested=stop))
+    trainer.train(SimpleNamespace(due=lambda: bool(stop)))
     return trainer, run
 
 
@@ -338,7 +338,7 @@ def test_the_host_looks_at_a_step_when_the_next_one_is_on_its_way():
     run = NumpyRun()
     writer = Watched(run)
     trainer = Trainer(schedule, run, Memory({}), writer, {}, None)
-    trainer.train(SimpleNamespace(requested=""))
+    trainer.train(SimpleNamespace(due=lambda: False))
     # But for what an evaluation, a checkpoint or the end has to wait for.
     late = {1: 2, 2: 3, 3: 4, 4: 5, 5: 5, 6: 7, 7: 7, 8: 8}
     assert writer.seen == late

@@ -5,15 +5,16 @@ import math
 from pathlib import Path
 from typing import Literal
 
+import devices
 import faults
-import jax
 from input_error import InputError
+from model import SIZES
 from resuming import Resume, flag
 
 # Settings that may differ when a run goes on: they leave its training alone, but for
 # where a rewind goes back to …
 FREE = {"resume", "out", "eval_every", "eval_batches", "log_every", "sample_tokens"}
-FREE |= {"checkpoint_every", "keep_checkpoints"}
+FREE |= {"checkpoint_every", "keep_checkpoints", "mesh", "processes"}
 # … and those that may not: with them the state of the optimizer has another shape.
 FIXED = {"size", "tokenizer", "guard", "baseline", "clip_after_warmup", "inject"}
 FIXED |= {"clip_when_noisy", "histogram_every", "dtype"}
@@ -35,7 +36,7 @@ class Config:
     steps: int = 600
     """Optimizer steps."""
     batch_size: int = 8
-    """Windows of text per step; a multiple of the number of devices."""
+    """Windows of text per step; a multiple of the parts that --mesh splits it into."""
     microbatches: int = 4
     """Parts of a batch that are evaluated one by one; a bad one is left out."""
     learning_rate: float | None = None
@@ -68,6 +69,10 @@ class Config:
     """Plain optax instead: global-norm clipping and AdamW; no guard, no rewinding."""
     inject: tuple[str, ...] = ()
     """Faults to watch it survive, as nan@300 or bytes@200x5; see examples/faults.py."""
+    mesh: str | None = None
+    """How the devices share the work, as data=4,model=2; by default all as data."""
+    processes: str | None = None
+    """With others: auto on a cluster, or HOST:PORT,INDEX/COUNT; see devices.py."""
     resume: Resume = "auto"
     """Go on with the run in --out, if there is one; changed: with other settings."""
     checkpoint_every: int = 100
@@ -106,11 +111,15 @@ def check(config: Config) -> None:
     for field in sizes.split():
         holds = 0 <= (getattr(config, field) or 0) < math.inf
         require(holds, field, "is out of range; give a number from 0 up")
-    steps, devices, peak = config.steps, jax.device_count(), config.learning_rate
+    steps, peak = config.steps, config.learning_rate
     remedy = f"leaves no step to train; give fewer than the {steps} of --steps"
     require(config.warmup_steps < steps, "warmup_steps", remedy)
-    remedy = f"cannot be shared by {devices} devices; give a multiple of {devices}"
-    require(config.batch_size % devices == 0, "batch_size", remedy)
+    mesh = devices.parse_mesh(config.mesh)
+    shards, heads = devices.batch_shards(mesh), SIZES[config.size].heads
+    remedy = f"cannot be split into {shards} parts; give a multiple of {shards}"
+    require(config.batch_size % shards == 0, "batch_size", remedy)
+    remedy = f"cannot split {heads} heads of attention; give a divisor for model"
+    require(heads % mesh.get("model", 1) == 0, "mesh", remedy)
     remedy = f"does not divide the {config.batch_size} windows of --batch-size"
     require(config.batch_size % config.microbatches == 0, "microbatches", remedy)
     require(peak is None or peak > 0, "learning_rate", "is no rate; give one above 0")

@@ -5,17 +5,32 @@ shares its matrix with the token embedding. Parameters are float32.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 INIT_STD = 0.02
 # Tokens enter louder than everything else, so that the first, large steps of Adam do
 # not wash out which token is which.
 TOKEN_STD = 0.3
+# How the devices of a mesh share the parameters (Shoeybi et al. 2019, "Megatron-LM"):
+# along "model" each has some heads of attention, some neurons of the perceptron and
+# some tokens of the vocabulary; along "fsdp" each has some rows or columns.
+SPLIT = {
+    "tokens/embedding": ("model", "fsdp"),
+    "positions/embedding": (None, "fsdp"),
+    "query_key_value/kernel": ("fsdp", "model"),
+    "query_key_value/bias": ("model",),
+    "attention_out/kernel": ("model", "fsdp"),
+    "mlp_in/kernel": ("fsdp", "model"),
+    "mlp_in/bias": ("model",),
+    "mlp_out/kernel": ("model", "fsdp"),
+}
 # Of the text that the model writes: below 1 it is surer than it should be.
 TEMPERATURE = 0.8
 
@@ -47,6 +62,22 @@ SIZES = {
 }
 
 
+def _split_first(x: jax.Array, *axes: str) -> jax.Array:
+    """The same array, split along these axes of the mesh in its first dimension alone.
+
+    Where parameters are split, the compiler might move activations in their place.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in axes if axis in mesh.axis_names)
+    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x  # There may be fewer examples than devices.
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
+def _by_example(x: jax.Array) -> jax.Array:
+    return _split_first(x, "data", "fsdp")
+
+
 def _linear(fan_in: int, fan_out: int, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
     init = nnx.initializers.normal(std)
     return nnx.Linear(fan_in, fan_out, kernel_init=init, dtype=dtype, rngs=rngs)
@@ -71,18 +102,20 @@ class Block(nnx.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """Mixes every position with those before it."""
         batch, length, width = x.shape
-        split = (batch, length, 3, self.heads, width // self.heads)
+        # Heads first: so the devices that share them have all three parts of theirs.
+        split = (batch, length, self.heads, 3, width // self.heads)
         each = self.query_key_value(x).reshape(split)
         if each.dtype == jnp.float16:  # CPUs have no attention in it.
             each = each.astype(jnp.float32)
-        query, key, value = jnp.moveaxis(each, 2, 0)
+        query, key, value = jnp.moveaxis(each, 3, 0)
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return self.attention_out(mixed.reshape(x.shape))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Adds both branches to the residual stream ``x[batch, length, width]``."""
-        x = x + self.attend(self.attention_norm(x))
-        return x + self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x))))
+        x = _by_example(x + self.attend(self.attention_norm(x)))
+        changed = self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x))))
+        return _by_example(x + changed)
 
 
 class GPT(nnx.Module):
@@ -90,7 +123,7 @@ class GPT(nnx.Module):
 
     def __init__(self, size: Size, vocabulary: int, dtype: DTypeLike, rngs: nnx.Rngs):
         """Initialises so that all tokens are equally likely: loss = ln(vocabulary)."""
-        width, normal = size.width, nnx.initializers.normal
+        self.dtype, width, normal = dtype, size.width, nnx.initializers.normal
         self.tokens = nnx.Embed(
             vocabulary, width, embedding_init=normal(TOKEN_STD), dtype=dtype, rngs=rngs
         )
@@ -106,7 +139,10 @@ class GPT(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps int[batch, length] to logits, float32[batch, length, vocabulary]."""
-        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        # Gathered as are the other parameters, and looked up where the examples are.
+        table = _split_first(self.tokens.embedding[...], "model").astype(self.dtype)
+        positions = self.positions.embedding[: tokens.shape[1]].astype(self.dtype)
+        x = _by_example(jnp.take(table, tokens, axis=0) + positions)
         for block in self.blocks:
             x = block(x)
         return self.tokens.attend(self.final_norm(x)).astype(jnp.float32)

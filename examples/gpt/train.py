@@ -3,6 +3,7 @@
     python examples/gpt/train.py                       # tiny, two CPU cores, 2 minutes
     python examples/gpt/train.py --data my_book.txt    # your own text
     python examples/gpt/train.py --size gpt2 --dtype bfloat16 --data train.bin
+    python examples/gpt/train.py --mesh data=4,model=2 # on eight devices
 
 A small GPT learns to write, byte by byte, from the sources of Python's standard
 library. The library is in ``training.py``; here is the run around it. The same command
@@ -20,47 +21,58 @@ import jax
 import numpy as np
 import tyro
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_stability as ost
 
 sys.path.append(str(Path(__file__).parents[1]))  # for what the examples share
 import console
 import data
+import devices
 import faults
 import training
 import writers
 from checkpoints import Checkpoints
 from config import FIXED, FREE, Config, check
 from input_error import InputError
-from model import GPT, SIZES, next_token_loss, write_on
+from model import GPT, SIZES, SPLIT, next_token_loss, write_on
 from resuming import as_json, check_resume
 from stopping import StopRequest
 from trainer import DivergedError, Metrics, Row, Schedule, Trainer
 from training import TrainState
 
+Create = Callable[..., tuple[GPT, nnx.Optimizer]]
+
 
 class Run:
-    """The state of a run, and the compiled functions that use it.
-
-    Every device holds the whole state and computes its share of each batch.
-    """
+    """The state of a run, and the compiled functions that use it."""
 
     def __init__(
-        self, config: Config, corpus: data.Corpus, model: GPT, optimizer: nnx.Optimizer
+        self, config: Config, corpus: data.Corpus, create: Create, given: tuple = ()
     ):
-        """Takes up a model for a checked configuration."""
+        """Makes the model and its optimizer, each device its part of them.
+
+        Args:
+          config: checked.
+          corpus: what to train on.
+          create: makes them, of what is given.
+          given: arrays.
+        """
         self._config, size = config, SIZES[config.size]
         self.step = self.batch = 0
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        self._shared_out = NamedSharding(mesh, PartitionSpec("data"))
+        self._mesh = mesh = devices.make_mesh(config.mesh)
+        everywhere, self._by_rows = devices.everywhere(mesh), devices.by_rows(mesh)
 
+        def begin(*given):
+            arrays = nnx.split(create(*given))[1]
+            return TrainState(arrays, training.start_loss_scale(config))
+
+        model, optimizer = nnx.eval_shape(create, *given)
         self.parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
         self.flops_per_token = size.flops_per_token(self.parameters)
-        self._graphdef, arrays = nnx.split((model, optimizer))
-        state = TrainState(arrays, training.start_loss_scale(config))
-        self.state = jax.device_put(state, everywhere)
+        self._graphdef = nnx.graphdef((model, optimizer))
+        shapes = jax.eval_shape(begin, *given)
+        lie = devices.shardings(shapes, mesh, SPLIT)
+        self.state = jax.jit(begin, out_shardings=lie)(*given)
 
         def step(leaves, windows, factors):
             state = jax.tree.unflatten(self._structure, leaves)
@@ -69,13 +81,19 @@ class Run:
             )
             return jax.tree.leaves(state), metrics
 
-        self._train_step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-        self._loss = jax.jit(lambda state, x: next_token_loss(self._merge(state)[0], x))
+        self._train_step = jax.jit(
+            step, donate_argnums=0, out_shardings=(jax.tree.leaves(lie), everywhere)
+        )
+        self._loss = jax.jit(
+            lambda state, x: next_token_loss(self._merge(state)[0], x),
+            out_shardings=everywhere,
+        )
         length = config.sample_tokens
         self._write_on = jax.jit(
-            lambda state, prompt, key: write_on(
-                self._merge(state)[0], prompt, key, length
-            )
+            lambda state, prompt: write_on(
+                self._merge(state)[0], prompt, jax.random.key(config.seed), length
+            ),
+            out_shardings=everywhere,
         )
         shape = size.context, config.batch_size
         self.tokens_per_step = math.prod(shape)
@@ -103,15 +121,17 @@ class Run:
         """Trains on the next batch; the metrics may still be on their way."""
         windows = self._injector.corrupt(self._batches(self.batch), self.batch + 1)
         factors = self._injector.factors(self.batch + 1) if self._config.inject else {}
-        windows = jax.device_put(windows, self._shared_out)
-        self._leaves, metrics = self._train_step(self._leaves, windows, factors)
+        windows = devices.place(windows, self._by_rows)
+        with jax.set_mesh(self._mesh):
+            self._leaves, metrics = self._train_step(self._leaves, windows, factors)
         self.step, self.batch = self.step + 1, self.batch + 1
         return metrics
 
     def evaluate(self) -> Row:
         """Measures the model as it is now."""
-        windows = jax.device_put(self._held_out, self._shared_out)
-        losses = jax.device_get([self._loss(self.state, each) for each in windows])
+        windows = [devices.place(each, self._by_rows) for each in self._held_out]
+        with jax.set_mesh(self._mesh):
+            losses = jax.device_get([self._loss(self.state, each) for each in windows])
         loss = float(np.mean(losses))
         bits = loss / math.log(2)
         measured = {"eval/loss": loss, "eval/bits": bits}
@@ -121,8 +141,7 @@ class Run:
 
     def sample(self) -> tuple[np.ndarray, np.ndarray]:
         """The first held-out window, and how the model goes on from it."""
-        key = jax.random.key(self._config.seed)
-        return self._prompt, np.asarray(self._write_on(self.state, self._prompt, key))
+        return self._prompt, np.asarray(self._write_on(self.state, self._prompt))
 
     def model(self) -> GPT:
         """As it is now."""
@@ -160,18 +179,22 @@ def _show(config: Config, run: Run, corpus: data.Corpus, screen: console.Screen)
 def drive(
     config: Config,
     corpus: data.Corpus,
-    create: Callable[[], tuple[GPT, nnx.Optimizer]],
+    create: Create,
     settings: dict[str, Any],
     fixed: Set[str] = FIXED,
+    given: tuple = (),
 ) -> tuple[Run, Row]:
     """Trains what ``create`` makes, or what ``--out`` holds of it, to the end.
+
+    All processes do the same; the first one writes and prints.
 
     Args:
       config: a checked configuration.
       corpus: what to train on.
-      create: makes a new model and its optimizer.
+      create: makes a new model and its optimizer, of what is given.
       settings: what a run must agree in to be gone on with, by flag.
       fixed: the flags of those that can never differ.
+      given: arrays for ``create``.
 
     Returns:
       The run, and what the last step and the last evaluation measured, by name.
@@ -196,17 +219,24 @@ def drive(
                 config.resume, config.out, about, newest, free=FREE, fixed=fixed
             )
             step, batch = (newest[key] if newest else None for key in ("step", "batch"))
-            files = (
-                writers.JsonLines(log, resume_after=batch),
-                writers.TensorBoard(config.out / "tensorboard", resume_after_step=step),
-            )
+            files = []
+            if devices.is_first():
+                board = config.out / "tensorboard"
+                files.append(writers.JsonLines(log, resume_after=batch))
+                files.append(writers.TensorBoard(board, resume_after_step=step))
         except OSError as error:
             reason = f"cannot write to {config.out} ({error.strerror})"
             raise InputError(f"--out: {reason}; give another folder") from error
-        screen = console.Screen(config.steps, config.log_every, corpus.unit, newest)
+        screen = console.Screen(
+            config.steps,
+            config.log_every,
+            corpus.unit,
+            newest,
+            quiet=not devices.is_first(),
+        )
         writer = stack.enter_context(writers.Several(*files, screen))
         stop = stack.enter_context(StopRequest())
-        run = Run(config, corpus, *create())
+        run = Run(config, corpus, create, given)
         policy = _make_policy(config)
         schedule = Schedule(
             config.steps,
@@ -219,6 +249,7 @@ def drive(
             f"GPT {config.size}, {console.count(run.parameters)} parameters · "
             f"{corpus.name}, {console.count(len(corpus.train))} {corpus.unit}s · "
             f"{jax.device_count()} {jax.default_backend()}"
+            + (f" as {config.mesh}" if config.mesh else "")
         )
         screen.say(title, "bold")
         if newest:
@@ -227,14 +258,17 @@ def drive(
         try:
             trainer.train(stop)
         finally:  # Also on a crash: then it is needed most.
-            kept = writers.read_json_lines(log) if config.baseline else run.history()
-            ost.write_report(kept, report, title=title)
+            kept = {} if config.baseline else run.history()
+            if devices.is_first():
+                kept = kept or writers.read_json_lines(log)
+                ost.write_report(kept, report, title=title)
     if stop.requested:
         say = f"{stop.requested}: saved at step {run.step}; the same command goes on"
         screen.say(say, "bold")
         raise KeyboardInterrupt
     _show(config, run, corpus, screen)
-    ost.plot_history(writers.read_json_lines(log), picture)
+    if devices.is_first():
+        ost.plot_history(writers.read_json_lines(log), picture)
     for finding in ost.diagnose(kept):
         screen.say(str(finding), "bold")
     screen.say(f"log {log}   picture {picture}   report {report}")
@@ -243,12 +277,15 @@ def drive(
 
 def train(config: Config) -> Row:
     """Trains a new GPT as the settings say; what it raises and returns: see drive."""
+    devices.join(config.processes)
     check(config)
     size = SIZES[config.size]
     corpus = data.load(config.data, size.context, config.tokenizer)
     vocabulary = max(size.vocabulary, corpus.vocabulary)
-    # Compiled: much faster than op by op.
-    create = nnx.jit(lambda: training.create(config, vocabulary))
+
+    def create() -> tuple[GPT, nnx.Optimizer]:
+        return training.create(config, vocabulary)
+
     return drive(config, corpus, create, as_json(config))[1]
 
 
