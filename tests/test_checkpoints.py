@@ -162,13 +162,15 @@ def test_looking_disturbs_no_run_that_is_writing(tmp_path):
 
 
 def test_a_state_is_restored_onto_other_devices(tmp_path):
-    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    copies = NamedSharding(mesh, PartitionSpec())
+    eight = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    four = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[2:6])
+    split = NamedSharding(eight, PartitionSpec("data"))
+    copies = NamedSharding(eight, PartitionSpec())
+    twice = NamedSharding(four, PartitionSpec(("model", "data")))
     one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     with Checkpoints(tmp_path) as saved:
         saved.save({"w": jax.device_put(STATE["w"], split)}, progress(0))
-        for sharding in (split, copies, one):
+        for sharding in (split, copies, twice, one):
             like = {"w": jax.device_put(np.zeros(16, np.float32), sharding)}
             restored = saved.load(saved.line()[0], like=like)["w"]
             assert restored.sharding == sharding
