@@ -117,6 +117,9 @@ LAYOUTS = {
 }
 
 
+MOST = "data × model"  # where there are most messages
+
+
 def make_mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:
     """Of the first devices."""
     devices = jax.devices()[: math.prod(shape)]
@@ -319,26 +322,24 @@ def show_bytes(size: float) -> str:
 
 
 def message_table(report: dict[str, Any]) -> str:
-    """Messages by leaves, as Markdown."""
+    """Messages of an update, as Markdown."""
     leaves = [str(count) for count in report["leaves"]]
+    at = ", ".join(f"{count:,}" for count in report["leaves"])
     lines = [
-        f"| on 8 devices, messages (arrays in them) at {', '.join(leaves)} leaves "
-        "| parameters copied | split by rows | split 4 × 2 | largest array |",
-        "|---|--:|--:|--:|--:|",
+        f"| on eight devices | parameters copied | rows split | split 4 × 2, at {at} "
+        "leaves | numbers in them | largest |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for name, by_layout in report["messages"].items():
-        cells, largest = [], 0
-        for by_leaves in by_layout.values():
-            counts = {row["messages"] for row in by_leaves.values()}
-            arrays = ", ".join(f"{by_leaves[n]['arrays']:,}" for n in leaves)
-            cells.append("0" if counts == {0} else f"{_span(counts)} ({arrays})")
-            largest = max([largest, *(row["largest"] for row in by_leaves.values())])
-        lines.append(f"| {name} | {' | '.join(cells)} | {show_bytes(largest)} |")
+        copied, split = (by_layout[x][leaves[0]]["messages"] for x in ("data", "fsdp"))
+        rows = [by_layout[MOST][count] for count in leaves]
+        messages, numbers = (
+            ", ".join(f"{row[key]:,}" for row in rows) for key in ("messages", "arrays")
+        )
+        largest = show_bytes(rows[-1]["largest"])
+        cells = f"{copied} | {split} | {messages} | {numbers} | {largest}"
+        lines.append(f"| {name} | {cells} |")
     return "\n".join(lines)
-
-
-def _span(counts: set[int]) -> str:
-    return "–".join(str(count) for count in sorted({min(counts), max(counts)}))
 
 
 def memory_table(report: dict[str, Any]) -> str:
@@ -372,7 +373,10 @@ def measure(leaves: tuple[int, ...], checked: Model) -> dict[str, Any]:
         "leaves": leaves,
         "messages": {
             name: {
-                layout: {str(n): count(make, layout, n) for n in leaves}
+                layout: {
+                    str(n): count(make, layout, n)
+                    for n in (leaves if layout == MOST else leaves[:1])
+                }
                 for layout in LAYOUTS
             }
             for name, make in SIDES.items()

@@ -15,7 +15,7 @@ SMALL_GPT = Path(__file__).parent / "small_gpt.py"
 STEPS = 40
 FLAGS = f"""--steps {STEPS} --warmup-steps 5 --batch-size 8 --microbatches 2
 --eval-batches 1 --eval-every 20 --checkpoint-every 5 --sample-tokens 0""".split()
-PATIENCE = 240
+PATIENCE = 400  # Seconds, for machines that do other things as well.
 
 
 def free_port():
