@@ -11,7 +11,7 @@ JAX's compiler does the rest: it knows how arrays lie, and puts in what must be 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -140,3 +140,14 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     names = ost.leaf_names(tree)
     return jax.tree.unflatten(structure, map(lie, names, leaves))
+
+
+def make_split(
+    create: Callable[..., Any], given: tuple, mesh: Mesh, rules: Rules
+) -> tuple[Any, Any]:
+    """What ``create`` makes of what is given, and how it lies.
+
+    Each device makes its part of it: no array is ever whole on one that shares it.
+    """
+    lie = shardings(jax.eval_shape(create, *given), mesh, rules)
+    return jax.jit(create, out_shardings=lie)(*given), lie

@@ -70,9 +70,7 @@ class Run:
         self.parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
         self.flops_per_token = size.flops_per_token(self.parameters)
         self._graphdef = nnx.graphdef((model, optimizer))
-        shapes = jax.eval_shape(begin, *given)
-        lie = devices.shardings(shapes, mesh, SPLIT)
-        self.state = jax.jit(begin, out_shardings=lie)(*given)
+        self.state, lie = devices.make_split(begin, given, mesh, SPLIT)
 
         def step(leaves, windows, factors):
             state = jax.tree.unflatten(self._structure, leaves)
