@@ -12,10 +12,7 @@ copies and operations come from XLA's analysis of the compiled program and do no
     python benchmarks/accumulation.py --quick    # small models, few rounds, no JSON
 """
 
-import argparse
 import functools
-import json
-import platform
 import re
 import sys
 import time
@@ -29,7 +26,8 @@ import numpy as np
 import optax
 import step_cost
 from jax import lax
-from step_cost import LEARNING_RATE, RESULTS
+from reporting import Report, markdown, quartiles, run_suite
+from step_cost import LEARNING_RATE
 
 import optax_stability as ost
 
@@ -165,16 +163,16 @@ def compare(seconds: np.ndarray, base: np.ndarray) -> dict[str, float]:
 # --- across steps ---------------------------------------------------------------------
 
 
-def multi_steps() -> optax.GradientTransformation:
+def multi_steps(calls: int = CALLS) -> optax.GradientTransformation:
     """What optax offers."""
-    steps = optax.MultiSteps(step_cost.plain_adamw(), CALLS)
+    steps = optax.MultiSteps(step_cost.plain_adamw(), calls)
     return steps.gradient_transformation()
 
 
-def with_squares() -> optax.GradientTransformation:
+def with_squares(calls: int = CALLS) -> optax.GradientTransformation:
     """Σg² is kept, and Adam reads it."""
     inner = ost.safe_adamw(LEARNING_RATE, second_moment="microbatch")
-    return ost.accumulate_moments(inner, CALLS)
+    return ost.accumulate_moments(inner, calls)
 
 
 def with_adamw() -> optax.GradientTransformation:
@@ -392,124 +390,103 @@ def memory_by_tokens(shape: tuple[int, ...], tokens: list) -> dict[str, Any]:
 # --- tables and report ----------------------------------------------------------------
 
 
-def quartiles(row: dict[str, float], digits: int) -> str:
-    """Median (low–high)."""
-    low, middle, high = (f"{row[key]:.{digits}f}" for key in ("low", "median", "high"))
-    return f"{middle} ({low}–{high})"
-
-
-def across_table(rows: dict[str, dict[str, Any]], targets: bool) -> str:
+def across_table(rows: dict[str, dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
+    head = ["around", "mini-step ms", "ratio", "cycle ms", "ratio"]
+    head += ["temp bytes/param", "ratio", "copies"]
     lines = [
-        "| around | mini-step ms | ratio | cycle ms | ratio "
-        "| temp bytes/param | ratio | copies |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        [
+            name,
+            f"{row['mini_step_ms']['median']:.1f}",
+            quartiles(row["mini_step_ratio"], 2),
+            f"{row['cycle_ms']['median']:.0f}",
+            quartiles(row["cycle_ratio"], 2),
+            f"{row['temp_bytes_per_parameter']:.1f}",
+            f"{row['temp_ratio']:.2f}",
+            str(row["copies"]),
+        ]
+        for name, row in rows.items()
     ]
-    for name, row in rows.items():
-        lines.append(
-            f"| {name} | {row['mini_step_ms']['median']:.1f} "
-            f"| {quartiles(row['mini_step_ratio'], 3)} "
-            f"| {row['cycle_ms']['median']:.0f} | {quartiles(row['cycle_ratio'], 3)} "
-            f"| {row['temp_bytes_per_parameter']:.3f} | {row['temp_ratio']:.3f} "
-            f"| {row['copies']} |"
-        )
-    if targets:
-        lines.append("| *target* | | ≤ 0.25 | | ≤ 0.3 | | ≤ 0.15 | 0 |")
-    return "\n".join(lines)
+    return markdown(head, lines)
 
 
 def inside_table(rows: dict[str, dict[str, Any]]) -> str:
     """The rows as a Markdown table; flops without those of a loop's repetitions."""
     lines = [
-        "| gradient | ms | time | temp MB | more | flops |",
-        "|---|--:|--:|--:|--:|--:|",
+        [
+            name,
+            f"{row['ms']['median']:.0f}",
+            quartiles(row["time_ratio"], 3),
+            f"{row['temp_mb']:.2f}",
+            f"{row['temp_mb_more']:+.2f}",
+            f"{row['flops_ratio']:.4f}",
+        ]
+        for name, row in rows.items()
     ]
-    for name, row in rows.items():
-        lines.append(
-            f"| {name} | {row['ms']['median']:.0f} "
-            f"| {quartiles(row['time_ratio'], 3)} | {row['temp_mb']:.2f} "
-            f"| {row['temp_mb_more']:+.2f} | {row['flops_ratio']:.4f} |"
-        )
-    return "\n".join([*lines, "| *target* | | ≤ 1.02 | | ± 1 | |"])
+    return markdown(["gradient", "ms", "time", "temp MB", "more", "flops"], lines)
 
 
 def memory_table(found: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| microbatch | by hand, temp MB | rejecting | not rejecting |",
-        "|---|--:|--:|--:|",
-    ]
+    lines = []
     for tokens, rows in found.items():
         hand, rejecting, keeping = rows.values()
-        lines.append(
-            f"| {tokens} tokens | {hand['temp_mb']:.2f} "
-            f"| {rejecting['temp_mb_more']:+.2f} | {keeping['temp_mb_more']:+.2f} |"
-        )
-    return "\n".join([*lines, "| *target* | | ± 1 | ± 1 |"])
-
-
-def show(title: str, table: str) -> None:
-    """Prints a table under its title."""
-    sys.stdout.write(f"\n{title}\n\n{table}\n")
-    sys.stdout.flush()
+        more = [f"{row['temp_mb_more']:+.2f}" for row in (rejecting, keeping)]
+        lines.append([f"{tokens} tokens", f"{hand['temp_mb']:.2f}", *more])
+    head = ["microbatch", "by hand, temp MB", "rejecting", "not rejecting"]
+    return markdown(head, lines)
 
 
 def report_across(scale: Scale) -> dict[str, Any]:
-    """Measures accumulation across steps and prints it."""
+    """Measures accumulation across steps."""
     report, params = {}, parameters(scale)
-    size = f"{step_cost.count(params) / 1e6:.1f}M parameters, K = {CALLS}"
     for case, (batch, differentiate) in across_cases(scale).items():
         programs = accumulators(params, batch, differentiate)
-        report[case] = rows = measure_across(programs, scale.cycles)
-        # With the gradient inside, its own time and memory stand on both sides.
-        table = across_table(rows, targets=differentiate is step_cost.given)
-        show(f"Across steps, {case}, {size}", table)
+        report[case] = measure_across(programs, scale.cycles)
     return report
 
 
 def report_inside(scale: Scale) -> dict[str, Any]:
-    """Measures accumulation inside a step and prints it."""
+    """Measures accumulation inside a step."""
     report = {}
     for name, (shape, rows, rounds) in scale.steps.items():
         case = gpt(shape, rows)
         programs = {key: build_inside(side, case) for key, side in INSIDE.items()}
-        report[name] = found = measure_inside(programs, rounds)
-        microbatch = f"{rows}×{case.batch.shape[1] - 1} tokens"
-        title = f"Inside a step, GPT of {name}, K = {MICROBATCHES}, {microbatch} each"
-        show(title, inside_table(found))
+        tokens = f"{rows}×{case.batch.shape[1] - 1} tokens"
+        report[f"GPT of {name}, {tokens} each"] = measure_inside(programs, rounds)
     return report
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "platform": platform.machine(),
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def main() -> None:
-    """Measures both ways, prints the tables and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="smaller and shorter")
-    quick = parser.parse_args().quick
+def make_report(quick: bool) -> Report:
+    """Measures both ways."""
     scale = QUICK if quick else FULL
-    report = machine() | {
-        "quick": quick,
+    return {
+        "parameters": step_cost.count(parameters(scale)),
         "across_steps": report_across(scale),
         "inside_a_step": report_inside(scale),
         "memory_by_tokens": memory_by_tokens(SMALL, scale.tokens),
     }
-    if not quick:
-        title = "Inside a step, GPT of 10.8M, temporary memory beyond that by hand"
-        show(title, memory_table(report["memory_by_tokens"]))
-        RESULTS.mkdir(exist_ok=True)
-        text = json.dumps(report, indent=1, ensure_ascii=False)
-        (RESULTS / "accumulation.json").write_text(text + "\n")
+
+
+def readme_table(report: Report) -> str:
+    """Across steps, the gradient given."""
+    return across_table(next(iter(report["across_steps"].values())))
+
+
+def tables(report: Report) -> dict[str, str]:
+    """All tables."""
+    size = f"{report['parameters'] / 1e6:.1f}M parameters, K = {CALLS}"
+    across = {
+        f"Across steps, {case}, {size}": across_table(rows)
+        for case, rows in report["across_steps"].items()
+    }
+    inside = {
+        f"Inside a step, {case}, K = {MICROBATCHES}": inside_table(rows)
+        for case, rows in report["inside_a_step"].items()
+    }
+    memory = memory_table(report["memory_by_tokens"])
+    return across | inside | {"Temporary memory beyond that by hand, MB": memory}
 
 
 if __name__ == "__main__":
-    main()
+    run_suite("accumulation", __doc__, make_report, tables)

@@ -19,21 +19,17 @@ not depend on the parameters here, so only that order exists.
     python benchmarks/batch_invariance.py --quick    # fewer coordinates, no JSON
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from reporting import Report, markdown, run_suite
 
 import optax_stability as ost
 
-RESULTS = Path(__file__).parent / "results" / "batch_invariance.json"
 B1 = 0.9
 B2S = (0.999, 0.95)
 LEARNING_RATE = 1e-3
@@ -159,14 +155,11 @@ def table(rows: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
     names = [regime.name for regime in REGIMES]
     lines = [
-        f"| distance relative to K = 1 | K | {' | '.join(names)} |",
-        f"|---|--:|{'--:|' * len(names)}",
+        [optimizer, k, *[f"{cells[name]['ratio']:.3f}" for name in names]]
+        for optimizer, splits in rows.items()
+        for k, cells in splits.items()
     ]
-    for optimizer, splits in rows.items():
-        for k, cells in splits.items():
-            shown = " | ".join(f"{cells[name]['ratio']:.3f}" for name in names)
-            lines.append(f"| {optimizer} | {k} | {shown} |")
-    return "\n".join(lines)
+    return markdown(["distance relative to K = 1", "K", *names], lines)
 
 
 def largest_error(rows: dict[str, Any]) -> float:
@@ -180,21 +173,26 @@ def largest_error(rows: dict[str, Any]) -> float:
     return max(cell["standard_error"] / cell["ratio"] for cell in cells)
 
 
-def main() -> None:
-    """Runs the grid, prints the tables and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="less of everything")
-    quick = parser.parse_args().quick
+def make_report(quick: bool) -> Report:
+    """Runs the grid."""
     size, b2s = (QUICK, B2S[:1]) if quick else (FULL, B2S)
     results = {str(b2): measure(b2, size) for b2 in b2s}
-    for b2, rows in results.items():
-        error = f"Standard errors are below {largest_error(rows):.2%} of the ratio."
-        sys.stdout.write(f"\nβ₁ = {B1}, β₂ = {b2}\n\n{table(rows)}\n\n{error}\n")
-    if not quick:
-        RESULTS.parent.mkdir(exist_ok=True)
-        report = {"b1": B1, **size._asdict(), "b2": results}
-        RESULTS.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    return {"b1": B1, **size._asdict(), "b2": results}
+
+
+def readme_table(report: Report) -> str:
+    """The table of the usual β₂."""
+    return table(report["b2"][str(B2S[0])])
+
+
+def tables(report: Report) -> dict[str, str]:
+    """One table per β₂."""
+    return {
+        f"β₁ = {B1}, β₂ = {b2}; standard errors are below {largest_error(rows):.2%} "
+        "of the ratio": table(rows)
+        for b2, rows in report["b2"].items()
+    }
 
 
 if __name__ == "__main__":
-    main()
+    run_suite("batch_invariance", __doc__, make_report, tables)

@@ -18,8 +18,6 @@ JSON: for each statistic the most extreme value of any healthy run.
     python benchmarks/diagnosis.py --reports FOLDER    # and a report of each
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +29,7 @@ import numpy as np
 import optax
 from low_precision import corpus, windows
 from numpy.lib.stride_tricks import sliding_window_view
+from reporting import Report, finish, markdown, parser
 
 import optax_stability as ost
 from optax_stability._diagnosis import Finding, diagnose
@@ -40,7 +39,6 @@ from optax_stability._diagnosis._series import History, is_vector
 from optax_stability._diagnosis._trend import smooth, trend
 from optax_stability._diagnosis._updates import whole_and_layers
 
-RESULTS = Path(__file__).parent / "results" / "diagnosis_cpu.json"
 STEPS, WARMUP, MICROBATCHES = 300, 30, 4
 # Steps between measurements of what takes passes of its own.
 SELDOM = 4
@@ -321,17 +319,17 @@ def judge(run: Run, findings: list[Finding]) -> list[str]:
     return missing + [f"{kind} should not be there" for kind in wrong]
 
 
-def row_of(name: str, run: Run, findings: list[Finding]) -> str:
+def cells_of(name: str, row: dict[str, Any]) -> list[str]:
     """One line of the table."""
-    steps = [each.step for each in findings if each.kind in run.expected[:1]]
-    cells = [
+    found, expected = row["findings"], row["expected"]
+    steps = [each["step"] for each in found if each["kind"] in expected[:1]]
+    return [
         name,
-        ", ".join(run.expected) or "–",
-        ", ".join(each.kind for each in findings) or "–",
+        ", ".join(expected) or "–",
+        ", ".join(each["kind"] for each in found) or "–",
         str(steps[0]) if steps else "–",
-        "–" if run.fault is None else str(run.fault),
+        "–" if row["fault"] is None else str(row["fault"]),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def extremes(history: dict[str, np.ndarray]) -> dict[str, float]:
@@ -387,27 +385,16 @@ def worst_of(rows: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Runs them, prints table and findings, writes the JSON; fails if one is wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two runs, no JSON")
-    parser.add_argument("--reports", type=Path, help="folder for a report of each run")
-    arguments = parser.parse_args()
-    quick = arguments.quick
-    lines = ["| run | expected | found | first step | fault |", "|---|---|---|--:|--:|"]
-    rows, health, wrong = {}, [], []
+def make_report(quick: bool, pages: Path | None) -> Report:
+    """Runs all; with a folder, a page about each goes there."""
+    rows, health = {}, []
     for name in QUICK if quick else RUNS:
         run = RUNS[name]
         history = train(run)
         findings = diagnose(history)
-        if arguments.reports:
-            page = arguments.reports / f"{name.replace(' ', '_')}.html"
+        if pages:
+            page = pages / f"{name.replace(' ', '_')}.html"
             ost.write_report(history, page, title=name.capitalize())
-        lines.append(row_of(name, run, findings))
-        sys.stderr.write("\n".join([lines[-1], *map(str, findings)]) + "\n")
-        wrong += [f"{name}: {text}" for text in judge(run, findings)]
         rows[name] = {
             "expected": run.expected,
             "allowed": run.allowed,
@@ -415,20 +402,32 @@ def main() -> None:
             "final_loss": final_loss(history),
             "findings": [each._asdict() for each in findings],
         }
+        sys.stderr.write("\n".join([name, *map(str, findings)]) + "\n")
+        if wrong := judge(run, findings):
+            sys.exit(f"{name}: {', '.join(wrong)}")
         if not run.expected:
             health.append(extremes(history))
-    sys.stdout.write("\n".join(lines) + "\n")
-    if wrong:
-        sys.exit("\n".join(wrong))
-    if not quick:
-        report = {
-            "version": ost.__version__,
-            "steps": STEPS,
-            "most_suspicious_in_health": worst_of(health),
-            "runs": rows,
-        }
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    return {
+        "steps": STEPS,
+        "most_suspicious_in_health": worst_of(health),
+        "runs": rows,
+    }
+
+
+def tables(report: Report) -> dict[str, str]:
+    """What was expected of each run, and what was found."""
+    head = ["run", "expected", "found", "first step", "fault"]
+    rows = [cells_of(name, row) for name, row in report["runs"].items()]
+    return {"Findings": markdown(head, rows)}
+
+
+def main() -> None:
+    """Runs them, prints table and findings, writes the JSON; fails if one is wrong."""
+    options = parser(__doc__)
+    options.add_argument("--reports", type=Path, help="folder for a report of each run")
+    flags = options.parse_args()
+    report = make_report(flags.quick, flags.reports)
+    finish("diagnosis", report, tables, quick=flags.quick)
 
 
 if __name__ == "__main__":

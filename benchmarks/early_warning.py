@@ -42,14 +42,9 @@ they set the levels of the alarms, and the other eight are what is reported.
     python benchmarks/early_warning.py --quick    # one small setting each, no JSON
 """
 
-import argparse
 import functools
-import json
-import platform
-import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -58,11 +53,10 @@ import numpy as np
 import optax
 from low_precision import corpus, windows
 from numpy.lib.stride_tricks import sliding_window_view
+from reporting import Report, run_suite
 
 import optax_stability as ost
 from optax_stability import thresholds
-
-RESULTS = Path(__file__).parent / "results" / "early_warning_cpu.json"
 
 # The rule as it was found, not to be changed here.
 LIMIT, WINDOW = 0.0, 10
@@ -1088,30 +1082,21 @@ def spikes_report(groups) -> dict[str, Any]:
     return reports
 
 
-def header() -> dict[str, Any]:
-    """By which versions and with which numbers."""
-    return {
-        "version": ost.__version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": jax.devices()[0].platform,
-        "rule": {"limit": LIMIT, "window": WINDOW},
-        "steps": [STEPS, SPIKE_STEPS],
-        "seeds": [SEEDS, SPIKE_SEEDS],
-        "rates_tried": RATES,
-    }
-
-
-def tables_of(report: dict[str, Any]) -> str:
+def tables(report: Report) -> dict[str, str]:
     """All tables."""
     rates, spikes = report["rates"], report["spikes"]
-    parts = [settings_table(rates), limits_table(rates), alternatives_table(rates)]
+    found = {
+        "Too high a learning rate, by setting": settings_table(rates),
+        "By limit": limits_table(rates),
+        "By statistic": alternatives_table(rates),
+    }
     for b2, each in spikes.items():
-        found = len({(case["group"], case["run"]) for case in each["cases"]})
-        spiked = f"{len(each['cases'])} spikes in {found} of {each['runs']} runs, "
-        spiked += f"{each['clean']} clean"
-        parts += [f"β₂ = {b2}: {spiked}", spikes_table(each)]
-    return "\n\n".join([*parts, jumps_table(report)])
+        spiking = len({(case["group"], case["run"]) for case in each["cases"]})
+        title = (
+            f"β₂ = {b2}: {len(each['cases'])} spikes in {spiking} of {each['runs']} "
+        )
+        found[title + f"runs, {each['clean']} clean"] = spikes_table(each)
+    return found | {"Jumps in healthy runs": jumps_table(report)}
 
 
 def rounded(x: Any) -> Any:
@@ -1123,32 +1108,24 @@ def rounded(x: Any) -> Any:
     return float(f"{x:.5g}") if isinstance(x, float) else x
 
 
-def write(report: dict[str, Any]) -> None:
-    """Writes the JSON, one line to a list."""
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    text = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(text + "\n")
+def header() -> dict[str, Any]:
+    """With which numbers."""
+    return {
+        "rule": {"limit": LIMIT, "window": WINDOW},
+        "steps": [STEPS, SPIKE_STEPS],
+        "seeds": [SEEDS, SPIKE_SEEDS],
+        "rates_tried": RATES,
+    }
 
 
-def main() -> None:
-    """Runs both questions, prints the tables and writes the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one setting each, no JSON"
-    )
-    quick = parser.parse_args().quick
-    report = header() | {
+def make_report(quick: bool) -> Report:
+    """Both questions."""
+    found = {
         "rates": rates_report(QUICK if quick else SETTINGS),
         "spikes": spikes_report(QUICK_SPIKING if quick else SPIKING),
     }
-    report = rounded(report)
-    sys.stdout.write(tables_of(report) + "\n")
-    if not quick:
-        write(report)
+    return rounded(header() | found)
 
 
 if __name__ == "__main__":
-    main()
+    run_suite("early_warning", __doc__, make_report, tables)

@@ -31,16 +31,11 @@ stays too low after a change of level, which Adam does not see.
     python benchmarks/fault_table.py --quick    # one seed, every third rule, no JSON
 """
 
-import argparse
 import collections
 import concurrent.futures
 import dataclasses
-import json
-import platform
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,10 +43,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import peers
+from reporting import Report, markdown, run_suite
 
 import optax_stability as ost
 
-RESULTS = Path(__file__).parent / "results" / "fault_table.json"
 STEPS, FAULT, PROBE = 1000, 600, 750
 STEP = np.arange(STEPS)
 LEVEL, LEARNING_RATE, WEIGHT_DECAY = 0.5, 1e-3, 1e-4
@@ -434,24 +429,24 @@ def cell(fault: str, summary: dict[str, Any]) -> str:
 
 def table(rows: dict[str, dict[str, dict[str, Any]]], columns: list[str]) -> str:
     """Some columns of the rows as a Markdown table."""
-    lines = [f"| rule | {' | '.join(columns)} |", "|---" + "|--:" * len(columns) + "|"]
-    for name, row in rows.items():
-        cells = [cell(fault, row[fault]) for fault in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = [
+        [name, *[cell(fault, row[fault]) for fault in columns]]
+        for name, row in rows.items()
+    ]
+    return markdown(["rule", *columns], lines)
 
 
-def readme_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+def readme_table(report: Report) -> str:
     """The part of both tables that the README quotes: where rules differ."""
+    rows = rows_of(report)
     return table({name: rows[name] for name in README_RULES}, README_FAULTS)
 
 
-def read_results() -> dict[str, dict[str, dict[str, Any]]]:
-    """The rows of the last full run, zeros filled in again."""
-    rules = json.loads(RESULTS.read_text())["rules"]
+def rows_of(report: Report) -> dict[str, dict[str, dict[str, Any]]]:
+    """The rows, zeros filled in again."""
     return {
         name: {fault: collections.Counter(row.get(fault, {})) for fault in ALL}
-        for name, row in rules.items()
+        for name, row in report["rules"].items()
     }
 
 
@@ -464,32 +459,29 @@ def without_zeros(row: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {fault: counts for fault, counts in found.items() if counts}
 
 
-def main() -> None:
-    """Runs the grid, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, fewer rules")
-    quick = parser.parse_args().quick
+def make_report(quick: bool) -> Report:
+    """Runs the grid."""
     seeds, names = (range(1), [*RULES][::3]) if quick else (range(4), [*RULES])
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         each = pool.map(lambda name: measure(name, seeds), names)
     rows = dict(zip(names, each, strict=True))
-    sys.stdout.write(f"Faults\n\n{table(rows, list(FAULTS))}\n\n")
-    sys.stdout.write(f"Changes that are no faults\n\n{table(rows, list(CHANGES))}\n")
-    if not quick:
-        sys.stdout.write(f"\nFor the README\n\n{readme_table(rows)}\n")
-        report = {
-            "steps": STEPS,
-            "seeds": len(seeds),
-            "entries": ENTRIES,
-            "jax": jax.__version__,
-            "optax": optax.__version__,
-            "platform": platform.machine(),
-            "zeros": "left out",
-            "rules": {name: without_zeros(row) for name, row in rows.items()},
-        }
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    return {
+        "steps": STEPS,
+        "seeds": len(seeds),
+        "entries": ENTRIES,
+        "zeros": "left out",
+        "rules": {name: without_zeros(row) for name, row in rows.items()},
+    }
+
+
+def tables(report: Report) -> dict[str, str]:
+    """Both tables."""
+    rows = rows_of(report)
+    return {
+        "Faults": table(rows, list(FAULTS)),
+        "Changes that are no faults": table(rows, list(CHANGES)),
+    }
 
 
 if __name__ == "__main__":
-    main()
+    run_suite("fault_table", __doc__, make_report, tables)

@@ -9,9 +9,7 @@ same seed. The spread over seeds is the noise that a difference must beat. For c
     python benchmarks/low_precision.py --quick    # one seed, fewer steps, no JSON
 """
 
-import argparse
 import functools
-import json
 import statistics
 import sys
 import sysconfig
@@ -22,12 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from reporting import Report, markdown, run_suite
 
 import optax_stability as ost
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gpt"))
-
-RESULTS = Path(__file__).parent / "results" / "low_precision.json"
 
 
 def scale_by_adam_in_float16(b1: float, b2: float) -> optax.GradientTransformation:
@@ -114,45 +111,53 @@ def train_once(make: Any, seed: int, steps: int) -> dict[str, float]:
     return {"loss": float(loss), "max_update": float(np.max(jax.device_get(largest)))}
 
 
-def main() -> None:
-    """Runs the grid, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, fewer steps")
-    quick = parser.parse_args().quick
+def make_report(quick: bool) -> Report:
+    """Runs the grid."""
     seeds, steps = (range(1), 60) if quick else (range(4), 300)
     runs = {
         name: [train_once(make, seed, steps) for seed in seeds]
         for name, make in OPTIMIZERS.items()
     }
-    base = [run["loss"] for run in runs["√v in float32"]]
-    lines = [
-        "| storage | held-out loss | minus float32, same seed | largest update |",
-        "|---|--:|--:|--:|",
+    base = [run["loss"] for run in next(iter(runs.values()))]
+    return {
+        "steps": steps,
+        "seeds": len(base),
+        "spread": statistics.stdev(base) if len(base) > 1 else 0.0,
+        "runs": {name: summarise(each, base) for name, each in runs.items()},
+    }
+
+
+def summarise(runs: list[dict[str, float]], base: list[float]) -> dict[str, Any]:
+    """One row: the runs of all seeds."""
+    losses = [run["loss"] for run in runs]
+    differences = [a - b for a, b in zip(losses, base, strict=True)]
+    return {
+        "losses": losses,
+        "mean": statistics.fmean(losses),
+        "mean_difference": statistics.fmean(differences),
+        "largest_difference": max(differences, key=abs),
+        "max_update": max(run["max_update"] for run in runs),
+    }
+
+
+def tables(report: Report) -> dict[str, str]:
+    """The table, and by how much seeds differ."""
+    head = ["second moment", "held-out loss", "minus float32, same seed (worst)"]
+    rows = [
+        [
+            name,
+            f"{row['mean']:.3f}",
+            f"{row['mean_difference']:+.3f} ({row['largest_difference']:+.3f})",
+            f"{row['max_update']:,.2f}",
+        ]
+        for name, row in report["runs"].items()
     ]
-    rows = {}
-    for name, each in runs.items():
-        losses = [run["loss"] for run in each]
-        differences = [a - b for a, b in zip(losses, base, strict=True)]
-        rows[name] = {
-            "losses": losses,
-            "mean": statistics.fmean(losses),
-            "mean_difference": statistics.fmean(differences),
-            "largest_difference": max(differences, key=abs),
-            "max_update": max(run["max_update"] for run in each),
-        }
-        row = rows[name]
-        lines.append(
-            f"| {name} | {row['mean']:.3f} | {row['mean_difference']:+.3f} (worst "
-            f"{row['largest_difference']:+.3f}) | {row['max_update']:.2f} |"
-        )
-    spread = statistics.stdev(base) if len(base) > 1 else float("nan")
-    lines.append(f"\nSpread of the float32 runs over seeds: {spread:.3f}")
-    sys.stdout.write("\n".join(lines) + "\n")
-    if not quick:
-        RESULTS.parent.mkdir(exist_ok=True)
-        report = {"steps": steps, "seeds": len(base), "spread": spread, "runs": rows}
-        RESULTS.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    title = (
+        f"A small GPT, {report['seeds']} seeds × {report['steps']} steps, β₂ = 0.999; "
+        f"spread of the first row over seeds: {report['spread']:.3f}"
+    )
+    return {title: markdown([*head, "largest update"], rows)}
 
 
 if __name__ == "__main__":
-    main()
+    run_suite("low_precision", __doc__, make_report, tables)

@@ -8,25 +8,20 @@ the state, by shape; for one model it is held against XLA's own count.
     python benchmarks/many_devices.py --quick  # fewer leaves, a smaller model
 """
 
-import argparse
-import datetime
 import functools
-import json
 import math
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from reporting import Report, markdown, run_suite
 
 import optax_stability as ost
 
-RESULTS = Path(__file__).parent / "results" / "many_devices.json"
 LEAVES = (10, 100, 1000)
 WIDTH = 1024  # of the parameters whose messages are counted, in entries
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
@@ -321,15 +316,13 @@ def show_bytes(size: float) -> str:
     return f"{size:.3g} {unit}"
 
 
-def message_table(report: dict[str, Any]) -> str:
+def message_table(report: Report) -> str:
     """Messages of an update, as Markdown."""
     leaves = [str(count) for count in report["leaves"]]
     at = ", ".join(f"{count:,}" for count in report["leaves"])
-    lines = [
-        f"| on eight devices | parameters copied | rows split | split 4 × 2, at {at} "
-        "leaves | numbers in them | largest |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    head = ["on eight devices", "parameters copied", "rows split"]
+    head += [f"split 4 × 2, at {at} leaves", "numbers in them", "largest"]
+    lines = []
     for name, by_layout in report["messages"].items():
         copied, split = (by_layout[x][leaves[0]]["messages"] for x in ("data", "fsdp"))
         rows = [by_layout[MOST][count] for count in leaves]
@@ -337,39 +330,26 @@ def message_table(report: dict[str, Any]) -> str:
             ", ".join(f"{row[key]:,}" for row in rows) for key in ("messages", "arrays")
         )
         largest = show_bytes(rows[-1]["largest"])
-        cells = f"{copied} | {split} | {messages} | {numbers} | {largest}"
-        lines.append(f"| {name} | {cells} |")
-    return "\n".join(lines)
+        lines.append([name, str(copied), str(split), messages, numbers, largest])
+    return markdown(head, lines)
 
 
-def memory_table(report: dict[str, Any]) -> str:
+def memory_table(report: Report) -> str:
     """State by model, as Markdown."""
     heads = [f"{name} on {MODELS[name].devices:,}" for name in report["memory"]]
-    lines = [
-        f"| state | × parameters | beside, at 1T | {' | '.join(heads)} |",
-        "|---|--:|--:|" + "--:|" * len(heads),
-    ]
+    lines = []
     for name in STATES:
         rows = [by_state[name] for by_state in report["memory"].values()]
+        cells = [show_bytes(row["per_device"]) for row in rows]
         times, rest = rows[-1]["times"], show_bytes(rows[-1]["rest"])
-        cells = " | ".join(show_bytes(row["per_device"]) for row in rows)
-        lines.append(f"| {name} | {times:.2g} | {rest} | {cells} |")
-    return "\n".join(lines)
-
-
-def read_results() -> dict[str, Any]:
-    """Those of the last full run."""
-    return json.loads(RESULTS.read_text())
+        lines.append([name, f"{times:.2g}", rest, *cells])
+    return markdown(["state", "× parameters", "beside, at 1T", *heads], lines)
 
 
 def measure(leaves: tuple[int, ...], checked: Model) -> dict[str, Any]:
     """Everything."""
     count = functools.cache(count_messages)
     return {
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/many_devices.py",
         "leaves": leaves,
         "messages": {
             name: {
@@ -397,19 +377,20 @@ def measure(leaves: tuple[int, ...], checked: Model) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Prints the tables and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="smaller and shorter")
-    quick = parser.parse_args().quick
+def make_report(quick: bool) -> Report:
+    """Counts, on eight CPU devices wherever it runs."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    report = measure((2, 4), SMALL) if quick else measure(LEAVES, MODELS["1B"])
-    sys.stdout.write(f"{message_table(report)}\n\n{memory_table(report)}\n\n")
-    sys.stdout.write(json.dumps(report["checked"]) + "\n")
-    if not quick:
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    return measure((2,), SMALL) if quick else measure(LEAVES, MODELS["1B"])
+
+
+def tables(report: Report) -> dict[str, str]:
+    """Both tables."""
+    return {
+        "Messages": message_table(report),
+        "Memory": memory_table(report),
+    }
 
 
 if __name__ == "__main__":
-    main()
+    run_suite("many_devices", __doc__, make_report, tables)

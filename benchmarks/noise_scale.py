@@ -13,8 +13,6 @@ at once: XLA counts the body of a loop once.
     python benchmarks/noise_scale.py --quick    # small models, few rounds, no JSON
 """
 
-import argparse
-import json
 from typing import Any, NamedTuple
 
 import jax
@@ -29,12 +27,10 @@ from accumulation import (
     build,
     compare,
     gpt,
-    machine,
-    quartiles,
     run_alternately,
-    show,
 )
-from step_cost import LEARNING_RATE, RESULTS, summary
+from reporting import Report, markdown, quartiles, run_suite
+from step_cost import LEARNING_RATE, summary
 
 import optax_stability as ost
 
@@ -141,39 +137,53 @@ def measure(scale: Scale) -> dict[str, Any]:
     return rows
 
 
+def readme_table(report: Report) -> str:
+    """From microbatches."""
+    return table(report["microbatches"])
+
+
 def table(rows: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| step with | ms | time | flops | temp MB | more | copies |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        [
+            name,
+            f"{row['ms']['median']:.0f}",
+            quartiles(row["time_ratio"], 2),
+            f"{row['flops_ratio']:.4f}",
+            f"{row['temp_mb']:.1f}",
+            f"{row['temp_mb_more']:+.2f}",
+            str(row["copies"]),
+        ]
+        for name, row in rows.items()
     ]
-    for name, row in rows.items():
-        lines.append(
-            f"| {name} | {row['ms']['median']:.0f} | {quartiles(row['time_ratio'], 3)} "
-            f"| {row['flops_ratio']:.4f} | {row['temp_mb']:.2f} "
-            f"| {row['temp_mb_more']:+.2f} | {row['copies']} |"
-        )
-    return "\n".join([*lines, "| *target* | | ≤ 1.02 | ≤ 1.01 | | | |"])
+    head = ["step with", "ms", "time", "flops", "temp MB", "more", "copies"]
+    return markdown(head, lines)
 
 
-def main() -> None:
-    """Measures both, prints the tables and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="smaller and shorter")
-    quick = parser.parse_args().quick
+def make_report(quick: bool) -> Report:
+    """Measures both."""
     scale = SMALLEST if quick else FULL
-    rows, taps = measure(scale), norm_taps.measure(scale.taps)
-    size = f"GPT of {rows[WITHOUT]['parameters'] / 1e6:.1f}M"
-    tokens = f"{scale.rows}×{scale.shape[3]} tokens"
-    show(f"From {PARTS} microbatches of {tokens}, {size}", table(rows))
-    tokens = f"{scale.taps.rows}×{scale.taps.shape[3]} tokens"
-    show(f"From single examples, a batch of {tokens}, {size}", norm_taps.table(taps))
-    if not quick:
-        RESULTS.mkdir(exist_ok=True)
-        report = machine() | {"quick": quick, "microbatches": rows, "examples": taps}
-        text = json.dumps(report, indent=1, ensure_ascii=False)
-        (RESULTS / "noise_scale.json").write_text(text + "\n")
+    return {
+        "rows": scale.rows,
+        "tokens": scale.shape[3],
+        "taps": {"rows": scale.taps.rows, "tokens": scale.taps.shape[3]},
+        "microbatches": measure(scale),
+        "examples": norm_taps.measure(scale.taps),
+    }
+
+
+def tables(report: Report) -> dict[str, str]:
+    """Both tables."""
+    size = f"GPT of {report['microbatches'][WITHOUT]['parameters'] / 1e6:.1f}M"
+    parts = f"{PARTS} microbatches of {report['rows']}×{report['tokens']} tokens"
+    whole = "{rows}×{tokens} tokens".format(**report["taps"])
+    return {
+        f"From {parts}, {size}": table(report["microbatches"]),
+        f"From single examples, a batch of {whole}, {size}": norm_taps.table(
+            report["examples"]
+        ),
+    }
 
 
 if __name__ == "__main__":
-    main()
+    run_suite("noise_scale", __doc__, make_report, tables)

@@ -25,10 +25,10 @@ from accumulation import (
     Program,
     build,
     compare,
-    quartiles,
     run_alternately,
 )
 from flax import nnx
+from reporting import Report, markdown, quartiles
 from step_cost import LEARNING_RATE, count, summary
 
 import optax_stability as ost
@@ -41,7 +41,6 @@ from optax_stability.flax import (
 )
 
 PLAIN, BY_SCAN = "value_and_grad", "scan over examples"
-TARGETS = {"norm layers": 1.02, "all layers": 1.25}
 
 
 class Scale(NamedTuple):
@@ -197,17 +196,17 @@ def measure(scale: Scale) -> dict[str, Any]:
     return rows
 
 
+def readme_table(report: Report) -> str:
+    """From single examples, in the report of ``noise_scale.py``."""
+    return table(report["examples"])
+
+
 def table(rows: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| step with | ms | time | target | temp MB | flops |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    lines = []
     for name, row in rows.items():
-        target = f"≤ {TARGETS[name]}" if name in TARGETS else ""
         flops = "–" if row["flops_ratio"] is None else f"{row['flops_ratio']:.3f}"
-        lines.append(
-            f"| {name} | {row['ms']['median']:.0f} | {quartiles(row['time_ratio'], 3)} "
-            f"| {target} | {row['temp_mb']:.1f} | {flops} |"
-        )
-    return "\n".join(lines)
+        time = quartiles(row["time_ratio"], 2)
+        cells = [f"{row['ms']['median']:.0f}", time, flops, f"{row['temp_mb']:.1f}"]
+        lines.append([name, *cells])
+    return markdown(["step with", "ms", "time", "flops", "temp MB"], lines)

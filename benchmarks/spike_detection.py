@@ -21,12 +21,9 @@ skips in a row are accepted as the new level.
     python benchmarks/spike_detection.py --quick    # two short runs, no JSON
 """
 
-import argparse
 import base64
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -34,11 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from low_precision import corpus, windows
+from reporting import Report, markdown, run_suite
 
-import optax_stability as ost
 from optax_stability import thresholds
 
-RESULTS = Path(__file__).parent / "results" / "spike_detection.json"
 STEPS, QUICK_STEPS = 240, 120
 # A probe every so many steps from the one on at which our rule is armed; phases begin
 # at a multiple of it.
@@ -282,53 +278,43 @@ def score(rule: Rule, traces: dict[str, Trace], steps: int) -> dict[str, Any]:
     }
 
 
-def row_of(name: str, row: dict[str, Any]) -> str:
+def cells_of(name: str, row: dict[str, Any]) -> list[str]:
     """One line of the table."""
     counts = [count for each in row["false_skips"].values() for count in each]
     runs = sum(count > 0 for count in counts)
     cells = [name, f"{runs} of {len(counts)} runs, {sum(counts)} steps"]
     for phases in row["missed"].values():
         cells.append(" / ".join(f"{each:.0f}" for each in phases))
-    cells += [f"{row[key]:.0f}" for key in ("long_gradients_found", "new_data_found")]
-    return f"| {' | '.join(cells)} |"
+    return cells + [
+        f"{row[key]:.0f}" for key in ("long_gradients_found", "new_data_found")
+    ]
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The Markdown table; numbers are percent unless they say otherwise."""
-    missed = [f"missed: {name}" for name in CORRUPTIONS]
-    head = ["rule", "false skips", *missed, "norm × 10", "new data"]
-    lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
-    return "\n".join(lines + [row_of(name, row) for name, row in rows.items()])
-
-
-def main() -> None:
-    """Records the runs, replays the rules, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two short runs, no JSON")
-    quick = parser.parse_args().quick
+def make_report(quick: bool) -> Report:
+    """Records the runs and replays the rules."""
     steps = QUICK_STEPS if quick else STEPS
     chosen = {"batch 8": Setting(2)} if quick else SETTINGS
     traces = {}
     for name, setting in chosen.items():
         sys.stderr.write(f"{name}: {setting.seeds} runs\n")
         traces[name] = record(setting, setting.seeds, steps)
-    rows = {name: score(rule, traces, steps) for name, rule in RULES.items()}
-    sys.stdout.write(table(rows) + "\n")
-    if not quick:
-        losses = {name: trace.loss[:, -20:].mean(1) for name, trace in traces.items()}
-        report = {
-            "version": ost.__version__,
-            "steps": steps,
-            "phases": PHASES,
-            "settings": {name: each._asdict() for name, each in chosen.items()},
-            "final_training_loss": {name: x.tolist() for name, x in losses.items()},
-            "rules": rows,
-        }
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    losses = {name: trace.loss[:, -20:].mean(1) for name, trace in traces.items()}
+    return {
+        "steps": steps,
+        "phases": PHASES,
+        "settings": {name: each._asdict() for name, each in chosen.items()},
+        "final_training_loss": {name: x.tolist() for name, x in losses.items()},
+        "rules": {name: score(rule, traces, steps) for name, rule in RULES.items()},
+    }
+
+
+def tables(report: Report) -> dict[str, str]:
+    """The table; numbers are percent unless they say otherwise."""
+    missed = [f"missed: {name}" for name in CORRUPTIONS]
+    head = ["rule", "false skips", *missed, "norm × 10", "new data"]
+    rows = [cells_of(name, row) for name, row in report["rules"].items()]
+    return {"What every rule sees": markdown(head, rows)}
 
 
 if __name__ == "__main__":
-    main()
+    run_suite("spike_detection", __doc__, make_report, tables)

@@ -4,30 +4,37 @@ Both sides of a pair run in one process, alternating, and are compared as a rati
 medians: that survives a noisy machine. Bytes and buffers come from XLA's own analysis
 of the compiled program and do not drift.
 
+*The floor* is the time in which the device moves what such a step must move at least:
+the gradient, the parameters and Adam's two moments are read, all but the gradient are
+written (28 bytes per parameter), and a clip needs the norm of the whole gradient before
+any of it is used (4 more). Where the gradient is made in the same step, the parameters
+are read for it and it is written (8 more). How fast the device moves is measured in the
+same rounds, by adding 1 in place to an array as large as parameters, moments and
+gradient together.
+
     python benchmarks/step_cost.py            # prints the tables, writes results/*.json
     python benchmarks/step_cost.py --quick    # a tenth of the parameters, fewer rounds
 """
 
-import argparse
-import json
-import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from reporting import Report, markdown, on_cpu, quartiles, run_suite
 
 import optax_stability as ost
 
-RESULTS = Path(__file__).parent / "results"
 LEARNING_RATE = 1e-3
 GUARDED = "spike_guard(clip_by_zscore + safe_adamw)"
 RECORDED = "record_history with record, gradient and update"
+# Bytes per parameter that AdamW must move, with a clip in front of it, and with a
+# gradient that is made in the same step.
+ADAMW_MOVES, CLIPPED_MOVES, STEP_MOVES = 28, 32, 40
 
 
 class Program(NamedTuple):
@@ -38,7 +45,7 @@ class Program(NamedTuple):
       arguments: its donated arguments; replaced after each call.
       bytes_accessed: what XLA counts, in bytes per parameter.
       temp: temporary memory, in bytes per parameter.
-      compile_seconds: time to compile, measured once per round.
+      compile_seconds: time to compile, once and then once per round.
     """
 
     step: Callable
@@ -56,12 +63,14 @@ class Case(NamedTuple):
       params: the parameters.
       batch: what the loss is computed from.
       differentiate: ``(params, batch) -> (loss, gradient)``, part of the step.
+      moves: name to bytes per parameter that the side must move at least.
     """
 
     sides: dict[str, Callable[[], optax.GradientTransformation]]
     params: Any
     batch: Any
     differentiate: Callable
+    moves: Mapping[str, int] = MappingProxyType({})
 
 
 def plain_adamw() -> optax.GradientTransformation:
@@ -194,7 +203,10 @@ def build(tx: optax.GradientTransformation, case: "Case") -> Program:
     """Compiles a step and reads XLA's analysis of it."""
     # Copies, because the step donates its arguments.
     arguments = [jax.tree.map(jnp.copy, case.params), tx.init(case.params)]
-    compiled = lower(tx, case, arguments[1]).compile()
+    lowered = lower(tx, case, arguments[1])
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
     size = count(case.params)
     costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
     if costs is None or memory is None:
@@ -204,7 +216,7 @@ def build(tx: optax.GradientTransformation, case: "Case") -> Program:
         arguments=arguments,
         bytes_accessed=costs["bytes accessed"] / size,
         temp=memory.temp_size_in_bytes / size,
-        compile_seconds=[],
+        compile_seconds=[seconds],
     )
 
 
@@ -225,23 +237,43 @@ def run_once(program: Program, batch: Any) -> float:
     return time.perf_counter() - start
 
 
+def copier(size: int) -> Callable[[], float]:
+    """Measures, at each call, the seconds to read and write so many float32 numbers."""
+    add_one = jax.jit(lambda x: x + 1.0, donate_argnums=0)
+    numbers = [add_one(jnp.zeros(size))]
+
+    def seconds() -> float:
+        jax.block_until_ready(numbers)
+        start = time.perf_counter()
+        numbers[0] = add_one(numbers[0])
+        jax.block_until_ready(numbers)
+        return time.perf_counter() - start
+
+    return seconds
+
+
 def measure(
     case: "Case", *, rounds: int, compile_rounds: int
 ) -> dict[str, dict[str, Any]]:
     """Runs all sides alternately and summarises each."""
     programs = {name: build(make(), case) for name, make in case.sides.items()}
+    size = count(case.params)
+    copy = copier(4 * size if case.moves else 1)
     for program in programs.values():
         run_once(program, case.batch)
     seconds = {name: [] for name in programs}
+    copies = []
     for _ in range(rounds):
+        copies.append(copy())
         for name, program in programs.items():
             seconds[name].append(run_once(program, case.batch))
     for _ in range(compile_rounds):
         for name, make in case.sides.items():
             programs[name].compile_seconds.append(compile_once(make(), case))
-    return {
+    seconds_per_byte = statistics.median(copies) / (2 * 16 * size)
+    rows = {
         name: {
-            "parameters": count(case.params),
+            "parameters": size,
             "leaves": len(jax.tree.leaves(case.params)),
             "bytes_per_parameter": round(program.bytes_accessed, 3),
             "temp_bytes_per_parameter": round(program.temp, 4),
@@ -250,11 +282,17 @@ def measure(
         }
         for name, program in programs.items()
     }
+    for name, moves in case.moves.items():
+        floor = moves * size * seconds_per_byte
+        rows[name]["floor_gb_per_s"] = round(1e-9 / seconds_per_byte, 1)
+        rows[name]["floor_ratio"] = round(statistics.median(seconds[name]) / floor, 3)
+    add_ratios(rows)
+    return rows
 
 
 def summary(values: list[float], unit: float) -> dict[str, float]:
     """Median and quartiles, in the given unit."""
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = statistics.quantiles(values * 2, n=4, method="inclusive")
     return {
         "median": round(middle * unit, 3),
         "low": round(low * unit, 3),
@@ -305,29 +343,8 @@ def add_ratios(rows: dict[str, dict[str, Any]]) -> None:
         row["compile_ratio"] = round(compile_ratio, 3)
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| step | bytes/param | temp/param | ms (quartiles) | time | compile |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for name, row in rows.items():
-        ms = row["ms"]
-        lines.append(
-            f"| {name} | {row['bytes_per_parameter']:.1f} "
-            f"| {row['temp_bytes_per_parameter']:.2f} "
-            f"| {ms['median']:.1f} ({ms['low']:.1f}–{ms['high']:.1f}) "
-            f"| {row['time_ratio']:.2f} | {row['compile_ratio']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Measures every case, prints the tables and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="smaller and shorter")
-    quick = parser.parse_args().quick
-    width, rounds, compile_rounds = (160, 11, 2) if quick else (512, 41, 3)
+def cases(quick: bool) -> dict[str, Case]:
+    """What is compared."""
     baseline = "clip_by_global_norm + adamw"
     sides = {
         baseline: optax_chain,
@@ -347,18 +364,24 @@ def main() -> None:
         RECORDED: norms_recorded,
         "the same, every number at every step": everything_recorded,
     }
-    many = {f"leaf_{i}": (64, 64) for i in range(100 if quick else 1000)}
-    gpt = draw(transformer_shapes(width, 9, 8192), jax.random.key(0), 0.1)
+    width, layers = (160, 1) if quick else (512, 9)
+    gpt = draw(transformer_shapes(width, layers, 8192), jax.random.key(0), 0.1)
+    many = {f"leaf_{i}": (64, 64) for i in range(30 if quick else 1000)}
     small = draw(many, jax.random.key(0), 0.1)
     chains = dict(list(sides.items())[:2])
     value_and_grad, scale = jax.value_and_grad(small_loss), jnp.float32(0.1)
-    cases = {
-        "optimizer alone, GPT-shaped": Case(sides, gpt, gradient_like(gpt), given),
+    alone = dict.fromkeys(chains, CLIPPED_MOVES)
+    alone |= dict.fromkeys(("adamw", "safe_adamw"), ADAMW_MOVES)
+    whole = dict.fromkeys(guarded, STEP_MOVES)
+    return {
+        "optimizer alone, GPT-shaped": Case(
+            sides, gpt, gradient_like(gpt), given, alone
+        ),
         "optimizer alone, many small leaves": Case(
             chains, small, gradient_like(small), given
         ),
         "gradient in the same step, GPT-shaped": Case(
-            guarded, gpt, scale, value_and_grad
+            guarded, gpt, scale, value_and_grad, whole
         ),
         "recording, GPT-shaped": Case(recording, gpt, scale, value_and_grad),
         "recording, many small leaves": Case(
@@ -368,33 +391,67 @@ def main() -> None:
             given,
         ),
     }
-    report = {
-        "device": jax.devices()[0].device_kind,
-        "platform": platform.machine(),
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "python": platform.python_version(),
-        "quick": quick,
-        "cases": {},
+
+
+def make_report(quick: bool) -> Report:
+    """Measures every case."""
+    rounds, compile_rounds = (5, 0) if quick else (41, 2 if on_cpu() else 0)
+    return {
+        "cases": {
+            name: measure(case, rounds=rounds, compile_rounds=compile_rounds)
+            for name, case in cases(quick).items()
+        },
+        "threshold_us": threshold_times(rounds),
     }
-    for name, case in cases.items():
-        rows = measure(case, rounds=rounds, compile_rounds=compile_rounds)
-        add_ratios(rows)
-        report["cases"][name] = rows
-        first = next(iter(rows.values()))
-        sys.stdout.write(
-            f"\n{name}: {first['parameters'] / 1e6:.1f}M float32 parameters in "
-            f"{first['leaves']} leaves\n\n{table(rows)}\n"
-        )
-    report["threshold_us"] = threshold_times(rounds)
-    sys.stdout.write("\nOne threshold, one value, in µs (median)\n\n")
-    for name, row in report["threshold_us"].items():
-        sys.stdout.write(f"  {row['median']:6.1f}  {name}\n")
-    if not quick:
-        RESULTS.mkdir(exist_ok=True)
-        name = f"step_cost_{jax.devices()[0].platform}.json"
-        (RESULTS / name).write_text(json.dumps(report, indent=1) + "\n")
+
+
+HEAD = ["step", "bytes/param", "temp/param", "ms", "time", "× floor", "compile"]
+
+
+def lines_of(rows: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The rows of one case."""
+    return [
+        [
+            name,
+            f"{row['bytes_per_parameter']:.0f}",
+            f"{row['temp_bytes_per_parameter']:.1f}",
+            quartiles(row["ms"], 1),
+            f"{row['time_ratio']:.2f}",
+            f"{row['floor_ratio']:.2f}" if "floor_ratio" in row else "",
+            f"{row['compile_ratio']:.2f}",
+        ]
+        for name, row in rows.items()
+    ]
+
+
+def title_of(name: str, rows: dict[str, dict[str, Any]]) -> str:
+    """What is compared, and on what."""
+    first = next(iter(rows.values()))
+    return (
+        f"{name}: {first['parameters'] / 1e6:.1f}M parameters, {first['leaves']} leaves"
+    )
+
+
+def readme_table(report: Report) -> str:
+    """All cases in one table."""
+    lines = []
+    for name, rows in report["cases"].items():
+        lines.append([f"**{title_of(name, rows)}**", *[""] * (len(HEAD) - 1)])
+        lines += lines_of(rows)
+    return markdown(HEAD, lines)
+
+
+def tables(report: Report) -> dict[str, str]:
+    """One table per case, and what a threshold takes."""
+    found = {
+        title_of(name, rows): markdown(HEAD, lines_of(rows))
+        for name, rows in report["cases"].items()
+    }
+    lines = [
+        [name, f"{row['median']:.1f}"] for name, row in report["threshold_us"].items()
+    ]
+    return found | {"One threshold, one value": markdown(["threshold", "µs"], lines)}
 
 
 if __name__ == "__main__":
-    main()
+    run_suite("step_cost", __doc__, make_report, tables)

@@ -7,14 +7,11 @@ Both run in one process and take turns, ten steps at a time: some numbers are me
 at every tenth step, and a block holds one such. Compared are the medians of the ratios
 of neighbouring blocks; memory is XLA's analysis.
 
-    python benchmarks/trainer_step.py                # small; writes results/*.json
-    python benchmarks/trainer_step.py --size gpt2    # for a GPU
-    python benchmarks/trainer_step.py --quick        # tiny, few rounds, no JSON
+    python benchmarks/trainer_step.py            # small; on accelerators gpt2 as well
+    python benchmarks/trainer_step.py --quick    # tiny, few rounds, no JSON
 """
 
-import argparse
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -22,9 +19,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from accumulation import machine
 from flax import nnx
-from step_cost import RESULTS, summary
+from reporting import (
+    Report,
+    devices_with,
+    hardware,
+    markdown,
+    on_cpu,
+    quartiles,
+    run_suite,
+)
+from step_cost import summary
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "gpt"))
@@ -35,6 +40,10 @@ from pace import peak_flops
 
 BLOCK = training.SELDOM
 BASELINE, OURS = "plain optax", "the stability chain"
+ROUNDS = 7
+TINY = Config(size="tiny", batch_size=8)
+SMALL = Config(size="small", batch_size=8)
+GPT2 = Config(size="gpt2", dtype="bfloat16", batch_size=16)
 SIDES = {
     BASELINE: {"baseline": True},
     OURS: {},
@@ -103,10 +112,12 @@ def run_alternately(programs: dict[str, Program], rounds: int) -> dict[str, np.n
     return {name: np.array(taken[1:]) for name, taken in seconds.items()}
 
 
-def measure(base: Config, rounds: int) -> dict[str, dict[str, Any]]:
+def measure(
+    base: Config, rounds: int, sides: dict[str, dict[str, bool]]
+) -> dict[str, dict[str, Any]]:
     """Time, memory and compile time of every side."""
     programs = {
-        name: build(dataclasses.replace(base, **flags)) for name, flags in SIDES.items()
+        name: build(dataclasses.replace(base, **flags)) for name, flags in sides.items()
     }
     seconds, peak = run_alternately(programs, rounds), peak_flops()
     rows = {}
@@ -127,64 +138,60 @@ def measure(base: Config, rounds: int) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def make_report(quick: bool) -> Report:
+    """Every case that suits the device."""
+    chosen = (TINY,) if quick else (SMALL,) if on_cpu() else (SMALL, GPT2)
+    names = (BASELINE, OURS) if quick else SIDES
+    sides, found = {name: SIDES[name] for name in names}, {}
+    for case in chosen:
+        rows = measure(case, 2 if quick else ROUNDS, sides)
+        size = SIZES[case.size]
+        tokens = case.batch_size * size.context
+        parameters = rows[BASELINE]["parameters"] / 1e6
+        title = f"GPT {case.size}, {parameters:.1f}M parameters, {tokens} tokens"
+        found[f"{title}, {case.dtype}"] = rows
+    return {"cases": found}
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| step with | ms | time | temp MB | compile s | tokens/s |",
-        "|---|--:|--:|--:|--:|--:|",
+        [
+            name,
+            f"{row['ms']['median']:.1f}",
+            quartiles(row["time_ratio"], 2),
+            f"{row['temp_mb']:.1f}",
+            f"{row['compile_s']:.1f}",
+            f"{row['tokens_per_second']:,}",
+        ]
+        for name, row in rows.items()
     ]
-    for name, row in rows.items():
-        ratio = row["time_ratio"]
-        lines.append(
-            f"| {name} | {row['ms']['median']:.1f} "
-            f"| {ratio['median']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f}) "
-            f"| {row['temp_mb']:.1f} | {row['compile_s']:.1f} "
-            f"| {row['tokens_per_second']:,} |"
-        )
-    return "\n".join(lines)
+    head = ["step with", "ms", "time", "temp MB", "compile s", "tokens/s"]
+    return markdown(head, lines)
 
 
-def readme_table() -> str:
-    """All results that are kept, as the README shows them."""
+def tables(report: Report) -> dict[str, str]:
+    """One table per case."""
+    return {title: table(rows) for title, rows in report["cases"].items()}
+
+
+def readme_table(report: Report) -> str:
+    """This result and those of the other devices, as the README shows them."""
+    others = devices_with("trainer_step").values()
     lines = [
-        "| whole step of the trainer | on | plain optax | the chain | time |",
-        "|---|---|--:|--:|--:|",
+        [title, f"{hardware(each)}, JAX {each['jax']}, {each['date']}", *sides_of(rows)]
+        for each in (report, *[x for x in others if x["device"] != report["device"]])
+        for title, rows in each["cases"].items()
     ]
-    for path in sorted(RESULTS.glob("trainer_step_*.json")):
-        report = json.loads(path.read_text())
-        rows, device = report["rows"], report["device"]
-        device = "two CPU cores" if device == "cpu" else device
-        plain, ours = (rows[name]["ms"]["median"] for name in (BASELINE, OURS))
-        ratio = rows[OURS]["time_ratio"]
-        lines.append(
-            f"| {report['title']} | {device} | {plain:.1f} ms | {ours:.1f} ms "
-            f"| {ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f}) |"
-        )
-    return "\n".join(lines)
+    head = ["whole step of the trainer", "on", "plain optax", "the chain", "time"]
+    return markdown(head, lines)
 
 
-def main() -> None:
-    """Measures, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=tuple(SIZES), default="small")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="tiny, few rounds")
-    flags = parser.parse_args()
-    size, rounds = ("tiny", 2) if flags.quick else (flags.size, flags.rounds)
-    config = Config(size=size, dtype=flags.dtype, batch_size=flags.batch_size)
-    rows = measure(config, rounds)
-    parameters = rows[BASELINE]["parameters"] / 1e6
-    tokens = flags.batch_size * SIZES[size].context
-    title = f"GPT {size}, {parameters:.1f}M parameters, {tokens} tokens, {flags.dtype}"
-    sys.stdout.write(f"{title}\n\n{table(rows)}\n")
-    if not flags.quick:
-        RESULTS.mkdir(exist_ok=True)
-        report = machine() | {"title": title, "rows": rows}
-        name = f"trainer_step_{size}_{jax.default_backend()}.json"
-        (RESULTS / name).write_text(json.dumps(report, indent=1) + "\n")
+def sides_of(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Milliseconds of both sides, and the ratio."""
+    plain, ours = (rows[name]["ms"]["median"] for name in (BASELINE, OURS))
+    return [f"{plain:.1f} ms", f"{ours:.1f} ms", quartiles(rows[OURS]["time_ratio"], 2)]
 
 
 if __name__ == "__main__":
-    main()
+    run_suite("trainer_step", __doc__, make_report, tables)

@@ -1,6 +1,5 @@
 """The benchmark of batch-size invariance measures what it says, and finds it."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import batch_invariance
+import reporting
 
 NOISE, EVEN, SIGNAL = (regime.name for regime in batch_invariance.REGIMES)
 OURS, SQRT, LINEAR = batch_invariance.OPTIMIZERS
@@ -21,7 +21,7 @@ SPREAD = 3 * 0.007
 
 
 def full():
-    return json.loads(batch_invariance.RESULTS.read_text())["b2"]
+    return reporting.read("batch_invariance")["b2"]
 
 
 def ratio(rows, optimizer, k, regime):

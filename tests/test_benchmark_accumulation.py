@@ -24,7 +24,7 @@ def test_across_steps_nothing_is_copied():
     params = accumulation.parameters(scale)
     programs = accumulation.accumulators(params, batch, differentiate)
     rows = accumulation.measure_across(programs, cycles=2)
-    table = accumulation.across_table(rows, targets=True)
+    table = accumulation.across_table(rows)
     assert all(name in table for name in rows)
     baseline = rows.pop(accumulation.MULTI_STEPS)
     # What is counted as a copy is one: MultiSteps is known to make them.

@@ -14,6 +14,7 @@ import optax_stability as ost
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import early_warning
+import reporting
 from early_warning import Case, Setting, Trace
 
 # Statistics of some thousand float32 values.
@@ -328,7 +329,7 @@ def test_alarms_are_counted_in_front_of_spikes_and_for_nothing():
 
 @pytest.fixture(scope="module")
 def report():
-    return json.loads(early_warning.RESULTS.read_text())
+    return reporting.read("early_warning")
 
 
 def test_the_result_is_that_of_a_full_run(report):
@@ -358,7 +359,7 @@ def test_the_tables_follow_from_the_runs(report):
         stored = report["rates"]["alternatives"][name]
         assert row["tested"] == stored["tested"], name
         assert row["auc"] == pytest.approx(stored["auc"], abs=1e-3)
-    assert early_warning.tables_of(report)
+    assert all(early_warning.tables(report).values())
 
 
 def test_a_negative_correlation_flags_most_rates_that_are_too_high(report):

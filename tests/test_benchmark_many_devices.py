@@ -11,22 +11,21 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import many_devices
+import reporting
 from many_devices import Collective
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_readme_quotes_the_last_full_run():
-    report = many_devices.read_results()
-    assert many_devices.message_table(report) in README
-    assert many_devices.memory_table(report) in README
+    report = reporting.read("many_devices")
     for key in ("counted", "expected"):
         assert f"{report['checked'][key]:,}" in README
 
 
 def test_an_update_adds_few_and_small_sums():
     """However many leaves there are, but for what XLA can put into one message."""
-    report = many_devices.read_results()
+    report = reporting.read("many_devices")
     assert list(report["messages"]) == list(many_devices.SIDES)
     for by_layout in report["messages"].values():
         assert by_layout["data"]["10"]["messages"] == 0
@@ -43,7 +42,7 @@ def test_an_update_adds_few_and_small_sums():
 
 
 def test_microbatches_on_devices_add_next_to_nothing_to_the_gradient():
-    plain, spread, _ = many_devices.read_results()["gradient"].values()
+    plain, spread, _ = reporting.read("many_devices")["gradient"].values()
     for leaves in plain:
         assert set(spread[leaves]["kinds"]) == {"all-reduce"}
         added = spread[leaves]["bytes"] - plain[leaves]["bytes"]
@@ -51,7 +50,7 @@ def test_microbatches_on_devices_add_next_to_nothing_to_the_gradient():
 
 
 def test_xla_counts_what_the_shapes_say():
-    checked = many_devices.read_results()["checked"]
+    checked = reporting.read("many_devices")["checked"]
     assert checked["counted"] == pytest.approx(checked["expected"], rel=1e-5)
 
 

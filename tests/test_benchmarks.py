@@ -1,6 +1,5 @@
 """The baselines are as published, and the fault table counts what it says."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,16 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-import optax_stability as ost
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import diagnosis
 import early_warning
 import fault_table
 import peers
-import spike_detection
-import trainer_step
+import reporting
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -352,60 +347,8 @@ def test_faults_are_where_they_should_be():
         assert stream.faulty.any() == expected, name
 
 
-def test_the_readme_quotes_the_last_full_runs():
-    assert fault_table.readme_table(fault_table.read_results()) in README
-    detection = json.loads(spike_detection.RESULTS.read_text())["rules"]
-    assert spike_detection.table(detection) in README
-    assert trainer_step.readme_table() in README
-
-
-def test_the_chain_costs_little_of_a_step_on_cpu():
-    rows = read("trainer_step_small_cpu.json")["rows"]
-    assert rows[trainer_step.OURS]["time_ratio"]["median"] <= 1.03
-
-
-def read(name):
-    return json.loads((fault_table.RESULTS.parent / name).read_text())
-
-
-def test_the_readme_quotes_the_accumulation_benchmark():
-    given = read("accumulation.json")["across_steps"]["gradient given"]
-    for row in given.values():
-        mini_step, cycle = row["mini_step_ratio"], row["cycle_ratio"]
-        temp = row["temp_bytes_per_parameter"]
-        cells = f"{mini_step['median']:.2f} | {cycle['median']:.2f} | {temp:.1f} |"
-        assert cells in README
-
-
-def test_the_readme_quotes_the_batch_invariance_benchmark():
-    for by_k in read("batch_invariance.json")["b2"]["0.999"].values():
-        regimes = by_k["8"]
-        cells = [by_k[k][regime]["ratio"] for regime in regimes for k in ("8", "32")]
-        assert " | ".join(f"{cell:.2f}" for cell in cells) in README
-
-
-def test_the_readme_quotes_the_noise_scale_benchmark():
-    report = read("noise_scale.json")
-    row = report["microbatches"]["estimate_noise_scale"]
-    time, flops = row["time_ratio"]["median"], row["flops_ratio"]
-    assert f"| {time:.2f} | {flops:.3f} | {row['temp_mb']:.1f} (" in README
-    for row in report["examples"].values():
-        if row["time_ratio"]["median"] != 1:
-            assert f" | {row['time_ratio']['median']:.2f} | " in README
-            assert f" | {row['temp_mb']:.0f} " in README
-
-
-def test_the_readme_quotes_the_diagnosis_of_the_last_full_run():
-    report = json.loads(diagnosis.RESULTS.read_text())
-    assert list(report["runs"]) == list(diagnosis.RUNS)
-    for name, row in report["runs"].items():
-        findings = [ost.Finding(**each) for each in row["findings"]]
-        assert not diagnosis.judge(diagnosis.RUNS[name], findings)
-        assert diagnosis.row_of(name, diagnosis.RUNS[name], findings) in README
-
-
 def test_the_readme_quotes_the_early_warning_benchmark():
-    report = json.loads(early_warning.RESULTS.read_text())
+    report = reporting.read("early_warning")
     rates, words = report["rates"], " ".join(README.split())
     shipped = rates["limits"][early_warning.RHO_LATER]["-0.2"]
     (bad, all_bad), (good, all_good) = (shipped[x] for x in ("bad", "good"))

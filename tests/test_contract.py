@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import survival
 from flax import nnx
 from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -668,6 +669,7 @@ def test_orbax_restores_the_state(case, tmp_path):
         restored = checkpointer.restore(tmp_path / "state", tx.init(params))
     chex.assert_trees_all_equal(restored, state)
     assert ost.metrics(restored).keys() == ost.metrics(state).keys()
+    survival.count(survival.RESTORES)
 
 
 def shard(tree, mesh):

@@ -1,7 +1,6 @@
 """Every kind is found where it was put, and nothing is found in health."""
 
 import inspect
-import json
 import re
 import sys
 from pathlib import Path
@@ -847,8 +846,9 @@ def test_every_remedy_names_functions_and_arguments_that_exist(kind):
 def test_the_real_runs_on_record_have_what_they_should():
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     import diagnosis
+    import reporting
 
-    report = json.loads(diagnosis.RESULTS.read_text())
+    report = reporting.read("diagnosis")
     assert list(report["runs"]) == list(diagnosis.RUNS)
     for name, run in diagnosis.RUNS.items():
         assert set(run.expected) | set(run.allowed) <= set(KINDS)

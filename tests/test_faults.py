@@ -5,12 +5,10 @@ several (drawn by hypothesis); one compiled program per stack runs hundreds at o
 see the same clean stream, so that case 0, the *twin*, shows what was lost.
 """
 
-import collections
 import concurrent.futures
 import functools
 import itertools
 import math
-import sys
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -20,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import survival
 
 import optax_stability as ost
 from optax_stability import thresholds
@@ -57,8 +56,6 @@ STARTS = (0, 1, 5, 12, 24, 60)
 LENGTHS = (1, 3, MAX_CONSECUTIVE, MAX_CONSECUTIVE + 1, 30)
 VALUES = {"NaN": np.nan, "Inf": np.inf, "-Inf": -np.inf, "1e30": 1e30, "zero": 0.0}
 LOSSES = {"NaN": np.nan, "Inf": np.inf, "-Inf": -np.inf, "20": 20.0, "1e30": 1e30}
-
-SURVIVED = collections.Counter()
 
 
 # --- the stacks ------------------------------------------------------------------
@@ -379,7 +376,7 @@ def test_everything_stays_finite_at_every_step(stack, outcomes):
     for what in FINITE:
         failed = ~getattr(seen, what).all(axis=1)
         assert not failed.any(), (what, names(grid(), failed))
-    SURVIVED[stack] += len(grid())
+    survival.count(survival.SEQUENCES, len(grid()))
 
 
 # What reports a limit that nobody has set: the loss without a threshold on it, and the
@@ -596,9 +593,4 @@ def test_any_sequence_of_faults_is_survived(stack, drawn):
     most = BUDGET + STEPS // (BUDGET + 1) if stack in SKIPPING else 0
     failed = np.flatnonzero(lost(seen) > most)
     assert not failed.size, failed
-    SURVIVED[stack] += len(programs)
-
-
-def test_how_many_fault_sequences_were_survived(capsys):
-    with capsys.disabled():
-        sys.stdout.write(f"\n{sum(SURVIVED.values()):,} fault sequences survived\n")
+    survival.count(survival.SEQUENCES, len(programs))

@@ -19,6 +19,7 @@ import model
 import numpy as np
 import optax
 import pytest
+import survival
 import train
 import training
 import writers
@@ -157,6 +158,7 @@ def test_a_run_that_is_killed_takes_the_same_course(tmp_path, text):
     chex.assert_trees_all_equal(
         *(newest_state(tmp_path / x) for x in ("whole", "torn"))
     )
+    survival.count(survival.KILLS)
 
 
 def read_whole_rows(folder):

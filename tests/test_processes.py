@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import survival
 
 SMALL_GPT = Path(__file__).parent / "small_gpt.py"
 STEPS = 40
@@ -137,3 +138,5 @@ def test_processes_train_together_and_survive(start):
     assert list(found) == list(expected) == list(range(1, STEPS + 1))
     assert found == pytest.approx(expected, rel=1e-4)
     assert found[STEPS] < found[1] - 0.1
+    survival.count(survival.KILLS)
+    survival.count(survival.STOPS)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import survival
 from checkpoints import Checkpoints, those_that_count
 from stopping import StopRequest
 from trainer import DivergedError, Schedule, Trainer
@@ -248,6 +249,7 @@ def test_a_run_that_is_killed_at_any_call_takes_the_same_course(
             log.write_text(left)
             saved = Memory(disk)
             assert course(saved, log, *go(saved, log, policy=policy)) == expected, last
+            survival.count(survival.KILLS)
 
 
 @pytest.mark.parametrize("policy", [AfterThree, recent_median])
@@ -263,6 +265,7 @@ def test_a_run_that_is_stopped_after_any_step_takes_the_same_course(
         trainer, run = go(saved, log, policy=policy, stop="SIGTERM")
     assert stops > SCHEDULE.steps
     assert course(saved, log, trainer, run) == expected
+    survival.count(survival.STOPS, stops)
 
 
 def test_the_log_reads_as_that_of_the_course_that_counts(tmp_path):
@@ -403,6 +406,7 @@ def test_a_run_that_is_killed_again_and_again_takes_the_same_course(tmp_path):
     assert deaths > 5
     assert found == expected
     assert not half.exists()
+    survival.count(survival.KILLS, deaths)
 
 
 def test_a_process_that_is_killed_while_it_saves_takes_the_same_course(tmp_path):
@@ -416,6 +420,7 @@ def test_a_process_that_is_killed_while_it_saves_takes_the_same_course(tmp_path)
         process.join()
         assert process.exitcode == -signal.SIGKILL
         process.close()
+        survival.count(survival.KILLS)
     assert finish(folder) == expected
 
 

@@ -1,0 +1,110 @@
+"""The tables of the README, and a page per device, made from ``benchmarks/results``.
+
+Between ``<!-- table NAME -->`` and ``<!-- end -->`` the README shows what the function
+of that name says below, and under it where the numbers come from. The page
+``results/<device>.md`` shows every table of every suite.
+
+    python benchmarks/tables.py    # rewrites them
+"""
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import accumulation
+import batch_invariance
+import diagnosis
+import fault_table
+import growth
+import low_precision
+import many_devices
+import noise_scale
+import norm_taps
+import reliability
+import spike_detection
+import stability
+import step_cost
+import trainer_step
+from reporting import RESULTS, Report, caption, read, read_all
+
+README = Path(__file__).parents[1] / "README.md"
+_BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def only(tables: Callable[[Report], dict[str, str]]) -> Callable[[Report], str]:
+    """The table of a suite that has one."""
+
+    def table(report: Report) -> str:
+        (found,) = tables(report).values()
+        return found
+
+    return table
+
+
+# Name in the README to the suite whose report it shows, and how.
+TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
+    "stability": ("stability_small", stability.peers_table),
+    "stability_skips": ("stability_small", stability.peers_skips),
+    "stability_parts": ("stability_small", stability.parts_table),
+    "stability_large": ("stability_large", stability.grid_table),
+    "stability_microbatches": ("stability_microbatches", stability.grid_table),
+    "reliability": ("reliability", only(reliability.tables)),
+    "spike_detection": ("spike_detection", only(spike_detection.tables)),
+    "fault_table": ("fault_table", fault_table.readme_table),
+    "batch_invariance": ("batch_invariance", batch_invariance.readme_table),
+    "messages": ("many_devices", many_devices.message_table),
+    "memory": ("many_devices", many_devices.memory_table),
+    "diagnosis": ("diagnosis", only(diagnosis.tables)),
+    "step_cost": ("step_cost", step_cost.readme_table),
+    "by_parameters": ("growth", growth.parameters_table),
+    "by_leaves": ("growth", growth.leaves_table),
+    "by_microbatches": ("growth", growth.microbatch_table),
+    "by_length": ("growth", growth.history_table),
+    "accumulation": ("accumulation", accumulation.readme_table),
+    "noise_scale": ("noise_scale", noise_scale.readme_table),
+    "norm_taps": ("noise_scale", norm_taps.readme_table),
+    "trainer_step": ("trainer_step", trainer_step.readme_table),
+    "low_precision": ("low_precision", only(low_precision.tables)),
+}
+
+
+def block(name: str) -> str:
+    """A table and where it comes from."""
+    suite, table = TABLES[name]
+    report = read(suite)
+    return f"\n{table(report)}\n\n{caption(report)}\n\n"
+
+
+def render(text: str) -> str:
+    """The text with all its tables as they should be."""
+    return _BLOCK.sub(lambda found: found[1] + block(found[2]) + found[3], text)
+
+
+def page(path: Path) -> str:
+    """All tables of a device, from its JSON."""
+    parts, reports = [], read_all(path)
+    for suite, report in reports.items():
+        parts.append(f"## {suite}")
+        module = importlib.import_module(Path(report["command"].split()[1]).stem)
+        for title, table in module.tables(report).items():
+            parts += [f"**{title}**", table]
+        parts.append(caption(report))
+    device = next(iter(reports.values()))["device"]
+    return "\n\n".join([f"# {device}", *parts]) + "\n"
+
+
+def main() -> None:
+    """Rewrites README and pages; says which tables the README does not show."""
+    for path in RESULTS.glob("*.json"):
+        path.with_suffix(".md").write_text(page(path))
+    text = README.read_text()
+    shown = {name for _, name, _ in _BLOCK.findall(text)}
+    if missing := sorted(TABLES.keys() - shown):
+        sys.exit(f"README.md has no place for {', '.join(missing)}")
+    README.write_text(render(text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The grid of faults is what it says, and so are its measures."""
+
+import math
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import reporting
+import stability
+from stability import CLIP, OURS, Fault, Grid, Outcome, Setting
+
+TINY = Setting(layers=1, width=32, batch=2, calls=40)
+ALL_FAULTS = {
+    name: fault
+    for grid in stability.GRIDS.values()
+    for name, fault in grid.faults.items()
+}
+
+
+@pytest.fixture(scope="module")
+def clean():
+    return stability.clean_stream(Setting(batch=2), seed=0)
+
+
+def changed(fault, stream):
+    return fault.change(stream, np.random.default_rng(0))
+
+
+def single(stream):
+    """With a leading axis of one seed."""
+    return jax.tree.map(lambda x: x[None], stream)
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("clean", []),
+        ("NaN at 12", [12]),
+        ("7 NaN at 120", range(120, 127)),
+        ("one entry 1e20 at 120", [120]),
+        ("20 random batches at 45", range(45, 65)),
+        ("another batch at 120", [120]),
+        ("gradients × 10 from 120 on", range(120, 240)),
+        ("new domain from 120 on", range(120, 240)),
+    ],
+)
+def test_a_fault_is_where_it_says(clean, name, calls):
+    stream = changed(ALL_FAULTS[name], clean)
+    (faulty,) = stability.faulty_calls(single(stream), single(clean))
+    assert np.flatnonzero(faulty).tolist() == list(calls)
+
+
+def test_a_fault_against_another_row_is_what_that_row_has_not(clean):
+    name = "gradients × 0.02, one of them × 30"
+    fault = ALL_FAULTS[name]
+    streams = [changed(x, clean) for x in (fault, ALL_FAULTS[fault.against])]
+    (faulty,) = stability.faulty_calls(*map(single, streams))
+    assert np.flatnonzero(faulty).tolist() == [120]
+    assert streams[0].factor[120] == pytest.approx(0.6)
+
+
+def test_every_row_has_the_row_that_it_is_held_against():
+    for grid in stability.GRIDS.values():
+        assert CLIP in grid.optimizers
+        assert OURS in grid.optimizers
+        assert grid.seeds >= 4
+        for fault in grid.faults.values():
+            assert fault.against is None or fault.against in grid.faults
+
+
+def test_the_new_domain_is_judged_by_its_own_held_out_text(clean):
+    other = changed(ALL_FAULTS["new domain from 120 on"], clean)
+    assert (other.held_out != clean.held_out).mean() > 0.5
+    letters = np.frombuffer(b"+/=\n", np.uint8)
+    symbols = [b for b in np.unique(other.held_out) if not chr(b).isalnum()]
+    assert set(symbols) <= set(letters)
+
+
+def test_the_gradient_is_spoiled_as_the_stream_says():
+    grads = {"a": jnp.ones((2, 3)), "b": jnp.full(4, 2.0)}
+    as_it_was = stability.spoil(grads, 1.0, 0.0)
+    longer = stability.spoil(grads, 10.0, 0.0)
+    entry = stability.spoil(grads, 1.0, 1e20)
+    jax.tree.map(np.testing.assert_array_equal, as_it_was, grads)
+    assert float(longer["a"].sum() + longer["b"].sum()) == 140
+    flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(entry)])
+    assert (flat == np.float32(1e20)).sum() == 1
+    assert np.isnan(stability.spoil(grads, math.nan, 0.0)["a"]).all()
+
+
+def outcome(held_out, losses, skipped=None, finite=True):
+    losses = np.asarray(losses, np.float32)
+    skipped = np.zeros(losses.shape, bool) if skipped is None else skipped
+    count = len(losses)
+    return Outcome(np.full(count, held_out), losses, skipped, np.full(count, finite))
+
+
+def test_what_a_fault_costs_is_the_difference_to_the_base():
+    usual, faulty = np.full((2, 100), 2.0), np.zeros((2, 100), bool)
+    faulty[:, 50] = True
+    losses, skipped = usual.copy(), faulty.copy()
+    losses[:, 50] += 5  # The loss of the fault itself does not count.
+    losses[:, 51:71] += 0.4
+    skipped[1, [3, 60]] = True
+    base, found = outcome(2.0, usual), outcome(2.1, losses, skipped)
+    cell = stability.summarise(found, base, faulty, good=False)
+    assert cell["lost"] == pytest.approx([0.1, 0.1])
+    assert cell["excess"] == pytest.approx([0.2, 0.2])
+    assert cell["true_skips"] == [1, 1]
+    assert cell["false_skips"] == [0, 2]
+    assert stability.summarise(found, base, faulty, good=True)["false_skips"] == [1, 3]
+
+
+def test_a_dead_run_has_no_loss_and_a_fault_without_an_end_no_excess():
+    losses, faulty = np.full((1, 10), 2.0), np.ones((1, 10), bool)
+    dead = outcome(math.nan, losses, finite=False)
+    cell = stability.summarise(dead, outcome(2.0, losses), faulty, good=False)
+    assert cell["lost"] == [None]
+    assert cell["excess"] == []
+    assert cell["finite"] == [False]
+    assert stability.cell(cell["lost"]) == "**NaN**"
+
+
+def test_a_cell_says_how_many_died_and_a_noise_row_how_far_runs_move():
+    assert stability.cell([0.1, None, 0.3]) == "+0.200, **1 NaN**"
+    assert stability.cell([0.1, -0.1], noise=True) == "±0.100"
+
+
+def test_a_grid_is_trained_and_the_fault_is_found():
+    """A NaN kills adamw and not ours; the clean runs are where they would be."""
+    faults = stability.CLEAN | {
+        "NaN": Fault(stability.multiplied(math.nan, stability.at(20)))
+    }
+    optimizers = {CLIP: stability.clipped, OURS: stability.guarded}
+    cells = stability.measure("tiny", Grid(TINY, faults, optimizers, seeds=2))
+    assert cells[CLIP]["NaN"]["lost"] == [None, None]
+    assert cells[OURS]["NaN"]["true_skips"] == [1, 1]
+    assert cells[OURS]["NaN"]["finite"] == [True, True]
+    assert max(map(abs, cells[OURS]["NaN"]["lost"])) < 0.1
+    for each in cells.values():
+        assert each["clean"]["false_skips"] == [0, 0]
+        assert all(3 < x < 5.4 for x in each["clean"]["held_out"])
+    table = stability.loss_table(
+        "small", {CLIP: {"clean": cells[CLIP]["clean"]}}, [CLIP]
+    )
+    assert table.splitlines()[-1] == "| clean | +0.000 |"
+
+
+def test_all_at_once_is_row_by_row():
+    faults = stability.CLEAN | {
+        "random": Fault(stability.random_bytes(stability.at(5)))
+    }
+    grid = Grid(TINY._replace(calls=10), faults, {}, seeds=2)
+    streams = stability.make_streams(grid)
+    rows, whole = (
+        stability.run_all(grid, stability.clipped, streams, at_once=at_once)
+        for at_once in (False, True)
+    )
+    assert list(rows) == list(whole) == ["clean", "random"]
+    chex.assert_trees_all_close(rows, whole, rtol=1e-4)
+    assert (rows["clean"].losses[:, 5] != rows["random"].losses[:, 5]).all()
+
+
+# --- what is claimed of the last full run ---------------------------------------------
+
+# By how much a clean run moves when one early batch is another.
+NOISE = "another batch at 12"
+
+
+def mean_lost(cells, optimizer, row):
+    return np.mean(cells[optimizer][row]["lost"])
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return reporting.read("stability_small")["cells"]
+
+
+def test_ours_is_finite_whatever_happens():
+    for grid in stability.GRIDS:
+        for row, cell in reporting.read(f"stability_{grid}")["cells"][OURS].items():
+            assert all(cell["finite"]), row
+            assert None not in cell["held_out"], row
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["NaN at 120", "Inf at 120", "one entry 1e20 at 120", "5 random batches at 120"],
+)
+def test_one_fault_costs_ours_a_hundredth_of_a_nat_at_most(cells, row):
+    assert mean_lost(cells, OURS, row) <= 0.01
+
+
+def test_five_corrupted_batches_early_cost_no_more_than_the_steps_lost(cells):
+    """All five are left out, and nothing else: no rule that skips could do better."""
+    corrupted, missing = (
+        cells[OURS][row] for row in ("5 random batches at 45", "5 NaN at 45")
+    )
+    assert corrupted["true_skips"] == missing["true_skips"] == [5] * 4
+    assert corrupted["false_skips"] == missing["false_skips"] == [0] * 4
+    assert corrupted["held_out"] == pytest.approx(missing["held_out"], abs=1e-3)
+
+
+def test_ours_skips_nothing_that_is_good_but_after_a_change_of_the_data(cells):
+    for row, cell in cells[OURS].items():
+        late = row == "new domain from 120 on"
+        assert max(cell["false_skips"]) <= (5 if late else 0), row
+
+
+def test_a_clean_run_of_ours_ends_within_the_noise_of_a_clip(cells):
+    noise = np.mean(np.abs(cells[OURS][NOISE]["lost"]))
+    assert abs(mean_lost(cells, OURS, "clean")) <= noise
+
+
+def test_the_loss_scale_does_not_matter_to_ours(cells):
+    for row in ("loss scale 1e-4", "loss scale 1e-12", "loss scale 1e-20"):
+        assert np.max(np.abs(cells[OURS][row]["lost"])) < 1e-3
+        assert mean_lost(cells, "adamw", row) > 0.03
