@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import step_cost
-from reporting import Report, markdown, run_suite
+from reporting import Report, markdown, quartiles, run_suite
 from step_cost import STEP_MOVES, Case
 
 import optax_stability as ost
@@ -146,7 +146,7 @@ def sides_table(what: str, found: dict[str, Any]) -> str:
         lines.append(
             [
                 f"{int(number):,}",
-                f"{first['ms']['median']:.1f}",
+                quartiles(first["ms"], 1),
                 *[f"{row['time_ratio']:.2f}" for row in others],
                 " / ".join(f"{row['floor_ratio']:.2f}" for row in rows.values()),
                 " / ".join(
@@ -174,7 +174,7 @@ def microbatch_table(report: Report) -> str:
             k,
             f"{row['multi_steps_ms']['median'] / int(k):.1f}",
             f"{row['cycle_ms']['median'] / int(k):.1f}",
-            f"{row['cycle_ratio']['median']:.2f}",
+            quartiles(row["cycle_ratio"], 2),
         ]
         for k, row in report["microbatches"].items()
     ]
@@ -187,7 +187,7 @@ def history_table(report: Report) -> str:
     lines = [
         [
             name,
-            f"{row['ms']['median']:.1f}",
+            quartiles(row["ms"], 1),
             f"{row['time_ratio']:.2f}",
             f"{row.get('history_bytes', 0) / 1e3:,.0f}",
         ]

@@ -47,7 +47,7 @@ def machine() -> Report:
 
 
 def on_cpu() -> bool:
-    """Whether the device has few cores and much memory, or the reverse."""
+    """Whether the device is a CPU, which has few cores to spare."""
     return jax.default_backend() == CPU
 
 

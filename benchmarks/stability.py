@@ -10,7 +10,7 @@ so has what is no fault at all, where a rule can only do harm.
 
 Nothing is tuned per row: every optimizer has one setting, published or default.
 
-    python benchmarks/stability.py              # all; writes results/stability_*.json
+    python benchmarks/stability.py              # all; writes results/<device>.json
     python benchmarks/stability.py --grid small # the main grid alone
     python benchmarks/stability.py --quick      # four runs, no JSON
 """
