@@ -4,7 +4,9 @@ Batches, what the gradient is multiplied by and what one of its entries is repla
 are arrays with an axis of calls: a compiled run is given them, whatever the fault.
 """
 
+import functools
 from collections.abc import Callable
+from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,12 +41,15 @@ class Stream(NamedTuple):
 
     Attributes:
       batch: int32[calls, batch, 65] – windows of bytes.
+      labels: int32[calls, batch, 64] – what is to be told from each byte but the last,
+        and those before it.
       factor: float32[calls] – what the gradient is multiplied by.
       entry: float32[calls] – what one entry of it is replaced by, or 0.
       held_out: int32[512, 65] – windows for the loss at the end.
     """
 
     batch: Any
+    labels: Any
     factor: Any
     entry: Any
     held_out: Any
@@ -58,9 +63,10 @@ def clean_stream(setting: Setting, seed: int) -> Stream:
     """The data of a run with which nothing is wrong."""
     train, held_out = corpus()
     rng = np.random.default_rng(seed)
-    batch = [windows(train, rng, setting.batch) for _ in range(setting.calls)]
+    batch = np.stack([windows(train, rng, setting.batch) for _ in range(setting.calls)])
     return Stream(
-        np.stack(batch),
+        batch,
+        batch[..., 1:],
         np.ones(setting.calls, np.float32),
         np.zeros(setting.calls, np.float32),
         windows(held_out, np.random.default_rng(0), WINDOWS),
@@ -69,10 +75,9 @@ def clean_stream(setting: Setting, seed: int) -> Stream:
 
 def faulty_calls(stream: Stream, clean: Stream) -> np.ndarray:
     """Where a stream differs from the clean one: bool[seeds, calls]."""
-    differs = (stream.batch != clean.batch).any((2, 3))
-    for name in ("factor", "entry"):
-        differs |= getattr(stream, name) != getattr(clean, name)
-    return differs
+    names = "batch", "labels", "factor", "entry"
+    each = [getattr(stream, name) != getattr(clean, name) for name in names]
+    return np.any([x.any(tuple(range(2, x.ndim))) for x in each], axis=0)
 
 
 # --- what can go wrong, or only seem to -----------------------------------------------
@@ -113,13 +118,66 @@ def one_entry(value: float, where: slice) -> Change:
     return change
 
 
-def random_bytes(where: slice) -> Change:
-    """The batches are noise."""
+def with_batches(stream: Stream, where: slice, batch: np.ndarray) -> Stream:
+    """Other batches in some calls, labelled as usual."""
+    batches, labels = stream.batch.copy(), stream.labels.copy()
+    batches[where], labels[where] = batch, batch[..., 1:]
+    return stream._replace(batch=batches, labels=labels)
+
+
+def random_bytes(where: slice, share: float = 1.0) -> Change:
+    """So many of the bytes are noise."""
 
     def change(stream, rng):
-        batch = stream.batch.copy()
-        batch[where] = rng.integers(0, 256, batch[where].shape)
-        return stream._replace(batch=batch)
+        clean = stream.batch[where]
+        noise = rng.integers(0, 256, clean.shape)
+        hit = share == 1.0 or rng.random(clean.shape) < share
+        return with_batches(stream, where, np.where(hit, noise, clean))
+
+    return change
+
+
+def half_random(where: slice) -> Change:
+    """Half of the rows of the batches are noise."""
+
+    def change(stream, rng):
+        batch = stream.batch[where].copy()
+        half = batch[:, ::2]
+        half[...] = rng.integers(0, 256, half.shape)
+        return with_batches(stream, where, batch)
+
+    return change
+
+
+def repeated_byte(where: slice) -> Change:
+    """The batches are one letter, another one in every call."""
+
+    def change(stream, rng):
+        batch = stream.batch[where]
+        letters = rng.integers(33, 127, (len(batch), 1, 1))
+        return with_batches(stream, where, np.broadcast_to(letters, batch.shape))
+
+    return change
+
+
+def shuffled(where: slice) -> Change:
+    """The bytes of every window are in any order."""
+
+    def change(stream, rng):
+        batch = rng.permuted(stream.batch[where], axis=-1)
+        return with_batches(stream, where, batch)
+
+    return change
+
+
+def shifted_labels(where: slice) -> Change:
+    """What is to be told is the byte after the next."""
+
+    def change(stream, rng):
+        del rng
+        labels = stream.labels.copy()
+        labels[where] = np.roll(labels[where], -1, axis=-1)
+        return stream._replace(labels=labels)
 
     return change
 
@@ -128,24 +186,92 @@ def other_batches(where: slice) -> Change:
     """The batches are others from the same text."""
 
     def change(stream, rng):
-        batch = stream.batch.copy()
-        for i in range(*where.indices(len(batch))):
-            batch[i] = windows(corpus()[0], rng, batch.shape[1])
-        return stream._replace(batch=batch)
+        shape = stream.batch[where].shape
+        batch = windows(corpus()[0], rng, shape[0] * shape[1]).reshape(shape)
+        return with_batches(stream, where, batch)
 
     return change
 
 
-def new_domain(where: slice) -> Change:
-    """Batches and held-out text are of another kind, for good."""
+Text = np.ndarray
+
+
+def prose(text: Text) -> Text:
+    """Another language: English, from Python's own help."""
+    del text
+    english = "\n".join(topics[name] for name in sorted(topics))
+    return np.frombuffer(english.encode("ascii", "replace"), np.uint8)
+
+
+def wide_characters(text: Text) -> Text:
+    """Another format: UTF-16, in which every other byte is 0."""
+    return np.stack([text, np.zeros_like(text)], axis=1).ravel()
+
+
+def backwards(text: Text) -> Text:
+    """Other statistics of sequences, with the same bytes."""
+    return text[::-1]
+
+
+Kind = Callable[[Text], Text]
+
+
+@functools.cache
+def of_kind(kind: Kind) -> tuple[Text, Text]:
+    """The corpus in another form: to train on, and held out."""
+    if kind is prose:
+        text = prose(corpus()[0])
+        part = len(text) // 10
+        return text[part:], text[:part]
+    train, held_out = map(kind, corpus())
+    return train, held_out
+
+
+def half_and_half(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Every second window of the one, the rest of the other."""
+    mixed = old.copy()
+    mixed[::2] = new[::2]
+    return mixed
+
+
+def new_domain(
+    where: slice,
+    kind: Kind = other_data,
+    *,
+    share: float = 1.0,
+    over: int = 0,
+    block: int = 0,
+) -> Change:
+    """Batches are of another kind, for good, in turns or here and there.
+
+    Args:
+      where: from when on.
+      kind: of text; the held-out text is of it too, or half of it where the old kind
+        comes again.
+      share: of the batches that are.
+      over: calls over which ever more rows of a batch are, instead of all at once.
+      block: length of the stretches that are, and of those between them that are not.
+    """
 
     def change(stream, rng):
-        train, held_out = map(other_data, corpus())
-        batch = stream.batch.copy()
-        for i in range(*where.indices(len(batch))):
-            batch[i] = windows(train, rng, batch.shape[1])
+        train, held_out = of_kind(kind)
+        calls = np.arange(*where.indices(len(stream.batch)))
+        old = stream.batch[where]
+        rows = old.shape[:2]
+        new = windows(train, rng, rows[0] * rows[1]).reshape(old.shape)
+        since = calls - calls[0]
+        hit = np.ones(len(calls), bool)
+        if share < 1:
+            hit = rng.random(len(calls)) < share
+        if block:
+            hit = since // block % 2 == 0
+        chance = np.where(hit, np.minimum(1, (since + 1) / max(over, 1)), 0)
+        chosen = rng.random(rows) < chance[:, None]
+        stays = share == 1 and not block
         fixed = windows(held_out, np.random.default_rng(0), WINDOWS)
-        return stream._replace(batch=batch, held_out=fixed)
+        fixed = fixed if stays else half_and_half(stream.held_out, fixed)
+        batch = np.where(chosen[..., None], new, old)
+        return with_batches(stream, where, batch)._replace(held_out=fixed)
 
     return change
 

@@ -22,6 +22,7 @@ TABLES = Path(__file__).with_name("tables.py")
 # What they cost, and what they save, on this device.
 ON_EVERY_DEVICE = (
     "step_cost",
+    "branching",
     "growth",
     "accumulation",
     "noise_scale",

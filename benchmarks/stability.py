@@ -16,7 +16,6 @@ Nothing is tuned per row: every optimizer has one setting, published or default.
 """
 
 import concurrent.futures
-import functools
 import math
 import statistics
 import sys
@@ -28,28 +27,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peers
-from faulty_streams import (
-    Change,
-    Setting,
-    Stream,
-    at,
-    both,
-    clean_stream,
-    faulty_calls,
-    multiplied,
-    new_domain,
-    nothing,
-    one_entry,
-    other_batches,
-    random_bytes,
-)
+from contenders import CLIP, OURS, PARTS, PEERS, Optimizer
+from faulty_streams import Setting, Stream, at, clean_stream, faulty_calls
+from grids import GRIDS, QUICK, Fault, Grid
 from reporting import Report, finish, markdown, on_cpu, parser
 
 import optax_stability as ost
 
-EARLY, LATE = 45, 120
 AFTER = 40  # clean steps after a fault over which its excess loss is averaged
+FEW, BEHIND = 5, 0.2  # a mean over so many calls so far above the base is behind
 
 
 class Outcome(NamedTuple):
@@ -57,202 +43,19 @@ class Outcome(NamedTuple):
 
     Attributes:
       held_out: float32[] – loss at the end, nats per byte.
+      in_use: float32[] – the same of the parameters in use, if a branch is open.
       losses: float32[calls] – of every batch, before its step.
       skipped: bool[calls] – whether the update was all zeros.
+      probed: bool[calls] – whether the loss is that of parameters kept aside.
       finite: bool[] – whether every parameter was, at the end.
     """
 
     held_out: Any
+    in_use: Any
     losses: Any
     skipped: Any
+    probed: Any
     finite: Any
-
-
-Optimizer = Callable[[], optax.GradientTransformation]
-
-
-class Fault(NamedTuple):
-    """One row of the grid.
-
-    Attributes:
-      change: what happens to the stream.
-      against: the row that the result is compared with, of the same optimizer; where
-        there is none, with clip and adamw in the same row.
-      good: whether nothing is wrong with the data, so that every skip is a false one.
-      noise: whether the result shows by how much a run moves without a reason.
-    """
-
-    change: Change
-    against: str | None = "clean"
-    good: bool = False
-    noise: bool = False
-
-
-# --- faults ---------------------------------------------------------------------------
-
-ALL, FROM_LATE = slice(None), slice(LATE, None)
-CORRUPTED = {
-    "1 random batch at 45": Fault(random_bytes(at(EARLY))),
-    "5 random batches at 45": Fault(random_bytes(at(EARLY, 5))),
-    "20 random batches at 45": Fault(random_bytes(at(EARLY, 20))),
-    "1 random batch at 120": Fault(random_bytes(at(LATE))),
-    "5 random batches at 120": Fault(random_bytes(at(LATE, 5))),
-    "20 random batches at 120": Fault(random_bytes(at(LATE, 20))),
-}
-CLEAN = {"clean": Fault(nothing, against=None, good=True)}
-NO_FAULT = {
-    "gradients × 10 from 120 on": Fault(multiplied(10, FROM_LATE), good=True),
-    "new domain from 120 on": Fault(new_domain(FROM_LATE), against=None, good=True),
-}
-NOISE = {
-    f"another batch at {call}": Fault(other_batches(at(call)), good=True, noise=True)
-    for call in (12, EARLY, LATE)
-}
-FAULTS = {
-    "NaN at 12": Fault(multiplied(math.nan, at(12))),
-    "NaN at 120": Fault(multiplied(math.nan, at(LATE))),
-    "Inf at 120": Fault(multiplied(math.inf, at(LATE))),
-    "7 NaN at 120": Fault(multiplied(math.nan, at(LATE, 7))),
-    "one entry 1e20 at 120": Fault(one_entry(1e20, at(LATE))),
-    "gradient × 1e3 at 120": Fault(multiplied(1e3, at(LATE))),
-    "gradient × 1e6 at 120": Fault(multiplied(1e6, at(LATE))),
-}
-SCALES = {
-    "gradients × 0.02": Fault(multiplied(0.02, ALL), good=True),
-    "gradients × 0.02, one of them × 30": Fault(
-        both(multiplied(0.02, ALL), multiplied(30, at(LATE))), "gradients × 0.02"
-    ),
-    "loss scale 1e-4": Fault(multiplied(1e-4, ALL), good=True),
-    "loss scale 1e-12": Fault(multiplied(1e-12, ALL), good=True),
-    "loss scale 1e-20": Fault(multiplied(1e-20, ALL), good=True),
-}
-
-# What five lost steps cost by themselves, where they are dearest.
-LOST = {"5 NaN at 45": Fault(multiplied(math.nan, at(EARLY, 5)))}
-
-
-# --- optimizers -----------------------------------------------------------------------
-
-
-def adamw(eps: float = 1e-8) -> optax.GradientTransformation:
-    """At a learning rate of 1: the trainer multiplies."""
-    return optax.adamw(1.0, b1=0.9, b2=0.95, eps=eps, weight_decay=0.1)
-
-
-def clipped() -> optax.GradientTransformation:
-    """What most training code uses today."""
-    return optax.chain(optax.clip_by_global_norm(1.0), adamw())
-
-
-def safe_adamw() -> optax.GradientTransformation:
-    """The AdamW of this library."""
-    return ost.safe_adamw(1.0, b1=0.9, b2=0.95, weight_decay=0.1)
-
-
-def adaptive() -> optax.GradientTransformation:
-    """The recommended chain, without its guard."""
-    return optax.chain(ost.clip_by_zscore(), safe_adamw())
-
-
-def guarded(**options: Any) -> optax.GradientTransformation:
-    """The recommended chain."""
-    return ost.spike_guard(adaptive(), **options)
-
-
-def fixed_clip() -> optax.GradientTransformation:
-    """The recommended chain, the clip of most training code in front of its own."""
-    fixed = ost.clip_by_threshold(ost.thresholds.constant(1.0))
-    return ost.spike_guard(optax.chain(fixed, adaptive()))
-
-
-def in_steps_of_eight(
-    inner: optax.GradientTransformation, **options: Any
-) -> optax.GradientTransformation:
-    """What optax offers for accumulation."""
-    return optax.MultiSteps(inner, 8, **options).gradient_transformation()
-
-
-CLIP = "clip 1.0 + adamw"
-OURS = "ours"
-PEERS: dict[str, Optimizer] = {
-    "adamw": adamw,
-    CLIP: clipped,
-    "apply_if_finite of it": lambda: optax.apply_if_finite(clipped(), 5),
-    "MaxText, OLMo skip": lambda: peers.maxtext_skip(clipped()),
-    "Levanter skip": lambda: peers.levanter_skip(clipped()),
-    "ZClip": lambda: optax.chain(peers.zclip(), adamw()),
-    "AdaGC": lambda: optax.chain(peers.adagc(), adamw()),
-}
-PARTS: dict[str, Optimizer] = {
-    "no clip": lambda: ost.spike_guard(safe_adamw()),
-    "no guard": adaptive,
-    "adamw of optax": lambda: ost.spike_guard(
-        optax.chain(ost.clip_by_zscore(), adamw())
-    ),
-    "norm alone": lambda: ost.skip_spikes(adaptive()),
-    "25 skips": functools.partial(guarded, max_consecutive=25),
-    "and clip 1.0": fixed_clip,
-}
-ACCUMULATORS: dict[str, Optimizer] = {
-    CLIP: lambda: in_steps_of_eight(clipped()),
-    "apply_if_finite of it, inside": lambda: in_steps_of_eight(
-        optax.apply_if_finite(clipped(), 5)
-    ),
-    "skip_not_finite": lambda: in_steps_of_eight(
-        clipped(), should_skip_update_fn=optax.skip_not_finite
-    ),
-    OURS: lambda: ost.accumulate_moments(guarded(), 8),
-}
-
-
-class Grid(NamedTuple):
-    """Faults × optimizers on one kind of run."""
-
-    setting: Setting
-    faults: dict[str, Fault]
-    optimizers: dict[str, Optimizer]
-    seeds: int = 4
-
-
-MICROBATCH = at(8 * LATE + 3)
-GRIDS = {
-    "small": Grid(
-        Setting(),
-        CLEAN | NOISE | FAULTS | CORRUPTED | SCALES | NO_FAULT | LOST,
-        PEERS | {OURS: guarded} | PARTS,
-    ),
-    "large": Grid(
-        Setting(layers=7, width=128),
-        CLEAN
-        | {
-            name: (FAULTS | CORRUPTED | NO_FAULT)[name]
-            for name in (
-                "NaN at 120",
-                "5 random batches at 45",
-                "5 random batches at 120",
-                "20 random batches at 120",
-                "new domain from 120 on",
-            )
-        },
-        {name: PEERS[name] for name in (CLIP, "MaxText, OLMo skip")} | {OURS: guarded},
-    ),
-    "microbatches": Grid(
-        Setting(batch=1, calls=8 * 240, calls_per_step=8),
-        CLEAN
-        | {
-            "one microbatch NaN": Fault(multiplied(math.nan, MICROBATCH)),
-            "one microbatch × 1e3": Fault(multiplied(1e3, MICROBATCH)),
-            "one microbatch random": Fault(random_bytes(MICROBATCH)),
-        },
-        ACCUMULATORS,
-    ),
-}
-QUICK = Grid(
-    Setting(calls=120),
-    CLEAN | {"NaN at 12": FAULTS["NaN at 12"]},
-    {CLIP: clipped, OURS: guarded},
-    1,
-)
 
 
 # --- runs -----------------------------------------------------------------------------
@@ -298,35 +101,53 @@ def parameters(setting: Setting) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def branch_of(params: Any, state: Any) -> tuple[Any, Any]:
+    """The parameters to evaluate, and whether the last loss was another's."""
+    if not isinstance(state, ost.BranchOnSpikeState):
+        return params, jnp.zeros((), bool)
+    return ost.eval_params(params, state), state.probed
+
+
 def trainer(setting: Setting, make: Optimizer) -> Callable[..., Outcome]:
     """``(seeds, streams) -> Outcome``, all with a leading axis of runs."""
     from flax import nnx
-    from model import next_token_loss
 
     rate, tx = learning_rate(setting), optax.with_extra_args_support(make())
 
     def train(seed, stream):
         structure, params = make_model(setting, jax.random.key(seed))
 
-        def loss_fn(params, batch):
-            return next_token_loss(nnx.merge(structure, params), batch)
+        def loss_fn(params, batch, labels):
+            logits = nnx.merge(structure, params)(batch[:, :-1])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean()
 
         def step(carry, data):
             params, state = carry
-            call, batch, factor, entry = data
-            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+            call, batch, labels, factor, entry = data
+            loss, grads = jax.value_and_grad(loss_fn)(params, batch, labels)
             grads = spoil(grads, factor, entry)
-            updates, state = tx.update(grads, state, params, value=loss)
-            skipped = everywhere(lambda u: u == 0, updates)
-            updates = optax.tree.scale(rate(call), updates)
-            return (optax.apply_updates(params, updates), state), (loss, skipped)
+            updates, state = tx.update(
+                grads, state, params, value=loss, rate=rate(call)
+            )
+            # The very first learning rate is 0.
+            skipped = everywhere(lambda u: u == 0, updates) & (rate(call) > 0)
+            params = optax.apply_updates(params, updates)
+            _, probed = branch_of(params, state)
+            return (params, state), (loss, skipped, probed)
 
-        data = jnp.arange(setting.calls), stream.batch, stream.factor, stream.entry
+        data = jnp.arange(setting.calls), *stream[:4]
         start = params, tx.init(params)
-        (params, _), (losses, skipped) = jax.lax.scan(step, start, data)
+        (params, state), seen = jax.lax.scan(step, start, data)
         parts = stream.held_out.reshape(8, -1, stream.held_out.shape[-1])
-        held_out = jnp.mean(jax.lax.map(lambda part: loss_fn(params, part), parts))
-        return Outcome(held_out, losses, skipped, everywhere(jnp.isfinite, params))
+
+        def evaluate(params):
+            losses = jax.lax.map(lambda x: loss_fn(params, x, x[:, 1:]), parts)
+            return jnp.mean(losses)
+
+        held_out = evaluate(branch_of(params, state)[0])
+        finite = everywhere(jnp.isfinite, params)
+        return Outcome(held_out, evaluate(params), *seen, finite)
 
     return jax.jit(jax.vmap(train))
 
@@ -384,14 +205,37 @@ def excess(found: Outcome, base: Outcome, faulty: np.ndarray) -> list[float | No
     return rows
 
 
-def summarise(found: Outcome, base: Outcome, faulty: np.ndarray, good: bool) -> dict:
+def followed(loss: np.ndarray, probed: np.ndarray) -> np.ndarray:
+    """A loss without probes, each value the mean of the last FEW."""
+    kept = np.where(probed, np.nan, loss)
+    padded = np.pad(kept, (FEW - 1, 0), constant_values=np.nan)
+    return np.nanmean(np.lib.stride_tricks.sliding_window_view(padded, FEW), axis=1)
+
+
+def delay(found: Outcome, base: Outcome, since: int | None) -> list[int]:
+    """Calls since then in which the loss is more than BEHIND above that of the base."""
+    if since is None:
+        return []
+    runs = zip(found.losses, found.probed, base.losses, strict=True)
+    return [
+        int(
+            (followed(loss, probed) > followed(usual, ~np.isfinite(usual)) + BEHIND)[
+                since:
+            ].sum()
+        )
+        for loss, probed, usual in runs
+    ]
+
+
+def summarise(found: Outcome, base: Outcome, faulty: np.ndarray, fault: Fault) -> dict:
     """One cell of the grid, seed by seed; a loss that is no number is None."""
-    wrong = np.zeros_like(faulty) if good else faulty
-    lost = found.held_out - base.held_out
+    wrong = np.zeros_like(faulty) if fault.good else faulty
+    held_out = found.held_out if fault.since is None else found.in_use
     return {
-        "held_out": [none_if_dead(x) for x in found.held_out],
-        "lost": [none_if_dead(x) for x in lost],
+        "held_out": [none_if_dead(x) for x in held_out],
+        "lost": [none_if_dead(x) for x in held_out - base.held_out],
         "excess": excess(found, base, faulty),
+        "delay": delay(found, base, fault.since),
         "true_skips": (found.skipped & wrong).sum(1).tolist(),
         "false_skips": (found.skipped & ~wrong).sum(1).tolist(),
         "finite": found.finite.tolist(),
@@ -439,7 +283,7 @@ def compare(
     """One cell: a row of one optimizer against what the fault says."""
     base = found[fault.against] if fault.against else clipped_runs[row]
     faulty = faulty_calls(streams[row], streams[fault.against or "clean"])
-    return summarise(found[row], base, faulty, fault.good)
+    return summarise(found[row], base, faulty, fault)
 
 
 # --- tables ---------------------------------------------------------------------------
@@ -458,15 +302,17 @@ def cell(values: list[float | None], noise: bool = False) -> str:
 
 
 def loss_table(grid: str, cells: dict[str, Any], optimizers: list[str]) -> str:
-    """What every fault costs, in nats."""
+    """What every fault costs, in nats, and for how long a run is behind."""
     faults = GRIDS[grid].faults
-    rows = [
-        [
-            row,
-            *[cell(cells[each][row]["lost"], faults[row].noise) for each in optimizers],
+    rows = []
+    for row in cells[optimizers[0]]:
+        each = [cells[name][row] for name in optimizers]
+        costs = [cell(x["lost"], faults[row].noise) for x in each]
+        behind = [
+            f" ({statistics.fmean(x['delay']):.0f})" if x.get("delay") else ""
+            for x in each
         ]
-        for row in cells[optimizers[0]]
-    ]
+        rows.append([row, *map("".join, zip(costs, behind, strict=True))])
     return markdown(["fault", *optimizers], rows)
 
 

@@ -45,6 +45,7 @@ class Program(NamedTuple):
       arguments: its donated arguments; replaced after each call.
       bytes_accessed: what XLA counts, in bytes per parameter.
       temp: temporary memory, in bytes per parameter.
+      held: what it is given, parameters and state, in bytes per parameter.
       compile_seconds: time to compile, once and then once per round.
     """
 
@@ -52,6 +53,7 @@ class Program(NamedTuple):
     arguments: list
     bytes_accessed: float
     temp: float
+    held: float
     compile_seconds: list[float]
 
 
@@ -216,6 +218,7 @@ def build(tx: optax.GradientTransformation, case: "Case") -> Program:
         arguments=arguments,
         bytes_accessed=costs["bytes accessed"] / size,
         temp=memory.temp_size_in_bytes / size,
+        held=memory.argument_size_in_bytes / size,
         compile_seconds=[seconds],
     )
 
@@ -277,6 +280,7 @@ def measure(
             "leaves": len(jax.tree.leaves(case.params)),
             "bytes_per_parameter": round(program.bytes_accessed, 3),
             "temp_bytes_per_parameter": round(program.temp, 4),
+            "held_bytes_per_parameter": round(program.held, 4),
             "ms": summary(seconds[name], 1e3),
             "compile_s": summary(program.compile_seconds, 1.0),
         }

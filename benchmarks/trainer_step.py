@@ -47,7 +47,7 @@ GPT2 = Config(size="gpt2", dtype="bfloat16", batch_size=16)
 SIDES = {
     BASELINE: {"baseline": True},
     OURS: {},
-    "the same without a guard": {"guard": False},
+    "the same without a guard": {"on_spike": "rewind"},
 }
 
 

@@ -1,10 +1,11 @@
 """Trains the same GPT with the stability chain and with plain optax, side by side.
 
     python examples/compare.py --inject bytes@200x5 nan@300
+    python examples/compare.py --inject bytes@200x20 --sides skip branch rewind plain
 
-Takes every flag of ``gpt/train.py``. The two runs see the same model, data, schedule
-and faults; each is in a folder of its own under ``--out``, so the same command again
-only shows them once more. Prints a table and draws ``compare.png``.
+Takes every flag of ``gpt/train.py``. All runs see the same model, data, schedule and
+faults; each is in a folder of its own under ``--out``, so the same command again only
+shows them once more. Prints a table and draws ``compare.png``.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,7 +30,37 @@ from trainer import DivergedError
 
 Rows = list[dict[str, float]]
 
-NAMES = {"optax_stability": "tab:blue", "plain optax": "tab:red"}
+
+class Side(NamedTuple):
+    """One of the runs: how it is called and drawn, and its settings."""
+
+    name: str
+    color: str
+    settings: dict[str, Any]
+
+
+SIDES = {
+    "skip": Side("optax_stability", "tab:blue", {"on_spike": "skip"}),
+    "branch": Side("… on_spike branch", "tab:green", {"on_spike": "branch"}),
+    "rewind": Side("… on_spike rewind", "tab:orange", {"on_spike": "rewind"}),
+    "plain": Side("plain optax", "tab:red", {"baseline": True}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison(Config):
+    """Trains the same GPT in several ways, and shows them side by side."""
+
+    out: Path = Path("runs/compare")
+    sides: tuple[Literal["skip", "branch", "rewind", "plain"], ...] = ("skip", "plain")
+    """Who takes part: what to do on a spike, and plain optax."""
+
+    def of(self, side: str) -> Config:
+        """The settings of one run."""
+        names = [each.name for each in dataclasses.fields(Config)]
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        settings |= {"out": self.out / side} | SIDES[side].settings
+        return Config(**settings)
 
 
 def _train(config: Config) -> Rows:
@@ -53,6 +85,7 @@ def _number(value: float) -> str:
 def summarise(rows: Rows) -> dict[str, str]:
     """What a run came to, by name."""
     loss, held_out = _column(rows, "loss"), _column(rows, "eval/loss")
+    back = _column(rows, "branch/rollbacks")
     clipped = _column(rows, "grad/norm") > _column(rows, "clip/limit")
     return {
         "held-out loss at the end": _number(
@@ -62,24 +95,27 @@ def summarise(rows: Rows) -> dict[str, str]:
         "losses that are not finite": str(int((~np.isfinite(loss)).sum())),
         "steps skipped": f"{_column(rows, 'skip/skipped').sum():.0f}",
         "steps clipped": f"{clipped.sum():.0f}",
+        "branches taken back": f"{back.max(initial=0):.0f}",
         "rewinds": str(_column(rows, "rewind/to").size),
     }
 
 
 def show(runs: dict[str, Rows]) -> None:
     """Prints the summaries in columns."""
-    table = Table("", *runs)
+    table = Table("", *(SIDES[side].name for side in runs))
     columns = [summarise(rows) for rows in runs.values()]
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
     Console().print(table)
 
 
-def _draw_run(losses: Axes, held_out: Axes, name: str, rows: Rows) -> None:
+def _draw_run(losses: Axes, held_out: Axes, side: str, rows: Rows) -> None:
     """Draws one run over its batches, and marks where it went back or died."""
-    color, width = NAMES[name], 1
-    # A rewind has no loss: there the curve is broken.
+    name, color, _ = SIDES[side]
+    width = 1
+    # A rewind has no loss: there the curve is broken. That of a probe is not its own.
     steps = [row for row in rows if "loss" in row or "rewind/to" in row]
+    steps = [row for row in steps if not row.get("branch/probed")]
     batch = _column(steps, "batch")
     loss = np.array([row.get("loss", math.nan) for row in steps], float)
     losses.plot(batch, loss, color=color, lw=width, label=name)
@@ -98,6 +134,22 @@ def _draw_run(losses: Axes, held_out: Axes, name: str, rows: Rows) -> None:
             says = f" back to step {row['rewind/to']:.0f}"
             losses.axvline(row["batch"], color=color, ls=":")
             losses.text(row["batch"], 0.9, says, transform=across, color=color)
+    _draw_branches(losses, color, steps)
+
+
+def _draw_branches(losses: Axes, color: str, steps: Rows) -> None:
+    """A bar while a branch is open, and a word where it was taken back."""
+    across = losses.get_xaxis_transform()
+    batch = _column(steps, "batch")
+    mode, back = (
+        np.array([row.get(key, 0) for row in steps], float)
+        for key in ("branch/mode", "branch/rollbacks")
+    )
+    losses.fill_between(
+        batch, 0, 0.03, where=mode > 0, transform=across, color=color, lw=0
+    )
+    for at in batch[1:][np.diff(back) > 0]:
+        losses.text(at, 0.03, " taken back", transform=across, color=color)
 
 
 def draw(runs: dict[str, Rows], happened: tuple[faults.Fault, ...], path: Path) -> None:
@@ -105,8 +157,8 @@ def draw(runs: dict[str, Rows], happened: tuple[faults.Fault, ...], path: Path) 
     figure, (losses, held_out) = plt.subplots(
         2, 1, figsize=(9, 6), sharex=True, layout="constrained", height_ratios=(3, 2)
     )
-    for name, rows in reversed(runs.items()):
-        _draw_run(losses, held_out, name, rows)
+    for side, rows in reversed(runs.items()):
+        _draw_run(losses, held_out, side, rows)
     across = losses.get_xaxis_transform()
     for fault in happened:
         end = fault.first + fault.length
@@ -123,25 +175,18 @@ def draw(runs: dict[str, Rows], happened: tuple[faults.Fault, ...], path: Path) 
     plt.close(figure)
 
 
-def compare(config: Config) -> dict[str, Rows]:
-    """Trains both, shows and draws them."""
-    runs = {
-        name: _train(
-            dataclasses.replace(config, out=config.out / folder, baseline=plain)
-        )
-        for name, folder, plain in zip(
-            NAMES, ("ours", "baseline"), (False, True), strict=True
-        )
-    }
+def compare(comparison: Comparison) -> dict[str, Rows]:
+    """Trains all sides, shows and draws them."""
+    runs = {side: _train(comparison.of(side)) for side in comparison.sides}
     show(runs)
-    draw(runs, faults.parse(config.inject), config.out / "compare.png")
+    faulty = faults.parse(comparison.inject)
+    draw(runs, faulty, comparison.out / "compare.png")
     return runs
 
 
 def main() -> None:
     """Runs the command line."""
-    default = Config(out=Path("runs/compare"))
-    train.run_command(lambda: compare(tyro.cli(Config, default=default)))
+    train.run_command(lambda: compare(tyro.cli(Comparison)))
 
 
 if __name__ == "__main__":

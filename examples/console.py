@@ -23,6 +23,13 @@ def _or_dash(value: float, form: str = ".2f") -> str:
     return format(value, form) if math.isfinite(value) else "–"
 
 
+def _branch(row: Row) -> str:
+    """How long a branch has been open, and how many were taken back, if any was."""
+    length, back = row.get("branch/length", 0), row.get("branch/rollbacks", 0)
+    is_open = f"branch {length:.0f}  " if length else ""
+    return is_open + (f"taken back {back:.0f}  " if back else "")
+
+
 def _noise(row: Row) -> str:
     """The noise scale with its interval, or what is known of it."""
     nan = math.nan  # Plain optax does not measure it.
@@ -122,8 +129,9 @@ class Screen(Writer):
         self.say(f"{at}{text}  after {count(row['tokens'])} {self._unit}s", "bold")
 
     def _trained(self, at: str, step: int, row: Row) -> None:
-        # An average, for single losses jump; of those that are numbers.
-        if math.isfinite(row["loss"]):
+        # An average, for single losses jump; of those that are numbers, and of the
+        # parameters in use.
+        if math.isfinite(row["loss"]) and not row.get("branch/probed"):
             old = self._loss if math.isfinite(self._loss) else row["loss"]
             self._loss = 0.9 * old + 0.1 * row["loss"]
         self._written += 1
@@ -133,7 +141,7 @@ class Screen(Writer):
         learns = f"loss {_or_dash(self._loss, '.3f')} val {self._held_out}  "
         learns += f"lr {row['learning_rate']:.1e}  {_gradient(row)}"
         fares = f"clipped {self._clipped / self._written:.0%} "
-        fares += f"skipped {row['skip/total']:.0f}  {_noise(row)}  "
+        fares += f"skipped {row['skip/total']:.0f}  {_branch(row)}{_noise(row)}  "
         fares += _speed(row, self._steps - step, row["tokens"] / step)
         self._bar.update(self._task, completed=step)
         # Two lines, for one is wider than most terminals.

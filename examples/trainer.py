@@ -187,7 +187,8 @@ class Trainer:
         if every and (step - 1) % every == 0:
             histograms = {key: x for key, x in found.items() if x.ndim}
             self._writer.write_histograms(step, histograms)
-        if self._policy is None:
+        # The loss of a probe is one of older parameters.
+        if self._policy is None or row.get("branch/probed"):
             return ost.Decision("continue")
         return self._policy.update(step, row)
 

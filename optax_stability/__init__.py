@@ -20,6 +20,9 @@ from optax_stability._adamw import safe_adamw as safe_adamw
 from optax_stability._adoption import adopt_state as adopt_state
 from optax_stability._batch_size import BatchSizeSchedule as BatchSizeSchedule
 from optax_stability._batch_size import batch_size_schedule as batch_size_schedule
+from optax_stability._branch_state import BranchOnSpikeState as BranchOnSpikeState
+from optax_stability._branching import branch_on_spike as branch_on_spike
+from optax_stability._branching import eval_params as eval_params
 from optax_stability._clip_presets import clip_by_leaf_history as clip_by_leaf_history
 from optax_stability._clip_presets import clip_by_quantile as clip_by_quantile
 from optax_stability._clip_presets import clip_by_zscore as clip_by_zscore

@@ -21,6 +21,12 @@ from optax_stability.thresholds import Threshold
 # What a step can be abnormal by, in the order of `Reading.kinds`.
 KINDS = ("nan", "inf", "norm", "value")
 
+# What we recommend to watch: five times the trend; half a nat above it; and, to confirm
+# a norm, above the usual scatter.
+FAR_ABOVE_THE_TREND = thresholds.detrended_mad(5.0, floor=5.0)
+HALF_A_NAT_ABOVE = thresholds.detrended_mad(7.0, floor=0.5, log=False)
+ABOVE_THE_SCATTER = thresholds.detrended_mad(4.0, floor=0.3, log=False)
+
 _ANYTHING = thresholds.constant(float("inf"))
 # A limit below every loss: each norm above its limit is confirmed.
 _CONFIRMED = Threshold(
@@ -118,6 +124,11 @@ class Detector(NamedTuple):
             finite & (value > value_limit),
         ]
         return Reading(norm, value, norm_limit, value_limit, jnp.stack(kinds)), learned
+
+    def is_usual(self, value, state) -> jax.Array:
+        """Whether a loss is normal by the past."""
+        _, by_value, _ = self._thresholds()
+        return value <= by_value.update(value, state.value)[0]
 
     def rebase(self, norm, value, state) -> DetectorState:
         """Starts again from the present norm and loss."""

@@ -8,6 +8,7 @@ only temporary memory is then the gradient itself.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+
+from optax_stability._memory_space import beside, on_device
 
 Carry = TypeVar("Carry")
 
@@ -115,23 +118,23 @@ def _fits(output, buffer) -> bool:
     return jnp.promote_types(output.dtype, buffer.dtype) == buffer.dtype
 
 
-def apply_if(run, inner_update, buffers, inner_state):
-    """``inner_update(buffers, inner_state)`` if ``run`` holds, zeros if it does not.
+def apply_either(cases, buffers, inner_state):
+    """The update of the case that holds, and zeros if none does.
 
     The update is written over what it is made from, where the dtype allows.
 
     Args:
-      run: bool[].
-      inner_update: from a tree of arrays and a state to a tree of updates, of the same
-        shapes, and the next state.
-      buffers: what ``inner_update`` reads.
-      inner_state: is kept as it is where ``run`` does not hold.
+      cases: pairs of a bool[], of which at most one holds, and a function from a tree
+        of arrays and a state to a tree of updates, of the same shapes, and the next
+        state. The first one decides the dtypes.
+      buffers: what the functions read.
+      inner_state: is kept as it is where no case holds.
 
     Returns:
-      Updates, buffers and state. The buffers hold the update if it ran, wherever it
-      fits; elsewhere, and if it did not run, they are as they were.
+      Updates, buffers and state. The buffers hold the update if there was one, wherever
+      it fits; elsewhere, and if there was none, they are as they were.
     """
-    outputs, _ = jax.eval_shape(inner_update, buffers, inner_state)
+    outputs, _ = jax.eval_shape(cases[0][1], buffers, inner_state)
 
     def start(buffer, output):
         fits = _fits(output, buffer)
@@ -140,19 +143,61 @@ def apply_if(run, inner_update, buffers, inner_state):
     def given(buffer, output, target):
         return target if _fits(output, buffer) else buffer
 
-    def step(carry):
+    def step(update, carry):
         targets, inner_state = carry
         inputs = jax.tree.map(given, buffers, outputs, targets)
-        updates, new_state = inner_update(inputs, inner_state)
+        updates, new_state = update(inputs, inner_state)
         # As optax.MultiSteps does: some states take the dtype of the gradient.
         new_state = jax.tree.map(_as_before, new_state, inner_state)
         return optax.tree.cast_like(updates, targets), new_state
 
     targets = jax.tree.map(start, buffers, outputs)
-    targets, inner_state = run_if(run, step, (targets, inner_state))
+    for run, update in cases:
+        once = functools.partial(step, update)
+        targets, inner_state = run_if(run, once, (targets, inner_state))
+    run = functools.reduce(operator.or_, [run for run, _ in cases])
     updates = jax.tree.map(lambda target: jnp.where(run, target, 0), targets)
     return (
         optax.tree.cast_like(updates, outputs),
         jax.tree.map(given, buffers, outputs, targets),
         inner_state,
     )
+
+
+def apply_if(run, inner_update, buffers, inner_state):
+    """:func:`apply_either` with one case."""
+    return apply_either([(run, inner_update)], buffers, inner_state)
+
+
+def _as_bits(x):
+    """Unsigned integers that hold a float; anything else as it is."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def _mix(x, y):
+    """Exclusive or, bit by bit: ``_mix(_mix(x, y), y)`` is x, and lies where x does."""
+    bits = _as_bits(on_device(x)) ^ _as_bits(on_device(y))
+    mixed = bits if bits.dtype == x.dtype else lax.bitcast_convert_type(bits, x.dtype)
+    return beside(mixed, x)
+
+
+def exchange_if(run, first, second):
+    """``(second, first)`` if ``run`` holds, and both as they are if not; bit for bit.
+
+    Three times the one is mixed into the other: an exchange by copying would need room
+    for a third.
+
+    Args:
+      run: bool[].
+      first: a tree of arrays of floats, integers or bools.
+      second: another, with the same shapes and dtypes.
+    """
+
+    def mixed(into, other):
+        return run_if(run, lambda into: jax.tree.map(_mix, into, other), into)
+
+    first = mixed(first, second)
+    second = mixed(second, first)
+    return mixed(first, second), second

@@ -25,11 +25,16 @@ def _reports(node: Any) -> bool:
     return isinstance(node, tuple) and hasattr(type(node), "metrics")
 
 
+def _is_aside(node: Any) -> bool:
+    """Whether a node holds states that are not in use, as a copy of them."""
+    return isinstance(node, tuple) and hasattr(type(node), "aside")
+
+
 def _reporting(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
     """Yields (path, state) for every reporting state, outer before inner."""
 
     def stop(node):
-        return node is not tree and _reports(node)
+        return node is not tree and (_reports(node) or _is_aside(node))
 
     found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]
     for sub_path, node in found:

@@ -73,6 +73,9 @@ def _tiles(run: Run, findings: list[Finding]) -> str:
         if flags is not None and len(flags):
             share = f"{flags.mean():.1%} of {len(flags):,} steps"
             found.append((name, f"{flags.sum():,}", share))
+    if run.branches is not None:
+        back, in_vain = run.branches.taken_back.sum(), run.branches.in_vain.sum()
+        found.append(("Taken back", f"{back:,}", f"{in_vain:,} probed in vain"))
     return html.tiles(found)
 
 

@@ -43,6 +43,8 @@ SCALARS = {
     "skip/norm_limit": "norm from which a step is skipped",
     "skip/total": "steps skipped so far",
     "skip/nonfinite_total": "steps with NaN or Inf so far",
+    "branch/rollbacks": "branches taken back so far",
+    "branch/accepted": "branches that are the run now",
     "accumulate/rejected_total": "microbatches left out so far",
     "noise_scale/b_simple": "simple noise scale",
     "noise_scale/low": "lower end of its interval",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._detection import KINDS, DetectorState, Reading
+from optax_stability._guarded_step import Sight
 from optax_stability._numerics import increment
 
 _NEVER = -1
@@ -109,7 +110,8 @@ def _next_row(reading: Reading, decision: Decision, spikes_in_row):
     return jnp.where(reading.nonfinite, spikes_in_row, row)
 
 
-def _count(total, event):
+def count(total, event):
+    """The total, one more where something happened."""
     return jnp.where(event, increment(total), total)
 
 
@@ -135,27 +137,41 @@ def begin(detector: DetectorState, inner_state: Any, budget: int) -> SkipSpikesS
     )
 
 
+def watch(state: SkipSpikesState, reading: Reading) -> SkipSpikesState:
+    """The state after a step that was read, and neither taken nor skipped."""
+    bad = reading.kinds & reading.nonfinite
+    return state._replace(
+        step=increment(state.step),
+        skipped=jnp.zeros((), bool),
+        kind_total=count(state.kind_total, bad),
+        kind_step=jnp.where(bad, state.step, state.kind_step),
+        norm=reading.norm,
+        norm_limit=reading.norm_limit,
+        value=reading.value,
+        value_limit=reading.value_limit,
+    )
+
+
 def advance(
     state: SkipSpikesState,
-    reading: Reading,
+    sight: Sight,
     decision: Decision,
     budget: int,
-    *,
-    learned: DetectorState,
     inner_state: Any,
 ) -> SkipSpikesState:
     """The state after a step; what was skipped is counted and not learned."""
-    skip = decision.skip
+    reading, skip = sight.reading, decision.skip
+    learned = optax.tree.where(decision.accept, sight.rebased, sight.learned)
     return SkipSpikesState(
         step=increment(state.step),
         skipped=skip,
-        total=_count(state.total, skip),
+        total=count(state.total, skip),
         consecutive=jnp.where(skip, increment(state.consecutive), 0),
         spikes_in_row=_next_row(reading, decision, state.spikes_in_row),
         credit=_next_credit(reading, decision, state.credit, budget),
-        accepted_total=_count(state.accepted_total, decision.accept),
+        accepted_total=count(state.accepted_total, decision.accept),
         last_step=jnp.where(skip, state.step, state.last_step),
-        kind_total=_count(state.kind_total, reading.kinds),
+        kind_total=count(state.kind_total, reading.kinds),
         kind_step=jnp.where(reading.kinds, state.step, state.kind_step),
         norm=reading.norm,
         norm_limit=reading.norm_limit,

@@ -13,35 +13,23 @@ of a parameter beside the gradient.
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from optax_stability import _mesh_axes, _norms, _validate, thresholds
-from optax_stability._detection import Detector, loss_of
-from optax_stability._in_place import after, apply_if, run_if
-from optax_stability._numerics import scale
+from optax_stability import _guarded_step, _mesh_axes, _validate
+from optax_stability._detection import (
+    ABOVE_THE_SCATTER,
+    FAR_ABOVE_THE_TREND,
+    HALF_A_NAT_ABOVE,
+)
+from optax_stability._in_place import apply_if
 from optax_stability._skip_state import advance, begin, decide
 from optax_stability.thresholds import Threshold
-from optax_stability.thresholds._threshold import check_threshold
-
-_FAR_ABOVE_THE_TREND = thresholds.detrended_mad(5.0, floor=5.0)
-# A level is accepted only so far above its limit at once: what enters Adam's second
-# moment stays there for long.
-_MAX_RISE = 10.0
-
-
-def _measured(extra_args: dict[str, Any]) -> list:
-    """What was measured on the gradient, where moments are among the arguments."""
-    moments = extra_args.get("moments")
-    known = () if moments is None else (moments.deviation, moments.norm)
-    return [each for each in known if each is not None]
 
 
 def skip_spikes(
     inner: optax.GradientTransformation,
     *,
-    grad_norm: Threshold | None = _FAR_ABOVE_THE_TREND,
+    grad_norm: Threshold | None = FAR_ABOVE_THE_TREND,
     value: Threshold | None = None,
     confirm: Threshold | None = None,
     max_consecutive: int = 5,
@@ -145,51 +133,23 @@ def skip_spikes(
       are told apart and never learned; the two bounds on skipping.
     """
     _validate.check_transformation("inner", inner)
-    for name, threshold in (
-        ("grad_norm", grad_norm),
-        ("value", value),
-        ("confirm", confirm),
-    ):
-        check_threshold(name, threshold, optional=True)
-    _validate.check_count("max_consecutive", max_consecutive, 1, "5 is the default")
-    _validate.check_count("budget", budget, 1, "16 is the default")
-    _validate.check_interval("budget", budget, "[1, 10000]", "16 is the default")
-    detector = Detector(grad_norm, value, confirm)
+    guard = _guarded_step.make_guard(
+        grad_norm, value, confirm, max_consecutive, budget, axis_name
+    )
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        return begin(detector.init(), inner.init(params), budget)
+        return begin(guard.detector.init(), inner.init(params), budget)
 
     def update_fn(updates, state, params=None, **extra_args):
-        norms = _norms.measure(updates, axis_name)
-        norm = norms.whole
-        loss = loss_of(extra_args, needed=detector.needs_loss, axis_name=axis_name)
-        reading, learned = detector.judge(norm, loss, state.detector)
-        decision = decide(reading, state, max_consecutive, budget)
-        level = jnp.minimum(norm, _MAX_RISE * reading.norm_limit)
-        rebased = detector.rebase(level, loss, state.detector)
-        learned = optax.tree.where(decision.accept, rebased, learned)
-
-        skip = decision.skip
-        # In place and rarely: a factor of 1 would cost a pass over the gradient.
-        above = norm > reading.norm_limit
-        factor = reading.norm_limit / norm
-        updates = run_if(
-            after(above & ~skip, *_measured(extra_args)),
-            lambda updates: jax.tree.map(lambda x: scale(x, factor), updates),
-            updates,
+        sight = _guarded_step.look(guard, updates, state.detector, extra_args)
+        decision = decide(sight.reading, state, max_consecutive, budget)
+        take = ~decision.skip
+        updates, step = _guarded_step.prepare(
+            guard, inner, take, sight, updates, params, extra_args
         )
-        norms = jax.tree.map(lambda x: jnp.where(above, x * factor, x), norms)
-
-        def step(updates, inner_state):
-            with _norms.known_norms(updates, norms, axis_name):
-                return inner.update(updates, inner_state, params, **extra_args)
-
-        updates, _, inner_state = apply_if(~skip, step, updates, state.inner_state)
-        state = advance(
-            state, reading, decision, budget, learned=learned, inner_state=inner_state
-        )
-        return updates, state
+        updates, _, inner_state = apply_if(take, step, updates, state.inner_state)
+        return updates, advance(state, sight, decision, budget, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -234,7 +194,7 @@ def spike_guard(
       >>> tx = spike_guard(optax.chain(clip_by_zscore(), safe_adamw(1e-3)))
     """
     settings: dict[str, Any] = {
-        "value": thresholds.detrended_mad(7.0, floor=0.5, log=False),
-        "confirm": thresholds.detrended_mad(4.0, floor=0.3, log=False),
+        "value": HALF_A_NAT_ABOVE,
+        "confirm": ABOVE_THE_SCATTER,
     }
     return skip_spikes(inner, **settings | overrides)

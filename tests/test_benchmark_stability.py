@@ -12,21 +12,25 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import contenders
+import faulty_streams
+import grids
 import reporting
 import stability
-from stability import CLIP, OURS, Fault, Grid, Outcome, Setting
+from contenders import CLIP, OURS
+from faulty_streams import Setting
+from grids import Fault, Grid
+from stability import Outcome
 
 TINY = Setting(layers=1, width=32, batch=2, calls=40)
 ALL_FAULTS = {
-    name: fault
-    for grid in stability.GRIDS.values()
-    for name, fault in grid.faults.items()
+    name: fault for grid in grids.GRIDS.values() for name, fault in grid.faults.items()
 }
 
 
 @pytest.fixture(scope="module")
 def clean():
-    return stability.clean_stream(Setting(batch=2), seed=0)
+    return faulty_streams.clean_stream(Setting(batch=2), seed=0)
 
 
 def changed(fault, stream):
@@ -49,6 +53,14 @@ def single(stream):
         ("another batch at 120", [120]),
         ("gradients × 10 from 120 on", range(120, 240)),
         ("new domain from 120 on", range(120, 240)),
+        ("30 % of the bytes random, 20 at 120", range(120, 140)),
+        ("half of the rows random, 20 at 120", range(120, 140)),
+        ("one byte repeated, 5 at 120", range(120, 125)),
+        ("bytes shuffled, 20 at 120", range(120, 140)),
+        ("labels shifted by one, 20 at 120", range(120, 140)),
+        ("20 random batches at 80 and 180", [*range(80, 100), *range(180, 200)]),
+        ("200 random batches at 35", range(35, 235)),
+        ("UTF-16 from 120 on", range(120, 240)),
     ],
 )
 def test_a_fault_is_where_it_says(clean, name, calls):
@@ -67,10 +79,10 @@ def test_a_fault_against_another_row_is_what_that_row_has_not(clean):
 
 
 def test_every_row_has_the_row_that_it_is_held_against():
-    for grid in stability.GRIDS.values():
+    for name, grid in grids.GRIDS.items():
         assert CLIP in grid.optimizers
-        assert OURS in grid.optimizers
-        assert grid.seeds >= 4
+        assert (OURS in grid.optimizers) != name.startswith("branch")
+        assert grid.seeds >= (8 if name == "branch" else 4)
         for fault in grid.faults.values():
             assert fault.against is None or fault.against in grid.faults
 
@@ -81,6 +93,69 @@ def test_the_new_domain_is_judged_by_its_own_held_out_text(clean):
     letters = np.frombuffer(b"+/=\n", np.uint8)
     symbols = [b for b in np.unique(other.held_out) if not chr(b).isalnum()]
     assert set(symbols) <= set(letters)
+
+
+def some(stream, calls=5):
+    """A few calls of a stream and the same of a changed one, for a look."""
+    return stream.batch[120 : 120 + calls], stream.labels[120 : 120 + calls]
+
+
+def test_corrupted_batches_are_corrupted_as_they_say(clean):
+    batch, labels = some(clean)
+    np.testing.assert_array_equal(labels, batch[..., 1:])
+    found = {
+        name: some(changed(ALL_FAULTS[f"{name}, 20 at 120"], clean))
+        for name in grids.KINDS
+    }
+    for name, (bytes_, told) in found.items():
+        if name != "labels shifted by one":
+            np.testing.assert_array_equal(told, bytes_[..., 1:])
+    random = found["30 % of the bytes random"][0] != batch
+    assert random.mean() == pytest.approx(0.3, abs=0.06)
+    half = found["half of the rows random"][0]
+    np.testing.assert_array_equal(half[:, 1], batch[:, 1])
+    assert (half[:, 0] != batch[:, 0]).mean() > 0.9
+    repeated = found["one byte repeated"][0]
+    assert (repeated == repeated[:, :1, :1]).all()
+    assert len(np.unique(repeated)) > 1
+    shuffled = found["bytes shuffled"][0]
+    np.testing.assert_array_equal(np.sort(shuffled), np.sort(batch))
+    assert (shuffled != batch).mean() > 0.5
+    same, told = found["labels shifted by one"]
+    np.testing.assert_array_equal(same, batch)
+    np.testing.assert_array_equal(told[..., :-1], batch[..., 2:])
+
+
+def test_other_data_come_at_once_or_by_and_by_or_in_turns_or_now_and_then(clean):
+    def share(name):
+        """Of the rows that are others, call by call."""
+        differs = changed(ALL_FAULTS[name], clean).batch != clean.batch
+        return differs.any(2).mean(1)
+
+    np.testing.assert_array_equal(share("UTF-16 from 120 on")[119:122], [0, 1, 1])
+    slow = share("UTF-16, within 60 calls")
+    assert slow[:120].max() == 0
+    assert 0.3 < slow[140:160].mean() < 0.7
+    assert slow[180:].min() == 1
+    turns = share("10 of base64, 10 of text")
+    np.testing.assert_array_equal(turns[100:140], np.repeat([1, 0, 1, 0], 10))
+    tenth = share("10 % of base64")
+    assert set(tenth) == {0, 1}
+    assert 0.03 < tenth[60:].mean() < 0.2
+    # What comes again is evaluated too: half of the windows.
+    for name, least in (("10 % of base64", 256), ("UTF-16 from 120 on", 500)):
+        held_out = changed(ALL_FAULTS[name], clean).held_out
+        assert least <= (held_out != clean.held_out).any(1).sum() <= 2 * least
+
+
+def test_the_kinds_of_other_data_are_what_they_are_called(clean):
+    text = np.frombuffer(b"def f():\n", np.uint8)
+    assert faulty_streams.backwards(text).tobytes() == b"\n:)(f fed"
+    wide = faulty_streams.wide_characters(text).tobytes()
+    assert wide == "def f():\n".encode("utf-16-le")
+    prose = faulty_streams.prose(text).tobytes().decode("ascii")
+    assert len(prose) > 300_000
+    assert "The standard type hierarchy" in prose
 
 
 def test_the_gradient_is_spoiled_as_the_stream_says():
@@ -98,8 +173,26 @@ def test_the_gradient_is_spoiled_as_the_stream_says():
 def outcome(held_out, losses, skipped=None, finite=True):
     losses = np.asarray(losses, np.float32)
     skipped = np.zeros(losses.shape, bool) if skipped is None else skipped
-    count = len(losses)
-    return Outcome(np.full(count, held_out), losses, skipped, np.full(count, finite))
+    count, probed = len(losses), np.zeros(losses.shape, bool)
+    held_out, finite = np.full(count, held_out), np.full(count, finite)
+    return Outcome(held_out, held_out + 1, losses, skipped, probed, finite)
+
+
+BAD, GOOD = Fault(faulty_streams.nothing), Fault(faulty_streams.nothing, good=True)
+
+
+def test_after_a_change_the_parameters_in_use_count_and_how_long_they_take():
+    usual = np.full((1, 60), 2.0)
+    losses = usual.copy()
+    losses[0, 20:30] += 1  # As the mean of five: from the second to three behind.
+    base, found = outcome(2.0, usual), outcome(2.5, losses)
+    found.probed[0, 40] = True
+    found.losses[0, 40] = 50.0  # Not of the parameters in use.
+    shift = Fault(faulty_streams.nothing, against=None, good=True, since=20)
+    cell = stability.summarise(found, base, np.ones((1, 60), bool), shift)
+    assert cell["lost"] == [1.5]
+    assert cell["delay"] == [12]
+    assert stability.summarise(found, base, usual > 3, BAD)["delay"] == []
 
 
 def test_what_a_fault_costs_is_the_difference_to_the_base():
@@ -110,18 +203,18 @@ def test_what_a_fault_costs_is_the_difference_to_the_base():
     losses[:, 51:71] += 0.4
     skipped[1, [3, 60]] = True
     base, found = outcome(2.0, usual), outcome(2.1, losses, skipped)
-    cell = stability.summarise(found, base, faulty, good=False)
+    cell = stability.summarise(found, base, faulty, BAD)
     assert cell["lost"] == pytest.approx([0.1, 0.1])
     assert cell["excess"] == pytest.approx([0.2, 0.2])
     assert cell["true_skips"] == [1, 1]
     assert cell["false_skips"] == [0, 2]
-    assert stability.summarise(found, base, faulty, good=True)["false_skips"] == [1, 3]
+    assert stability.summarise(found, base, faulty, GOOD)["false_skips"] == [1, 3]
 
 
 def test_a_dead_run_has_no_loss_and_a_fault_without_an_end_no_excess():
     losses, faulty = np.full((1, 10), 2.0), np.ones((1, 10), bool)
     dead = outcome(math.nan, losses, finite=False)
-    cell = stability.summarise(dead, outcome(2.0, losses), faulty, good=False)
+    cell = stability.summarise(dead, outcome(2.0, losses), faulty, BAD)
     assert cell["lost"] == [None]
     assert cell["excess"] == []
     assert cell["finite"] == [False]
@@ -135,10 +228,10 @@ def test_a_cell_says_how_many_died_and_a_noise_row_how_far_runs_move():
 
 def test_a_grid_is_trained_and_the_fault_is_found():
     """A NaN kills adamw and not ours; the clean runs are where they would be."""
-    faults = stability.CLEAN | {
-        "NaN": Fault(stability.multiplied(math.nan, stability.at(20)))
+    faults = grids.CLEAN | {
+        "NaN": Fault(faulty_streams.multiplied(math.nan, faulty_streams.at(20)))
     }
-    optimizers = {CLIP: stability.clipped, OURS: stability.guarded}
+    optimizers = {CLIP: contenders.clipped, OURS: contenders.guarded}
     cells = stability.measure("tiny", Grid(TINY, faults, optimizers, seeds=2))
     assert cells[CLIP]["NaN"]["lost"] == [None, None]
     assert cells[OURS]["NaN"]["true_skips"] == [1, 1]
@@ -154,13 +247,13 @@ def test_a_grid_is_trained_and_the_fault_is_found():
 
 
 def test_all_at_once_is_row_by_row():
-    faults = stability.CLEAN | {
-        "random": Fault(stability.random_bytes(stability.at(5)))
+    faults = grids.CLEAN | {
+        "random": Fault(faulty_streams.random_bytes(faulty_streams.at(5)))
     }
     grid = Grid(TINY._replace(calls=10), faults, {}, seeds=2)
     streams = stability.make_streams(grid)
     rows, whole = (
-        stability.run_all(grid, stability.clipped, streams, at_once=at_once)
+        stability.run_all(grid, contenders.clipped, streams, at_once=at_once)
         for at_once in (False, True)
     )
     assert list(rows) == list(whole) == ["clean", "random"]
@@ -184,8 +277,10 @@ def cells():
 
 
 def test_ours_is_finite_whatever_happens():
-    for grid in stability.GRIDS:
-        for row, cell in reporting.read(f"stability_{grid}")["cells"][OURS].items():
+    for grid in grids.GRIDS:
+        cells = reporting.read(f"stability_{grid}")["cells"]
+        ours = cells.keys() & {OURS, *grids.BRANCHES} - {CLIP}
+        for row, cell in (item for name in ours for item in cells[name].items()):
             assert all(cell["finite"]), row
             assert None not in cell["held_out"], row
 

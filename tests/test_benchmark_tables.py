@@ -69,7 +69,8 @@ def test_every_suite_is_a_script_whose_help_says_what_it_does():
         text = (BENCHMARKS / f"{suite}.py").read_text()
         assert f"python benchmarks/{suite}.py --quick" in text
     modules = {path.stem for path in BENCHMARKS.glob("*.py")}
-    helpers = {"run", "tables", "reporting", "peers", "norm_taps", "faulty_streams"}
+    helpers = {"run", "tables", "reporting", "peers", "norm_taps"}
+    helpers |= {"faulty_streams", "contenders", "grids"}
     assert modules - helpers == {*run.ON_EVERY_DEVICE, *run.ANYWHERE}
 
 

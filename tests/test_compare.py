@@ -1,6 +1,7 @@
 """The same GPT, broken on purpose, with the stability chain and with plain optax."""
 
 import math
+import pathlib
 import sys
 
 import compare
@@ -22,7 +23,7 @@ def config(tmp_path_factory):
     (folder / "text.txt").write_text("To be, or not to be, that is it:\n" * 400)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.SIZES, "tiny", model.Size(1, 16, 2, 16, 256, 1e-2))
-        yield train.Config(
+        yield compare.Comparison(
             data=folder / "text.txt",
             out=folder / "out",
             steps=40,
@@ -32,7 +33,7 @@ def config(tmp_path_factory):
             eval_batches=1,
             sample_tokens=0,
             # The bad microbatches are left out anyway, and it compiles much faster.
-            guard=False,
+            sides=("rewind", "plain"),
             inject=INJECT,
         )
 
@@ -49,7 +50,7 @@ def losses(rows):
 
 
 def test_the_chain_survives_what_kills_plain_optax(runs):
-    assert list(runs) == list(compare.NAMES)
+    assert list(runs) == ["rewind", "plain"]
     ours, plain = runs.values()
     # Step 30 itself has no loss; the chain leaves it out.
     assert np.flatnonzero(np.isnan(losses(ours))).tolist() == [29]
@@ -75,7 +76,8 @@ def test_the_same_command_again_only_shows_it_once_more(
     assert compare.compare(config) == runs
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    for shown in (*compare.NAMES, *compare.summarise([]), "not finite"):
+    names = [compare.SIDES[side].name for side in runs]
+    for shown in (*names, *compare.summarise([]), "not finite"):
         assert shown in printed
 
 
@@ -105,6 +107,7 @@ def test_the_table_counts_all_that_happened():
         "losses that are not finite": "1",
         "steps skipped": "1",
         "steps clipped": "2",
+        "branches taken back": "0",
         "rewinds": "1",
     }
     dead = [step_of(1, 5.0), step_of(2, None), {"batch": 2, "eval/loss": None}]
@@ -116,7 +119,7 @@ def test_the_table_counts_all_that_happened():
 
 def test_what_was_never_evaluated_has_no_held_out_loss():
     for rows in ([], [step_of(1, 5.0)]):
-        assert list(compare.summarise(rows).values()) == ["not finite"] * 2 + ["0"] * 4
+        assert list(compare.summarise(rows).values()) == ["not finite"] * 2 + ["0"] * 5
 
 
 def test_a_curve_is_broken_by_a_rewind_and_ends_where_it_dies(tmp_path, monkeypatch):
@@ -124,8 +127,9 @@ def test_a_curve_is_broken_by_a_rewind_and_ends_where_it_dies(tmp_path, monkeypa
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
     happened = faults.parse(("bytes@2x3", "nan@8"))
-    ours, plain = compare.NAMES
-    compare.draw({ours: ROWS, plain: dead}, happened, tmp_path / "compare.png")
+    sides = {"skip": ROWS, "plain": dead}
+    ours, plain = (compare.SIDES[side].name for side in sides)
+    compare.draw(sides, happened, tmp_path / "compare.png")
     monkeypatch.undo()
     (figure,) = drawn
     top, bottom = figure.axes
@@ -136,7 +140,7 @@ def test_a_curve_is_broken_by_a_rewind_and_ends_where_it_dies(tmp_path, monkeypa
     np.testing.assert_array_equal(curves[plain].get_data()[1][2:], [math.nan] * 2)
     crosses = [line for line in top.lines if line.get_marker() == "X"]
     assert [(*line.get_xdata(), *line.get_ydata()) for line in crosses] == [(2, 4)]
-    assert crosses[0].get_color() == compare.NAMES[plain]
+    assert crosses[0].get_color() == compare.SIDES["plain"].color
     written = [text.get_text() for text in top.texts]
     assert sorted(written) == [
         " back to step 2",
@@ -151,6 +155,48 @@ def test_a_curve_is_broken_by_a_rewind_and_ends_where_it_dies(tmp_path, monkeypa
     plt.close(figure)
 
 
+def branching(batch, loss, mode, rollbacks=0.0, probed=0.0):
+    more = {"branch/mode": mode, "branch/rollbacks": rollbacks}
+    return step_of(batch, loss, **more | {"branch/probed": probed})
+
+
+def test_a_branch_is_marked_and_its_probes_are_no_part_of_the_curve(
+    tmp_path, monkeypatch
+):
+    rows = [
+        branching(1, 3.0, 0),
+        branching(2, 8.0, 1),
+        branching(3, 7.0, 2),
+        branching(4, 9.0, 1, probed=1.0),
+        branching(5, 4.0, 2),
+        branching(6, 3.1, 0, rollbacks=1.0, probed=1.0),
+        branching(7, 3.2, 0, rollbacks=1.0),
+    ]
+    assert compare.summarise(rows)["branches taken back"] == "1"
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    compare.draw({"branch": rows}, (), tmp_path / "compare.png")
+    monkeypatch.undo()
+    (top, _), (curve, *_) = drawn[0].axes, drawn[0].axes[0].lines
+    np.testing.assert_array_equal(curve.get_xdata(), [1, 2, 3, 5, 7])
+    (bar,) = top.collections
+    ends = bar.get_paths()[0].get_extents()
+    assert (ends.xmin, ends.xmax) == (2, 5)
+    (said,) = [text for text in top.texts if "taken back" in text.get_text()]
+    assert said.get_position()[0] == 7
+    plt.close(drawn[0])
+
+
+def test_each_side_has_its_settings_and_a_folder():
+    config = compare.Comparison(out=pathlib.Path("x"), steps=77)
+    for side in compare.SIDES:
+        one = config.of(side)
+        assert type(one) is train.Config
+        assert (one.steps, one.out) == (77, pathlib.Path("x") / side)
+        assert one.baseline == (side == "plain")
+        assert one.baseline or one.on_spike == side
+
+
 def test_a_run_that_gives_up_is_shown_as_far_as_it_came(
     config, tmp_path, monkeypatch, capsys
 ):
@@ -160,9 +206,9 @@ def test_a_run_that_gives_up_is_shown_as_far_as_it_came(
         raise DivergedError("the loss ran away")
 
     monkeypatch.setattr(train, "train", give_up)
-    again = train.Config(data=config.data, out=tmp_path)
+    again = compare.Comparison(data=config.data, out=tmp_path)
     row = {"step": 1, "batch": 1, "loss": 5.0}
-    assert compare.compare(again) == {name: [row] for name in compare.NAMES}
+    assert compare.compare(again) == {"skip": [row], "plain": [row]}
     assert capsys.readouterr().err == "the loss ran away\n" * 2
 
 

@@ -135,6 +135,19 @@ CASES = {
         lambda **kw: with_loss(ost.spike_guard(optax.identity(), **kw)),
         reports_loss=True,
     ),
+    "branch_on_spike": Case(
+        ost.branch_on_spike,
+        lambda **kw: with_loss(ost.branch_on_spike(optax.identity(), **kw)),
+        reports_loss=True,
+    ),
+    "branch_on_spike all": Case(
+        ost.branch_on_spike,
+        lambda **kw: with_loss(
+            ost.branch_on_spike(ost.safe_adamw(0.1), keep="all", **kw)
+        ),
+        can_be_inactive=False,
+        reports_loss=True,
+    ),
     "accumulate_moments": Case(
         ost.accumulate_moments,
         lambda **kw: ost.accumulate_moments(
@@ -271,6 +284,7 @@ NOT_FACTORIES = {
     "batch_size_schedule",
     "critical_batch_range",
     "diagnose",
+    "eval_params",
     "flush",
     "from_optax_adam_state",
     "has_updated",
@@ -723,15 +737,22 @@ def test_norms_are_summed_over_the_axes_of_shard_map_that_shard_a_leaf(case):
         },
         "scale": replicated,
     }
+    state = case.make().init(params)
+    of_state = optax.tree.map_params(
+        tx,
+        lambda _, spec: spec,
+        state,
+        sharded,
+        transform_non_params=lambda _: replicated,
+    )
     step = jax.jit(
         jax.shard_map(
             tx.update,
             mesh=mesh,
-            in_specs=(sharded, replicated, sharded),
-            out_specs=(sharded, replicated),
+            in_specs=(sharded, of_state, sharded),
+            out_specs=(sharded, of_state),
         )
     )
-    state = case.make().init(params)
     for seed in range(4):
         updates, state = step(make_grads(seed, params), state, params)
     chex.assert_trees_all_close(updates, expected, rtol=REORDERED)

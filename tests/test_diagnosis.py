@@ -358,6 +358,18 @@ def kinds(history):
     return [each.kind for each in diagnose(history)]
 
 
+def test_the_loss_of_a_probe_is_no_finding():
+    """It is one of parameters that are not in use."""
+    history = healthy()
+    history["loss"][FAULT] += 9
+    assert kinds(history) == ["loss_spike"]
+    history["branch/probed"] = np.zeros(ROWS)
+    history["branch/probed"][FAULT] = 1
+    assert kinds(history) == []
+    history["vector/branch/probed"] = np.zeros(ROWS)
+    assert kinds(history) == []
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_each_fault_is_found_where_it_was_put(fault):
     kind, step, layer, history = fault()

@@ -60,12 +60,12 @@ def test_the_broken_run_survives_and_plain_optax_does_not(tmp_path):
     for row in ("held-out loss at the end", "steps skipped", "rewinds"):
         assert row in printed
     runs = tmp_path / "runs" / "compare"
-    *_, ours = evaluations(runs / "ours")
-    *_, plain = evaluations(runs / "baseline")
+    *_, ours = evaluations(runs / "skip")
+    *_, plain = evaluations(runs / "plain")
     end = shown(r"held-out loss at the end   │ (\S+) ")
     assert ours == pytest.approx(end, abs=TEXTS_DIFFER)
     assert plain is None  # It is not a number.
-    rows = list(map(json.loads, (runs / "ours" / "log.jsonl").read_text().splitlines()))
+    rows = list(map(json.loads, (runs / "skip" / "log.jsonl").read_text().splitlines()))
     rewinds = [row for row in rows if "rewind/to" in row]
     assert len(rewinds) == shown(r"rewinds +│ (\d+) ")
     assert 220 < rewinds[0]["rewind/from"] < 240

@@ -252,9 +252,9 @@ def test_clipping_can_wait_for_the_end_of_the_warm_up():
     assert armed.index(True) == 8 + 25
 
 
-@pytest.mark.parametrize("guard", [True, False])
-def test_the_guard_leaves_out_a_step_whose_loss_is_not_finite(guard):
-    config = train.Config(guard=guard)
+@pytest.mark.parametrize("on_spike", ["skip", "branch", "rewind"])
+def test_the_guard_leaves_out_a_step_whose_loss_is_not_finite(on_spike):
+    config, guard = train.Config(on_spike=on_spike), on_spike != "rewind"
     tx = training.make_optimizer(config)
     params = {"w": jnp.ones((2, 2))}
     extra = {"value": jnp.nan, "moments": MOMENTS}
@@ -278,7 +278,7 @@ def test_there_is_one_noise_scale(level, late):
 @pytest.mark.parametrize(("level", "switches_on"), [(0.0, True), (1e9, False)])
 def test_the_clip_can_wait_for_noise(tmp_path, text, level, switches_on):
     settings = QUICK | {"steps": 30, "eval_every": 30, "batch_size": 16}
-    settings |= {"microbatches": 2, "guard": False, "clip_when_noisy": level}
+    settings |= {"microbatches": 2, "on_spike": "rewind", "clip_when_noisy": level}
     train.train(train.Config(data=text, out=tmp_path, **settings))
     rows, _ = read_log(tmp_path)
     active = [row["when_noisy/active"] for row in rows]

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
         data=folder / "first.txt",
         out=folder / "base",
         baseline=True,
-        guard=False,
+        on_spike="rewind",
         steps=30,
         warmup_steps=2,
         batch_size=BATCH_SIZE,

@@ -50,6 +50,20 @@ def run_of(rows=200, **changed):
     return history | changed
 
 
+def branching_run():
+    """A branch of ten steps with a probe in vain, that is taken back."""
+    history = run_of()
+    mode, probed, back = np.zeros((3, 200))
+    mode[120:130], mode[[124, 129]], probed[[125, 130]], back[130:] = 1, 2, 1, 1
+    history["loss"][[125, 130]] = 40.0
+    return history | {
+        "branch/mode": mode,
+        "branch/probed": probed,
+        "branch/rollbacks": back,
+        "branch/accepted": np.zeros(200),
+    }
+
+
 def only(*keys):
     history = run_of()
     return {key: history[key] for key in ("step", *keys)}
@@ -182,6 +196,19 @@ def test_the_legend_counts_and_tells_the_last_values():
     without = only("grad/norm") | {"clip/limit": np.zeros(200)}
     assert "clip limit" not in texts(picture(without))
     assert any(text.startswith("not finite (") for text in shown)
+
+
+def test_a_branch_is_shaded_and_its_probes_are_marked_and_no_loss():
+    history = branching_run()
+    svg = picture(history)
+    shown = texts(svg)
+    for text in ("branch, 10 steps", "probed in vain, 1 time", "taken back, 1 time"):
+        assert text in shown
+    assert not any("above the axis" in text for text in shown)
+    assert 40.0 not in _curves.loss_of(_curves.read(history).train)
+    quiet = history | {"branch/mode": np.zeros(200), "branch/rollbacks": np.zeros(200)}
+    assert not any("branch" in text for text in texts(picture(quiet)))
+    assert _curves.read(run_of()).branches is None
 
 
 def test_what_is_off_the_scale_is_told():

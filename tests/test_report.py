@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_plotting import SPECIAL, finding, only, run_of, titles
+from test_plotting import SPECIAL, branching_run, finding, only, run_of, titles
 
 from optax_stability import _atomic_file, _plotting, _report, _report_page
 from optax_stability._diagnosis import Finding
@@ -282,3 +282,11 @@ def test_a_browser_opens_it_without_a_complaint_or_a_request(tmp_path):
     assert set(re.findall(r"https?://[^\"' )]*", done.stdout)) == set(SVG_NAMESPACES)
     # What the browser asks for of its own has no page as its initiator.
     assert '"initiator":"null"' not in log.read_text()
+
+
+def test_what_was_taken_back_is_on_the_page(report):
+    page = report(branching_run())
+    assert "Taken back" in page
+    assert "1 probed in vain" in page
+    assert "branches taken back so far" in page
+    assert "Taken back" not in report(run_of())

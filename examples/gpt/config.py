@@ -16,7 +16,7 @@ from resuming import Resume, flag
 FREE = {"resume", "out", "eval_every", "eval_batches", "log_every", "sample_tokens"}
 FREE |= {"checkpoint_every", "keep_checkpoints", "mesh", "processes"}
 # … and those that may not: with them the state of the optimizer has another shape.
-FIXED = {"size", "tokenizer", "guard", "baseline", "clip_after_warmup", "inject"}
+FIXED = {"size", "tokenizer", "on_spike", "baseline", "clip_after_warmup", "inject"}
 FIXED |= {"clip_when_noisy", "histogram_every", "dtype"}
 
 
@@ -51,8 +51,8 @@ class Config:
     """Weight of the gradient's norm in the loss; makes a step over 3 times as long."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the computation; parameters and their statistics stay float32."""
-    guard: bool = True
-    """Skip steps whose loss or gradient is not finite or far above the recent past."""
+    on_spike: Literal["skip", "branch", "rewind"] = "skip"
+    """Leave the step out; or go on and take it back; or only --rewind, if need be."""
     clip_after_warmup: bool = False
     """Clip gradients only once the warm-up is over."""
     clip_when_noisy: float | None = None
@@ -66,7 +66,7 @@ class Config:
     skip_batches: int = 200
     """How many batches to leave out from there on."""
     baseline: bool = False
-    """Plain optax instead: global-norm clipping and AdamW; no guard, no rewinding."""
+    """Plain optax instead: global-norm clipping and AdamW, and nothing on a spike."""
     inject: tuple[str, ...] = ()
     """Faults to watch it survive, as nan@300 or bytes@200x5; see examples/faults.py."""
     mesh: str | None = None

@@ -83,13 +83,13 @@ class Run:
             step, donate_argnums=0, out_shardings=(jax.tree.leaves(lie), everywhere)
         )
         self._loss = jax.jit(
-            lambda state, x: next_token_loss(self._merge(state)[0], x),
+            lambda state, x: next_token_loss(self._to_evaluate(state), x),
             out_shardings=everywhere,
         )
         length = config.sample_tokens
         self._write_on = jax.jit(
             lambda state, prompt: write_on(
-                self._merge(state)[0], prompt, jax.random.key(config.seed), length
+                self._to_evaluate(state), prompt, jax.random.key(config.seed), length
             ),
             out_shardings=everywhere,
         )
@@ -112,8 +112,11 @@ class Run:
         # A list is handed to a compiled step much faster than a state of NNX.
         self._leaves, self._structure = jax.tree.flatten(state)
 
-    def _merge(self, state: TrainState) -> Any:
+    def _merge(self, state: TrainState) -> tuple[GPT, nnx.Optimizer]:
         return nnx.merge(self._graphdef, state.arrays)
+
+    def _to_evaluate(self, state: TrainState) -> GPT:
+        return training.to_evaluate(self._config, *self._merge(state))
 
     def advance(self) -> Metrics:
         """Trains on the next batch; the metrics may still be on their way."""
@@ -141,34 +144,22 @@ class Run:
         """The first held-out window, and how the model goes on from it."""
         return self._prompt, np.asarray(self._write_on(self.state, self._prompt))
 
-    def model(self) -> GPT:
-        """As it is now."""
-        return self._merge(self.state)[0]
-
-    def optimizer(self) -> nnx.Optimizer:
-        """With the numbers that the chain has kept."""
-        return self._merge(self.state)[1]
+    def parts(self) -> tuple[GPT, nnx.Optimizer]:
+        """The model as it is now, and the numbers that the chain has kept."""
+        return self._merge(self.state)
 
     def history(self) -> dict[str, np.ndarray]:
         """What the flight recorder has kept, with the learning rate of each step."""
-        kept = ost.history(self.optimizer())
+        kept = ost.history(self.parts()[1])
         rates = np.asarray(training.make_schedule(self._config)(kept["step"]))
         # The recorder counts from 0.
         return kept | {"learning_rate": rates, "step": kept["step"] + 1}
 
 
-def _make_policy(config: Config) -> ost.RewindPolicy | None:
-    if config.baseline or not config.rewind:
-        return None
-    return ost.RewindPolicy(
-        config.rewind_steps, config.skip_batches, config.max_rewinds
-    )
-
-
 def _show(config: Config, run: Run, corpus: data.Corpus, screen: console.Screen):
     """What came of the run: its noise, and what it writes."""
     if not config.baseline:
-        screen.say(str(ost.noise_scale(run.optimizer())))
+        screen.say(str(ost.noise_scale(run.parts()[1])))
     if config.sample_tokens:
         prompt, written = (corpus.decode(part.tolist()) for part in run.sample())
         screen.sample(prompt, written)
@@ -225,23 +216,17 @@ def drive(
         except OSError as error:
             reason = f"cannot write to {config.out} ({error.strerror})"
             raise InputError(f"--out: {reason}; give another folder") from error
-        screen = console.Screen(
-            config.steps,
-            config.log_every,
-            corpus.unit,
-            newest,
-            quiet=not devices.is_first(),
-        )
+        shown = config.steps, config.log_every, corpus.unit, newest
+        screen = console.Screen(*shown, quiet=not devices.is_first())
         writer = stack.enter_context(writers.Several(*files, screen))
         stop = stack.enter_context(StopRequest())
         run = Run(config, corpus, create, given)
-        policy = _make_policy(config)
-        schedule = Schedule(
-            config.steps,
-            config.eval_every,
-            config.checkpoint_every,
-            config.histogram_every,
-        )
+        policy = None
+        if config.rewind and not config.baseline:
+            back, ahead = config.rewind_steps, config.skip_batches
+            policy = ost.RewindPolicy(back, ahead, config.max_rewinds)
+        every = config.eval_every, config.checkpoint_every, config.histogram_every
+        schedule = Schedule(config.steps, *every)
         trainer = Trainer(schedule, run, saved, writer, about, policy)
         title = (
             f"GPT {config.size}, {console.count(run.parameters)} parameters · "

@@ -26,6 +26,7 @@ HISTORY, SELDOM = 1000, 10
 MAX_NORM = 1.0
 # What is shown of the optimizer, as far as the chain has it.
 SHOWN = """grad/norm grad/zero_fraction clip/fraction skip/skipped skip/total
+branch/mode branch/probed branch/length branch/rollbacks branch/accepted
 when_noisy/active noise_scale/b_simple noise_scale/low noise_scale/high
 noise_scale/noise_to_weight"""
 
@@ -85,8 +86,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         parts = [("clip", ost.when_noisy(clip, above=level, estimator=noise))]
     update = ost.record("update", ratio_to_params=True, every=SELDOM)
     step = optax.named_chain(*parts, ("adamw", step), ("update", update))
-    if config.guard:
-        step = ost.spike_guard(step)
+    if config.on_spike != "rewind":
+        on_spike = {"skip": ost.spike_guard, "branch": ost.branch_on_spike}
+        step = on_spike[config.on_spike](step)
     histograms = config.histogram_every
     looks = {
         "record": ost.record(
@@ -104,6 +106,14 @@ def create(config: Config, vocabulary: int) -> tuple[GPT, nnx.Optimizer]:
     model = GPT(SIZES[config.size], vocabulary, dtype, nnx.Rngs(config.seed))
     optimizer = nnx.Optimizer(model, make_optimizer(config), wrt=nnx.Param)
     return model, optimizer
+
+
+def to_evaluate(config: Config, model: GPT, optimizer: nnx.Optimizer) -> GPT:
+    """The model, with the parameters from before a spike while a branch is open."""
+    if config.on_spike == "branch" and not config.baseline:
+        params = nnx.state(model, optimizer.wrt)
+        nnx.update(model, ost.eval_params(params, optimizer))
+    return model
 
 
 def start_loss_scale(config: Config) -> DynamicScale | None:

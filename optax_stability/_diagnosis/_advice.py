@@ -81,7 +81,7 @@ ADVICE = {
         ),
         (
             "leave such batches out with `spike_guard(inner)`",
-            "survive longer stretches with `skip_spikes(max_consecutive=25)`",
+            "take longer stretches back with `branch_on_spike(inner)`",
             "forget the spike in the moments with `restart_moments`",
             "look at the batch of this step",
         ),

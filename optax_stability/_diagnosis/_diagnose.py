@@ -129,7 +129,8 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
 
     **Edge cases**: an empty history has no findings; nor has one that is too short for
     a rule, or that begins too late for it. Steps may have gaps: windows are counted in
-    rows. NaN is a value that was not measured, unless it was until then.
+    rows. NaN is a value that was not measured, unless it was until then. Rows of probes
+    (``branch/probed``) are of other parameters, and are left out.
 
     Args:
       history: metric name to one number per step, oldest first, all of one length, and
@@ -151,7 +152,7 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
       loss 5.81 at step 60, 2.31 before (median of 8): +3.50, limit +0.50;
       steps above: 1, events: 1, worst +3.50 at step 60
     """
-    checked = History(history)
+    checked = History(history).without_probes()
     # Anything may stand in a history; what overflows is compared, never trusted.
     with np.errstate(all="ignore"):
         found = [rule(checked) for rule in _RULES] if checked.length else []

@@ -87,6 +87,15 @@ class History:
         self.steps = np.asarray(history["step"])
         self.length = len(self.steps)
 
+    def without_probes(self) -> "History":
+        """Without the rows in which ``branch_on_spike`` asked the kept parameters."""
+        probed = np.zeros(self.length, bool)
+        for each in self.streams("branch/probed"):
+            probed |= each.values == 1
+        if not probed.any():
+            return self
+        return History({key: each[~probed] for key, each in self.columns.items()})
+
     def keys(self, name: str) -> list[str]:
         """The key of that name, or those that end with it after a prefix."""
         if name in self.columns:

@@ -62,6 +62,36 @@ def draw_loss(axes: Axes, run: Run) -> None:
     if loss is not None:
         _axes.off_scale(axes, run.train.columns["step"], finite(loss))
         _axes.not_finite(axes, run.train.columns["step"], loss)
+    _draw_branches(axes, run)
+
+
+def _draw_branches(axes: Axes, run: Run) -> None:
+    """Shades the steps that may be taken back; marks those that were, and the tries."""
+    branches = run.branches
+    if branches is None or not branches.is_open.any():
+        return
+    steps, across = branches.steps, axes.get_xaxis_transform()
+    count = branches.is_open.sum()
+    axes.fill_between(
+        *(steps, 0, 1),
+        where=branches.is_open,
+        step="post",
+        transform=across,
+        color=GREY,
+        alpha=0.25,
+        lw=0,
+        label=f"branch, {count:,} {_axes.plural(count, 'step')}",
+    )
+    for name, flags, shape, fill in (
+        ("probed in vain", branches.in_vain, "v", "white"),
+        ("taken back", branches.taken_back, "<", INK),
+    ):
+        count = flags.sum()
+        if count:
+            label = f"{name}, {count:,} {_axes.plural(count, 'time')}"
+            height = np.full(count, 0.04)
+            style = {"color": INK, "mfc": fill, "ms": 6, "label": label}
+            axes.plot(steps[flags], height, shape, transform=across, **style)
 
 
 def _limit(run: Run, *names: str) -> np.ndarray | None:

@@ -23,18 +23,36 @@ _LARGEST = 1e100
 _MEASURED = 3
 
 
+class Branches(NamedTuple):
+    """What ``branch_on_spike`` did.
+
+    Attributes:
+      steps: float64[T] – of every row, those of probes included.
+      is_open: bool[T] – whether a branch was, after the step.
+      in_vain: bool[T] – whether the kept parameters were asked, and not gone back to.
+      taken_back: bool[T] – whether they were gone back to.
+    """
+
+    steps: np.ndarray
+    is_open: np.ndarray
+    in_vain: np.ndarray
+    taken_back: np.ndarray
+
+
 class Run(NamedTuple):
     """A history, ready to be drawn.
 
     Attributes:
-      train: the rows of training.
+      train: the rows of training, but for probes, whose loss is not that of the run.
       held_out_steps: float64[n] – steps at which held-out data were looked at.
       held_out: float64[n] – the loss on them.
+      branches: None if there was no ``branch_on_spike``.
     """
 
     train: History
     held_out_steps: np.ndarray
     held_out: np.ndarray
+    branches: Branches | None
 
 
 def read(history: dict[str, np.ndarray]) -> Run:
@@ -49,7 +67,20 @@ def read(history: dict[str, np.ndarray]) -> Run:
     train = whole
     if only_held_out.any() and rows.any():
         train = History({key: each[rows] for key, each in whole.columns.items()})
-    return Run(train, whole.columns["step"][seen], finite(held_out[seen]))
+    steps = whole.columns["step"][seen]
+    branches = _branches(train)
+    return Run(train.without_probes(), steps, finite(held_out[seen]), branches)
+
+
+def _branches(history: History) -> Branches | None:
+    mode, back = (column(history, f"branch/{name}") for name in ("mode", "rollbacks"))
+    if mode is None or back is None:
+        return None
+    probed = column(history, "branch/probed")
+    probed = np.zeros(len(mode)) if probed is None else probed
+    taken_back = np.diff(back, prepend=back[:1]) > 0
+    in_vain = (probed == 1) & ~taken_back
+    return Branches(history.columns["step"], mode > 0, in_vain, taken_back)
 
 
 def loss_of(history: History) -> np.ndarray | None:
