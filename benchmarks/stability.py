@@ -230,11 +230,12 @@ def delay(found: Outcome, base: Outcome, since: int | None) -> list[int]:
 def summarise(found: Outcome, base: Outcome, faulty: np.ndarray, fault: Fault) -> dict:
     """One cell of the grid, seed by seed; a loss that is no number is None."""
     wrong = np.zeros_like(faulty) if fault.good else faulty
-    held_out = found.held_out if fault.since is None else found.in_use
+    ends = fault.since is None
+    held_out = found.held_out if ends else found.in_use
     return {
         "held_out": [none_if_dead(x) for x in held_out],
         "lost": [none_if_dead(x) for x in held_out - base.held_out],
-        "excess": excess(found, base, faulty),
+        "excess": excess(found, base, faulty) if ends else [],
         "delay": delay(found, base, fault.since),
         "true_skips": (found.skipped & wrong).sum(1).tolist(),
         "false_skips": (found.skipped & ~wrong).sum(1).tolist(),

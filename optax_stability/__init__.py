@@ -22,7 +22,6 @@ from optax_stability._batch_size import BatchSizeSchedule as BatchSizeSchedule
 from optax_stability._batch_size import batch_size_schedule as batch_size_schedule
 from optax_stability._branch_state import BranchOnSpikeState as BranchOnSpikeState
 from optax_stability._branching import branch_on_spike as branch_on_spike
-from optax_stability._branching import eval_params as eval_params
 from optax_stability._clip_presets import clip_by_leaf_history as clip_by_leaf_history
 from optax_stability._clip_presets import clip_by_quantile as clip_by_quantile
 from optax_stability._clip_presets import clip_by_zscore as clip_by_zscore
@@ -30,6 +29,7 @@ from optax_stability._clipping import ClipByThresholdState as ClipByThresholdSta
 from optax_stability._clipping import clip_by_threshold as clip_by_threshold
 from optax_stability._diagnosis import Finding as Finding
 from optax_stability._diagnosis import diagnose as diagnose
+from optax_stability._eval_params import eval_params as eval_params
 from optax_stability._gradient_penalty import (
     penalize_gradient_norm as penalize_gradient_norm,
 )

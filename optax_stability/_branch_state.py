@@ -3,11 +3,10 @@
 *Cost*: a dozen scalars, and what is kept aside.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from optax_stability._detection import Detector, DetectorState, Reading
 from optax_stability._numerics import increment
@@ -52,9 +51,9 @@ class BranchOnSpikeState(NamedTuple):
       length: int32[] – steps since the branch was opened, 0 if none is open.
       waited: int32[] – steps since it was opened or last probed, 0 if none is open.
       gap: int32[] – steps after which it probes without a reason.
-      patience: int32[2] – steps before it probes for a reason, of each kind.
-      hasty: bool[] – whether a familiar loss is reason enough at once.
-      reasons: bool[2] – which reasons there were for the last probe.
+      patience: int32[] – steps before it probes because of a surprise.
+      trusting: bool[] – whether a familiar loss is a reason: until that was in vain.
+      reasons: bool[2] – whether the last probe was for a familiar loss, a surprise.
       credit: int32[] – rollbacks saved up, in units of 1/60.
       rollbacks: int32[] – branches dropped because the old data were back.
       probes: int32[] – probes, those that failed included.
@@ -70,7 +69,7 @@ class BranchOnSpikeState(NamedTuple):
     waited: jax.Array
     gap: jax.Array
     patience: jax.Array
-    hasty: jax.Array
+    trusting: jax.Array
     reasons: jax.Array
     credit: jax.Array
     rollbacks: jax.Array
@@ -95,9 +94,11 @@ class BranchOnSpikeState(NamedTuple):
 class Turn(NamedTuple):
     """What a step does to the mode; at most one of them holds.
 
+    A step that fails is not taken; with all others that is for the guard to say.
+
     Attributes:
       opens: keeps everything, and is the first step of a branch.
-      asks: is not taken; the kept parameters are put back to be asked.
+      asks: the kept parameters are put back after the step, to be asked.
       fails: was asked of them, and they find it abnormal too: on with the branch.
       rolls_back: was asked of them, and they find it normal: the branch is dropped.
       accepts: the branch is too long for a fault; it is the run now.
@@ -115,17 +116,6 @@ class Turn(NamedTuple):
         return self.asks | self.fails
 
 
-def room_for(
-    keep: Literal["params", "all"],
-    params: Any,
-    detector: DetectorState,
-    inner_state: Any,
-) -> Kept:
-    """Room for what is kept, sharded as what it is a copy of."""
-    room = optax.tree.zeros_like
-    return Kept(room(params), detector, room(inner_state) if keep == "all" else ())
-
-
 def begin(kept: Kept, skip: SkipSpikesState, rollback_budget: int):
     """The state before the first step: no branch, all rollbacks to be had."""
 
@@ -138,8 +128,8 @@ def begin(kept: Kept, skip: SkipSpikesState, rollback_budget: int):
         length=number(),
         waited=number(),
         gap=number(_GAP),
-        patience=jnp.full((2,), _PATIENCE, jnp.int32),
-        hasty=jnp.ones((), bool),
+        patience=number(_PATIENCE),
+        trusting=jnp.ones((), bool),
         reasons=jnp.zeros((2,), bool),
         credit=number(rollback_budget * PRICE),
         rollbacks=number(),
@@ -151,14 +141,13 @@ def begin(kept: Kept, skip: SkipSpikesState, rollback_budget: int):
 
 
 def _reasons(state: BranchOnSpikeState, reading: Reading, detector: Detector):
-    """bool[2]: whether the loss is familiar, whether the step is surprising."""
+    """bool[2]: whether to ask for a familiar loss, and whether for a surprise."""
     familiar = detector.is_usual(reading.value, state.kept.detector)
     surprising = (reading.norm > reading.norm_limit) | (
         reading.value > reading.value_limit
     )
-    reasons = jnp.stack([familiar, surprising])
-    at_once = jnp.stack([state.hasty, jnp.zeros((), bool)])
-    return reasons & (at_once | (increment(state.waited) >= state.patience))
+    patient = increment(state.waited) >= state.patience
+    return jnp.stack([familiar & state.trusting, surprising & patient])
 
 
 def turn_of(
@@ -204,6 +193,7 @@ def turned(
     mode = jnp.where(opens | fails, BRANCH, mode)
     stays = (mode == BRANCH) & ~(opens | fails)
     in_vain, by_clock = fails & state.reasons, fails & ~state.reasons.any()
+    familiar_in_vain, surprise_in_vain = in_vain
     patience = jnp.minimum(2 * state.patience, _MOST_PATIENCE)
     earns = (state.mode == NORMAL) & ~reading.spike & ~reading.nonfinite
     credit = state.credit + earns - PRICE * turn.rolls_back
@@ -214,9 +204,9 @@ def turned(
         waited=jnp.where(stays, increment(state.waited), 0),
         gap=jnp.where(opens, _GAP, jnp.where(by_clock, 2 * state.gap, state.gap)),
         patience=jnp.where(
-            opens, _PATIENCE, jnp.where(in_vain, patience, state.patience)
+            opens, _PATIENCE, jnp.where(surprise_in_vain, patience, state.patience)
         ),
-        hasty=opens | (state.hasty & ~in_vain.any()),
+        trusting=opens | (state.trusting & ~familiar_in_vain),
         reasons=jnp.where(asks, reasons, state.reasons),
         credit=jnp.minimum(credit, rollback_budget * PRICE),
         rollbacks=count(state.rollbacks, turn.rolls_back),

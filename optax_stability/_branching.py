@@ -11,72 +11,27 @@ touched only when a branch begins, is probed or is dropped.
 *Source*: ours.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import optax
-from jax import lax
 
 from optax_stability import (
+    _exchange,
     _guarded_step,
     _mesh_axes,
-    _metrics,
     _skip_state,
-    _tree,
     _validate,
 )
-from optax_stability._branch_state import (
-    BRANCH,
-    BranchOnSpikeState,
-    Kept,
-    begin,
-    room_for,
-    turn_of,
-    turned,
-)
+from optax_stability._branch_state import begin, turn_of, turned
 from optax_stability._detection import (
     ABOVE_THE_SCATTER,
     FAR_ABOVE_THE_TREND,
     HALF_A_NAT_ABOVE,
 )
-from optax_stability._in_place import apply_either, exchange_if, observe_if, run_if
-from optax_stability._memory_space import Place, beside, on_device, put
+from optax_stability._memory_space import Place
+from optax_stability._skip_state import Decision
 from optax_stability.thresholds import Threshold
 from optax_stability.thresholds._threshold import check_threshold
-
-
-def _momentum_of(node: Any) -> tuple[str, ...]:
-    """The fields of a state that hold a first moment."""
-    if isinstance(node, optax.TraceState):
-        return ("trace",)
-    fields = getattr(type(node), "_fields", ())
-    return ("mu",) if isinstance(node, tuple) and "mu" in fields else ()
-
-
-def _without_momentum(drop, inner_state: Any) -> Any:
-    """The state with first moments of 0 if ``drop`` holds."""
-
-    def without(node):
-        for name in _momentum_of(node):
-            moment = getattr(node, name)
-            none = optax.tree.zeros_like(moment)
-            node = node._replace(**{name: optax.tree.where(drop, none, moment)})
-        return node
-
-    return jax.tree.map(without, inner_state, is_leaf=lambda x: bool(_momentum_of(x)))
-
-
-def _difference(kept, params, like):
-    """What to add to the parameters to have the kept ones."""
-    wide = jnp.promote_types(kept.dtype, jnp.float32)
-    kept = on_device(kept)
-    return (kept.astype(wide) - params.astype(wide)).astype(like.dtype)
-
-
-def _beside(tree, other):
-    """A tree where the other lies, which may be in the memory of the host."""
-    return jax.tree.map(beside, tree, other)
 
 
 def branch_on_spike(
@@ -111,23 +66,22 @@ def branch_on_spike(
               all else                       step
       branch  as skip_spikes, but instead
               if max_length steps old        drop O; normal              (accepted)
-              if there is reason to, or
-              16, 32, 64 … steps after the   exchange with O; probe
-              last time
+              … and if there is reason to,   exchange with O after the step; probe
+              or 16, 32, 64 … steps after
+              the last time
       probe   normal for O's detector        step; normal                (rolled back)
               abnormal or non-finite         exchange with O; branch
 
-    There is reason to ask O if the loss is within its limit, or if loss or norm are
-    above the branch's own. Either counts 2 steps after the last probe; 4, 8, 16, 32 as
-    asking for it was in vain. The first counts at once until a reason was in vain. The
-    two steps with an exchange change nothing else: a probe in vain costs two steps, a
-    rollback one and those of the branch. A normal step earns 1/60 of a rollback back,
-    up to ``rollback_budget``.
+    There is reason to ask O if the loss is within its limit, until that was in vain; or
+    if loss or norm are above the branch's own, 2 steps after the last probe (4, 8, 16,
+    32 as that was in vain). A probe in vain costs one step, that of its own batch, a
+    rollback the steps of the branch. A normal step earns 1/60 of a rollback back, up to
+    ``rollback_budget``.
 
     **Guarantees**
 
     * Those of :func:`skip_spikes`: nothing that is not finite reaches ``inner``, in
-      any mode, and nothing freezes: of finite steps at most ``max_consecutive`` + 2 in
+      any mode, and nothing freezes: of finite steps at most ``max_consecutive`` + 1 in
       a row leave the parameters alone.
     * While no step is abnormal, updates are those of :func:`spike_guard`, bit for bit.
     * A branch ends: after ``max_length`` steps it is the run.
@@ -204,11 +158,9 @@ def branch_on_spike(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        inner_state = inner.init(params)
-        kept = room_for(keep, params, guard.detector.init(), inner_state)
-        kept = kept._replace(
-            params=put(kept.params, keep_in), inner_state=put(kept.inner_state, keep_in)
-        )
+        inner_state, detector = inner.init(params), guard.detector.init()
+        kept_state = inner_state if keep == "all" else ()
+        kept = _exchange.room_for(params, detector, kept_state, keep_in)
         skip = _skip_state.begin(guard.detector.init(), inner_state, budget)
         return begin(kept, skip, rollback_budget)
 
@@ -224,120 +176,31 @@ def branch_on_spike(
         turn, reasons = turn_of(
             state, sight.reading, decision, guard.detector, max_length
         )
-        decision = _skip_state.Decision(
+        decision = Decision(
             skip=decision.skip & ~turn.opens, accept=decision.accept | turn.opens
         )
-        take = ~(decision.skip | turn.swaps)
+        take = ~(decision.skip | turn.fails)
         updates, step = _guarded_step.prepare(
             guard, inner, take, sight, updates, params, extra_args
         )
-
-        def go_on(updates, carry):
-            inner_state, kept_params = carry
-            if keep == "params":
-                inner_state = _without_momentum(turn.rolls_back, inner_state)
-            updates, inner_state = step(updates, inner_state)
-            return updates, (inner_state, kept_params)
-
-        def swap(updates, carry):
-            inner_state, kept_params = carry
-            updates = jax.tree.map(_difference, kept_params, params, updates)
-            # What passes is read before it is written over below.
-            passed = jax.tree.map(lax.optimization_barrier, kept_params)
-            return updates, (inner_state, passed)
-
-        inner_state, kept_state = skip.inner_state, kept.inner_state
-        if keep == "all":
-            inner_state, kept_state = observe_if(
-                turn.opens,
-                lambda now, _, old: _beside(now, old),
-                *(inner_state, (), kept_state),
-            )
-        updates, _, (inner_state, kept_params) = apply_either(
-            [(take, go_on), (turn.swaps, swap)],
-            updates,
-            (inner_state, kept.params),
+        updates, inner_state, kept = _exchange.move(
+            turn, take, step, updates, params, skip.inner_state, kept
         )
-        stores = turn.opens | turn.swaps
-        kept_params = run_if(stores, lambda old: _beside(params, old), kept_params)
-        if keep == "all":
-            inner_state, kept_state = exchange_if(turn.swaps, inner_state, kept_state)
-
-        counts = _skip_state.advance(
-            skip._replace(inner_state=()), sight, decision, budget, ()
+        counts = skip._replace(inner_state=())
+        counts = optax.tree.where(
+            turn.fails,
+            _skip_state.watch(counts, sight.reading),
+            _skip_state.advance(counts, sight, decision, budget, ()),
         )
-        watched = _skip_state.watch(
-            skip._replace(inner_state=()), sight.reading
-        )._replace(detector=kept.detector)
-        counts = optax.tree.where(turn.swaps, watched, counts)
-        kept_detector = optax.tree.where(stores, skip.detector, kept.detector)
+        counts, kept = _exchange.move_detectors(turn, skip.detector, counts, kept)
         return updates, turned(
             state,
             turn,
             sight.reading,
             reasons=reasons,
             rollback_budget=rollback_budget,
-            kept=Kept(kept_params, kept_detector, kept_state),
+            kept=kept,
             skip=counts._replace(inner_state=inner_state),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by where they are."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(_tree.pure(tree))
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-
-def eval_params(params: optax.Params, state: Any) -> optax.Params:
-    """The parameters to evaluate or to serve: the kept ones while a branch is open.
-
-    Until a branch of :func:`branch_on_spike` is dropped or accepted, nobody knows
-    whether it learns from corrupted data.
-
-    **Rule**: the kept parameters in mode 1, ``params`` in the modes 0 and 2; in mode 2
-    they are the kept ones.
-
-    **Edge cases**: under ``optax.masked`` and ``optax.partition`` each part has a mode
-    of its own, and parameters that none of them covers come back as they are. Works
-    inside ``jit`` and outside; outside, all parameters are copied.
-
-    Args:
-      params: the parameters as training has them: any tree, or an NNX state.
-      state: the state of the optimizer for them, with :func:`branch_on_spike` anywhere
-        in it: of a chain, an ``nnx.Optimizer``, a Flax train state.
-
-    Returns:
-      A tree like ``params``.
-
-    Raises:
-      ValueError: there is no state of :func:`branch_on_spike` in ``state``, or it is
-        one of other parameters.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> params = {"w": jnp.ones(2)}
-      >>> tx = branch_on_spike(optax.adam(0.1))
-      >>> eval_params(params, tx.init(params))["w"]
-      Array([1., 1.], dtype=float32)
-    """
-    branches = _metrics.find(state, BranchOnSpikeState)
-    if not branches:
-        raise ValueError(
-            "state has no state of branch_on_spike in it; pass the state of the "
-            "optimizer, as eval_params(params, opt_state). Without branch_on_spike the "
-            "parameters to evaluate are those that are trained."
-        )
-    leaves = _by_path(params)
-    for branch in branches:
-        for path, kept in _by_path(branch.kept.params).items():
-            if path not in leaves or leaves[path].shape != kept.shape:
-                raise ValueError(
-                    f"params has no leaf {path} of shape {kept.shape}, which is kept; "
-                    "pass the parameters that the optimizer state was made for."
-                )
-            leaves[path] = jnp.where(
-                branch.mode == BRANCH, on_device(kept), leaves[path]
-            )
-    return jax.tree.unflatten(jax.tree.structure(params), leaves.values())

@@ -118,16 +118,16 @@ def _fits(output, buffer) -> bool:
     return jnp.promote_types(output.dtype, buffer.dtype) == buffer.dtype
 
 
-def apply_either(cases, buffers, inner_state):
-    """The update of the case that holds, and zeros if none does.
+def apply_in_turn(cases, buffers, inner_state):
+    """The update that the cases that hold make one after the other; zeros if none does.
 
     The update is written over what it is made from, where the dtype allows.
 
     Args:
-      cases: pairs of a bool[], of which at most one holds, and a function from a tree
-        of arrays and a state to a tree of updates, of the same shapes, and the next
-        state. The first one decides the dtypes.
-      buffers: what the functions read.
+      cases: pairs of a bool[] and a function from a tree of arrays and a state to a
+        tree of updates, of the same shapes, and the next state. The first one decides
+        the dtypes; a later one reads what an earlier one has made.
+      buffers: what the first function reads.
       inner_state: is kept as it is where no case holds.
 
     Returns:
@@ -143,17 +143,17 @@ def apply_either(cases, buffers, inner_state):
     def given(buffer, output, target):
         return target if _fits(output, buffer) else buffer
 
-    def step(update, carry):
+    def step(update, is_first, carry):
         targets, inner_state = carry
-        inputs = jax.tree.map(given, buffers, outputs, targets)
+        inputs = jax.tree.map(given, buffers, outputs, targets) if is_first else targets
         updates, new_state = update(inputs, inner_state)
         # As optax.MultiSteps does: some states take the dtype of the gradient.
         new_state = jax.tree.map(_as_before, new_state, inner_state)
         return optax.tree.cast_like(updates, targets), new_state
 
     targets = jax.tree.map(start, buffers, outputs)
-    for run, update in cases:
-        once = functools.partial(step, update)
+    for i, (run, update) in enumerate(cases):
+        once = functools.partial(step, update, i == 0)
         targets, inner_state = run_if(run, once, (targets, inner_state))
     run = functools.reduce(operator.or_, [run for run, _ in cases])
     updates = jax.tree.map(lambda target: jnp.where(run, target, 0), targets)
@@ -165,8 +165,8 @@ def apply_either(cases, buffers, inner_state):
 
 
 def apply_if(run, inner_update, buffers, inner_state):
-    """:func:`apply_either` with one case."""
-    return apply_either([(run, inner_update)], buffers, inner_state)
+    """:func:`apply_in_turn` with one case."""
+    return apply_in_turn([(run, inner_update)], buffers, inner_state)
 
 
 def _as_bits(x):

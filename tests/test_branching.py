@@ -124,7 +124,7 @@ class Machine:
             self.old = self.params, self.level, self.trace
             self.take(norm, loss)
             self.mode, self.length, self.waited = BRANCH, 1, 0
-            self.gap, self.patience, self.hasty = 16, [2, 2], True
+            self.gap, self.patience, self.trusting = 16, 2, True
             return
         if not self.is_spike(norm, loss):
             saved = self.rollbacks_saved + 1 / 60
@@ -139,20 +139,19 @@ class Machine:
             self.mode, self.length, self.waited = NORMAL, 0, 0
             self.accepted += 1
         elif finite:
-            familiar = loss <= self.old[1] + 1
+            familiar = loss <= self.old[1] + 1 and self.trusting
             surprising = norm > 10 or loss > self.level + 1
-            waits = [self.waited >= patience for patience in self.patience]
-            familiar = familiar and (waits[0] or self.hasty)
-            surprising = surprising and waits[1]
+            surprising = surprising and self.waited >= self.patience
             if familiar or surprising or self.waited >= self.gap:
-                self.reasons = [familiar, surprising]
-                self.mode, self.waited = PROBE, 0
-                self.exchange()
-                return
+                self.reasons = familiar, surprising
+                self.mode = PROBE
         if finite:
             self.skip_or_take(norm, loss)
         else:
             self.skipped += 1
+        if self.mode == PROBE:
+            self.waited = 0
+            self.exchange()
 
     def step_probe(self, norm, loss, finite):
         self.probes += 1
@@ -168,10 +167,10 @@ class Machine:
         self.exchange()
         self.mode, self.waited = BRANCH, 0
         self.length += 1
-        for i, reason in enumerate(self.reasons):
-            if reason:
-                self.patience[i] = min(2 * self.patience[i], 32)
-                self.hasty = False
+        familiar, surprising = self.reasons
+        self.trusting = self.trusting and not familiar
+        if surprising:
+            self.patience = min(2 * self.patience, 32)
         if not any(self.reasons):
             self.gap *= 2
 
@@ -261,7 +260,7 @@ def test_nothing_freezes_and_nothing_is_poisoned(stretches, options):
     assert np.isfinite(params).all()
     assert np.isfinite(states.kept.params).all()
     assert np.isfinite(states.skip.inner_state[0].trace).all()
-    longest = options.get("max_consecutive", 5) + 2
+    longest = options.get("max_consecutive", 5) + 1
     still, before = 0, START
     for i, (norm, loss) in enumerate(events):
         moved = (np.asarray(params[i]) != before).any()
@@ -341,7 +340,7 @@ def test_a_rollback_with_all_kept_has_the_moments_from_before():
         if keep == "all":
             chex.assert_trees_all_equal(adam, old)
         else:
-            assert adam.count == old.count + 3
+            assert adam.count == old.count + 4
 
 
 def test_with_parameters_kept_the_first_moment_starts_at_zero():
@@ -412,7 +411,8 @@ def test_what_was_learned_from_corrupted_data_is_forgotten_when_they_end(keep, l
     kinds[100 : 100 + length] = CORRUPT
     params, mode, rollbacks = course(keep, kinds)
     if length > 20:
-        assert distance(params[99 + length], OLD) > 1  # It has gone after them.
+        # It has gone after them.
+        assert distance(params[100 : 100 + length], OLD).max() > 1
     assert rollbacks[-1] == (length > 1)
     assert mode[-1] == NORMAL
     # Two steps to notice, and it is where it was.
@@ -472,7 +472,8 @@ def test_an_exchange_restores_to_within_a_rounding(dtype):
         grads = jnp.full_like(now, 1e-3)
         updates, state = jax.jit(tx.update)(grads, state, now, value=0.0)
         assert state.mode == PROBE
-        np.testing.assert_array_equal(state.kept.params, now)
+        taken = optax.apply_updates(now, RATE * -grads)
+        np.testing.assert_array_equal(state.kept.params, taken)
         restored = optax.apply_updates(now, updates)
         assert restored.dtype == dtype
         error = np.abs(np.float64(restored) - np.float64(kept))
@@ -611,23 +612,26 @@ def test_it_takes_room_for_what_it_keeps_and_for_nothing_else(keep, copies):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("keep", ["params", "all"])
-def test_what_is_kept_is_sharded_as_the_parameters_are(axis_type, keep):
+@pytest.mark.parametrize("keep_in", ["device", "host"])
+def test_what_is_kept_is_sharded_as_the_parameters_are(axis_type, keep, keep_in):
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
     split = NamedSharding(mesh, PartitionSpec("data", "model"))
     events = [CLEAN] * 3 + [OTHER] * 5 + [CLEAN] * 3
     start = np.arange(64.0, dtype=np.float32).reshape(8, 8)
     expected = list(run(branching(keep=keep), events, params=start))
     with jax.set_mesh(mesh):
-        tx, params = branching(keep=keep), jax.device_put(start, split)
-        state = tx.init(params)
-        assert state.kept.params.sharding.is_equivalent_to(split, 2)
+        tx = branching(keep=keep, keep_in=keep_in)
+        params = jax.device_put(start, split)
+        state, memory = tx.init(params), {"device": "device", "host": "pinned_host"}
+        beside = split.with_memory_kind(memory[keep_in])
+        assert state.kept.params.sharding.is_equivalent_to(beside, 2)
         for event, (wanted, machine) in zip(events, expected, strict=True):
             grads = jax.device_put(np.full_like(start, event[0] / 8), split)
             updates, state = jax.jit(tx.update)(grads, state, params, value=event[1])
             params = optax.apply_updates(params, updates)
             assert state.mode == machine.mode
             np.testing.assert_allclose(params, wanted, rtol=1e-5)
-            assert state.kept.params.sharding.is_equivalent_to(split, 2)
+            assert state.kept.params.sharding.is_equivalent_to(beside, 2)
             assert params.sharding.is_equivalent_to(split, 2)
 
 
