@@ -60,7 +60,7 @@ def exchanged(kept: jax.Array, others: jax.Array, probes: int) -> jax.Array:
     params: Any = others
     # Familiar to what is kept, then not, so that it is asked again and again.
     for loss in [0.0, 2.0] * probes + [0.0]:
-        state = state._replace(waited=jnp.int32(100))
+        state = state._replace(waited=jnp.int32(10_000))
         updates, state = update(jnp.zeros_like(params), state, params, value=loss)
         params = optax.apply_updates(params, updates)
     return params

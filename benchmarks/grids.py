@@ -188,7 +188,7 @@ GRIDS = {
                 "base64 from 120 on",
             )
         },
-        {name: make for name, make in BRANCHES.items() if name != "skip ≤ 25"},
+        {name: BRANCHES[name] for name in (CLIP, "branch")},
     ),
     "large": Grid(
         Setting(layers=7, width=128),

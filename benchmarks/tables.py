@@ -15,6 +15,7 @@ from pathlib import Path
 
 import accumulation
 import batch_invariance
+import branching
 import diagnosis
 import fault_table
 import growth
@@ -50,6 +51,10 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "stability_parts": ("stability_small", stability.parts_table),
     "stability_large": ("stability_large", stability.grid_table),
     "stability_microbatches": ("stability_microbatches", stability.grid_table),
+    "stability_branch": ("stability_branch", stability.grid_table),
+    "stability_branch_large": ("stability_branch_large", stability.grid_table),
+    "branching_cost": ("branching", branching.cost_table),
+    "branching_exactness": ("branching", branching.exactness_table),
     "reliability": ("reliability", only(reliability.tables)),
     "spike_detection": ("spike_detection", only(spike_detection.tables)),
     "fault_table": ("fault_table", fault_table.readme_table),

@@ -14,8 +14,9 @@ import optax
 from optax_stability._branch_state import Kept, Turn
 from optax_stability._detection import DetectorState
 from optax_stability._in_place import (
-    apply_in_turn,
+    apply_if,
     exchange_if,
+    held,
     observe_if,
     run_if,
 )
@@ -59,7 +60,7 @@ def _beside(tree, other):
 
 def _minus(kept, params, like):
     """What to add to the parameters to have the kept ones."""
-    wide = jnp.promote_types(kept.dtype, jnp.float32)
+    kept, wide = on_device(kept), jnp.promote_types(kept.dtype, jnp.float32)
     return (kept.astype(wide) - params.astype(wide)).astype(like.dtype)
 
 
@@ -72,20 +73,29 @@ def _swap_params(run, took, updates, params, kept):
 
     Where dtypes agree nothing is copied: update and kept parameters change places.
     """
-    outputs = updates
-    if _dtypes(updates) == _dtypes(kept):
-        old, updates = exchange_if(run, updates, kept)
-    else:
-        old = kept
 
-    def updated(update, p, kept):
+    def updated(update, p, like):
         update = jnp.where(took, on_device(update), 0)
-        return beside(optax.apply_updates(p, update), kept)
+        return beside(optax.apply_updates(p, update), like)
 
-    back = jax.tree.map(
-        lambda k, p, u: _minus(on_device(k), p, u), old, params, outputs
+    def after(updates, kept):
+        return jax.tree.map(updated, updates, params, kept)
+
+    def back(kept, updates):
+        return jax.tree.map(_minus, kept, params, updates)
+
+    if _dtypes(updates) != _dtypes(kept):
+        return run_if(
+            run,
+            lambda pair: (back(pair[1], pair[0]), after(*pair)),
+            (updates, kept),
+        )
+    old, update = exchange_if(run, updates, kept)
+    kept = run_if(run, lambda update: after(update, update), update)
+    # What is kept passes: all have read the parameters before they are updated.
+    return run_if(
+        run, lambda pair: (back(pair[0], pair[0]), held(pair[1])), (old, kept)
     )
-    return back, jax.tree.map(updated, updates, params, kept)
 
 
 def move(turn: Turn, take, step, updates, params, inner_state, kept: Kept):
@@ -105,17 +115,15 @@ def move(turn: Turn, take, step, updates, params, inner_state, kept: Kept):
     """
     whole = bool(jax.tree.leaves(kept.inner_state))
 
-    def go_on(updates, carry):
-        inner_state, kept_params = carry
+    stored = run_if(turn.opens, lambda old: _beside(params, old), kept.params)
+
+    def go_on(updates, inner_state):
         if not whole:
             inner_state = _without_momentum(turn.rolls_back, inner_state)
-        updates, inner_state = step(updates, inner_state)
-        return updates, (inner_state, kept_params)
+        return step(updates, inner_state)
 
-    def swap(updates, carry):
-        inner_state, kept_params = carry
-        back, kept_params = _swap_params(turn.swaps, take, updates, params, kept_params)
-        return back, (inner_state, kept_params)
+    def swap(updates):
+        return _swap_params(turn.swaps, take, updates, params, stored)
 
     kept_state = kept.inner_state
     if whole:
@@ -124,10 +132,9 @@ def move(turn: Turn, take, step, updates, params, inner_state, kept: Kept):
             lambda now, _, old: _beside(now, old),
             *(inner_state, (), kept_state),
         )
-    cases = [(take, go_on), (turn.swaps, swap)]
-    carry = inner_state, kept.params
-    updates, _, (inner_state, kept_params) = apply_in_turn(cases, updates, carry)
-    kept_params = run_if(turn.opens, lambda old: _beside(params, old), kept_params)
+    updates, kept_params, inner_state = apply_if(
+        take, go_on, updates, inner_state, then=(turn.swaps, swap)
+    )
     if whole:
         inner_state, kept_state = exchange_if(turn.swaps, inner_state, kept_state)
     kept = kept._replace(params=kept_params, inner_state=kept_state)

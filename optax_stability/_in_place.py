@@ -8,7 +8,6 @@ only temporary memory is then the gradient itself.
 """
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -47,6 +46,13 @@ def after(run, *measured):
     return run
 
 
+def held(tree):
+    """The tree as it is, which JAX cannot take out of the loop that it passes."""
+    # Around all at once, a barrier would give all the type of the most sharded under
+    # ``shard_map``.
+    return jax.tree.map(lax.optimization_barrier, tree)
+
+
 def run_if(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
     """``step(carry)`` if the bool[] ``run`` holds, and ``carry`` as it is if not.
 
@@ -73,10 +79,7 @@ def _no_tangent(x):
 def _observe(look, run, seen, beside, found):
     def step(carry):
         seen, found = carry
-        # The barriers keep JAX from taking what passes out of the loop. Around all at
-        # once, one would give all the type of the most sharded under ``shard_map``.
-        passed = jax.tree.map(lax.optimization_barrier, seen)
-        return passed, look(seen, beside, found)
+        return held(seen), look(seen, beside, found)
 
     return run_if(run, step, (seen, found))
 
@@ -118,23 +121,26 @@ def _fits(output, buffer) -> bool:
     return jnp.promote_types(output.dtype, buffer.dtype) == buffer.dtype
 
 
-def apply_in_turn(cases, buffers, inner_state):
-    """The update that the cases that hold make one after the other; zeros if none does.
+def apply_if(run, inner_update, buffers, inner_state, *, then=None):
+    """``inner_update(buffers, inner_state)`` if ``run`` holds, zeros if it does not.
 
     The update is written over what it is made from, where the dtype allows.
 
     Args:
-      cases: pairs of a bool[] and a function from a tree of arrays and a state to a
-        tree of updates, of the same shapes, and the next state. The first one decides
-        the dtypes; a later one reads what an earlier one has made.
-      buffers: what the first function reads.
-      inner_state: is kept as it is where no case holds.
+      run: bool[].
+      inner_update: from a tree of arrays and a state to a tree of updates, of the same
+        shapes, and the next state.
+      buffers: what ``inner_update`` reads.
+      inner_state: is kept as it is where ``run`` does not hold.
+      then: a bool[], and a function that makes of the update another one if that holds,
+        and something else as well.
 
     Returns:
-      Updates, buffers and state. The buffers hold the update if there was one, wherever
-      it fits; elsewhere, and if there was none, they are as they were.
+      Updates, buffers and state. The buffers hold the update if it ran, wherever it
+      fits; elsewhere, and if it did not run, they are as they were. With ``then``, what
+      else it has made stands in their place.
     """
-    outputs, _ = jax.eval_shape(cases[0][1], buffers, inner_state)
+    outputs, _ = jax.eval_shape(inner_update, buffers, inner_state)
 
     def start(buffer, output):
         fits = _fits(output, buffer)
@@ -143,30 +149,27 @@ def apply_in_turn(cases, buffers, inner_state):
     def given(buffer, output, target):
         return target if _fits(output, buffer) else buffer
 
-    def step(update, is_first, carry):
+    def step(carry):
         targets, inner_state = carry
-        inputs = jax.tree.map(given, buffers, outputs, targets) if is_first else targets
-        updates, new_state = update(inputs, inner_state)
+        inputs = jax.tree.map(given, buffers, outputs, targets)
+        updates, new_state = inner_update(inputs, inner_state)
         # As optax.MultiSteps does: some states take the dtype of the gradient.
         new_state = jax.tree.map(_as_before, new_state, inner_state)
         return optax.tree.cast_like(updates, targets), new_state
 
     targets = jax.tree.map(start, buffers, outputs)
-    for i, (run, update) in enumerate(cases):
-        once = functools.partial(step, update, i == 0)
-        targets, inner_state = run_if(run, once, (targets, inner_state))
-    run = functools.reduce(operator.or_, [run for run, _ in cases])
+    targets, inner_state = run_if(run, step, (targets, inner_state))
+    left = None
+    if then is not None:
+        runs_then, remake = then
+        targets, left = remake(targets)
+        run |= runs_then
     updates = jax.tree.map(lambda target: jnp.where(run, target, 0), targets)
     return (
         optax.tree.cast_like(updates, outputs),
-        jax.tree.map(given, buffers, outputs, targets),
+        jax.tree.map(given, buffers, outputs, targets) if then is None else left,
         inner_state,
     )
-
-
-def apply_if(run, inner_update, buffers, inner_state):
-    """:func:`apply_in_turn` with one case."""
-    return apply_in_turn([(run, inner_update)], buffers, inner_state)
 
 
 def _as_bits(x):
@@ -195,9 +198,11 @@ def exchange_if(run, first, second):
       second: another, with the same shapes and dtypes.
     """
 
-    def mixed(into, other):
-        return run_if(run, lambda into: jax.tree.map(_mix, into, other), into)
+    def mixed(pair):
+        # What is read passes, so that it is not written over before.
+        into, other = pair
+        return jax.tree.map(_mix, into, other), held(other)
 
-    first = mixed(first, second)
-    second = mixed(second, first)
-    return mixed(first, second), second
+    first, second = run_if(run, mixed, (first, second))
+    second, first = run_if(run, mixed, (second, first))
+    return run_if(run, mixed, (first, second))

@@ -318,3 +318,42 @@ def test_the_loss_scale_does_not_matter_to_ours(cells):
     for row in ("loss scale 1e-4", "loss scale 1e-12", "loss scale 1e-20"):
         assert np.max(np.abs(cells[OURS][row]["lost"])) < 1e-3
         assert mean_lost(cells, "adamw", row) > 0.03
+
+
+@pytest.fixture(scope="module")
+def branches():
+    return reporting.read("stability_branch")["cells"]
+
+
+@pytest.mark.parametrize(
+    "row", [f"{length} random batches at 120" for length in (20, 50)]
+)
+def test_long_corruption_costs_a_branch_less_than_skipping(branches, row):
+    for skips in ("skip ≤ 5", "skip ≤ 25"):
+        for branch in ("branch", "branch, all kept"):
+            gained = np.subtract(
+                branches[skips][row]["lost"], branches[branch][row]["lost"]
+            )
+            assert gained.mean() > 2 * gained.std() / np.sqrt(len(gained))
+
+
+@pytest.mark.parametrize("row", ["base64 from 120 on", "UTF-16 from 120 on"])
+def test_a_branch_follows_new_data_at_once(branches, row):
+    found = {name: np.mean(cells[row]["delay"]) for name, cells in branches.items()}
+    assert found["branch"] <= 10 < 20 < found["skip ≤ 5"] < found["skip ≤ 25"]
+
+
+def test_with_all_kept_short_corruption_costs_what_skipping_it_costs(branches):
+    for row in ("2 random batches at 120", "5 random batches at 120"):
+        skip, whole = (
+            mean_lost(branches, name, row) for name in ("skip ≤ 5", "branch, all kept")
+        )
+        assert whole < skip + 0.005
+
+
+def test_a_branch_changes_nothing_while_nothing_is_noticed(branches):
+    for row in ("clean", "bytes shuffled, 20 at 120", "prose from 120 on"):
+        skip, branch = (
+            branches[name][row]["held_out"] for name in ("skip ≤ 5", "branch")
+        )
+        assert branch == pytest.approx(skip, abs=1e-4)
