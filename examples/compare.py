@@ -41,8 +41,8 @@ class Side(NamedTuple):
 
 SIDES = {
     "skip": Side("optax_stability", "tab:blue", {"on_spike": "skip"}),
-    "branch": Side("… on_spike branch", "tab:green", {"on_spike": "branch"}),
-    "rewind": Side("… on_spike rewind", "tab:orange", {"on_spike": "rewind"}),
+    "branch": Side("… branch", "tab:green", {"on_spike": "branch"}),
+    "rewind": Side("… rewind", "tab:orange", {"on_spike": "rewind"}),
     "plain": Side("plain optax", "tab:red", {"baseline": True}),
 }
 
@@ -106,7 +106,8 @@ def show(runs: dict[str, Rows]) -> None:
     columns = [summarise(rows) for rows in runs.values()]
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
-    Console().print(table)
+    # All four sides in one piece, in a file too.
+    Console(width=max(Console().width, 90)).print(table)
 
 
 def _draw_run(losses: Axes, held_out: Axes, side: str, rows: Rows) -> None:

@@ -187,8 +187,9 @@ class Trainer:
         if every and (step - 1) % every == 0:
             histograms = {key: x for key, x in found.items() if x.ndim}
             self._writer.write_histograms(step, histograms)
-        # The loss of a probe is one of older parameters.
-        if self._policy is None or row.get("branch/probed"):
+        # What is in a branch may be taken back; a probe is of older parameters.
+        undecided = row.get("branch/mode") or row.get("branch/probed")
+        if self._policy is None or undecided:
             return ost.Decision("continue")
         return self._policy.update(step, row)
 

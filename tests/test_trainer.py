@@ -309,6 +309,27 @@ def test_without_an_older_checkpoint_a_rewind_takes_the_oldest(tmp_path):
     assert rewinds(log) == [(18, 4, 18)]  # KEEP are 4, 8, 12 and 16.
 
 
+class BranchingRun(NumpyRun):
+    """All of whose bad losses are of a branch, or of a probe."""
+
+    def advance(self):
+        metrics = super().advance()
+        key = "branch/mode" if self.step % 2 else "branch/probed"
+        return metrics | {key: np.float32(metrics["loss"] > 5)}
+
+
+def test_losses_that_may_be_taken_back_send_nothing_back(tmp_path):
+    log, saved = tmp_path / "log.jsonl", Memory({})
+    go(saved, log, run=BranchingRun)
+    assert rewinds(log) == []
+    losses = [
+        row["loss"]
+        for row in map(json.loads, log.read_text().splitlines())
+        if "loss" in row
+    ]
+    assert max(losses) > 5
+
+
 def test_a_run_that_gave_up_gives_up_again(tmp_path):
     log, saved = tmp_path / "log.jsonl", Memory({})
     stop = ost.Decision("stop", reason="loss is no number")
