@@ -47,6 +47,7 @@ def eval_params(params: optax.Params, state: Any) -> optax.Params:
 
     Example:
       >>> import jax.numpy as jnp, optax
+      >>> from optax_stability import branch_on_spike
       >>> params = {"w": jnp.ones(2)}
       >>> tx = branch_on_spike(optax.adam(0.1))
       >>> eval_params(params, tx.init(params))["w"]
