@@ -16,10 +16,10 @@ GALLERY = (ROOT / "examples" / "README.md").read_text()
 TEXTS_DIFFER = 0.1
 
 
-def run(folder, script):
-    """Runs the command that the gallery gives for a script; what it printed."""
-    (command,) = re.findall(rf"```sh\npython (examples/{script}.*)\n```", GALLERY)
-    path, *flags = shlex.split(command)
+def run(folder, script, number=0, more=()):
+    """Runs a command that the gallery gives for a script; what it printed."""
+    commands = re.findall(rf"```sh\npython (examples/{script}.*)\n```", GALLERY)
+    path, *flags = *shlex.split(commands[number]), *more
     done = subprocess.run(
         [sys.executable, ROOT / path, *flags],
         cwd=folder,
@@ -72,6 +72,15 @@ def test_the_broken_run_survives_and_plain_optax_does_not(tmp_path):
     skipped = sum(row.get("skip/skipped", 0) for row in rows)
     assert abs(skipped - shown(r"steps skipped +│ (\d+) ")) <= 3
     assert (runs / "compare.png").stat().st_size > 10_000
+
+
+def test_a_branch_is_taken_back_and_nothing_is_rewound(tmp_path):
+    printed = run(tmp_path, "compare.py", number=1, more=("--sides", "branch"))
+    assert re.search(r"branches taken back +│ 1 ", printed)
+    assert re.search(r"rewinds +│ 0 ", printed)
+    *_, branch = evaluations(tmp_path / "runs" / "compare" / "branch")
+    end = shown(r"held-out loss at the end   │ \S+ +│ (\S+) +│ \S+ +│ \S+ +│")
+    assert branch == pytest.approx(end, abs=TEXTS_DIFFER)
 
 
 def test_the_linen_example_prints_what_the_gallery_shows(tmp_path):
