@@ -114,17 +114,7 @@ def move(turn: Turn, take, step, updates, params, inner_state, kept: Kept):
       The update, the state of ``inner``, and what is kept with the old detector.
     """
     whole = bool(jax.tree.leaves(kept.inner_state))
-
-    stored = run_if(turn.opens, lambda old: _beside(params, old), kept.params)
-
-    def go_on(updates, inner_state):
-        if not whole:
-            inner_state = _without_momentum(turn.rolls_back, inner_state)
-        return step(updates, inner_state)
-
-    def swap(updates):
-        return _swap_params(turn.swaps, take, updates, params, stored)
-
+    kept_params = run_if(turn.opens, lambda old: _beside(params, old), kept.params)
     kept_state = kept.inner_state
     if whole:
         inner_state, kept_state = observe_if(
@@ -132,8 +122,23 @@ def move(turn: Turn, take, step, updates, params, inner_state, kept: Kept):
             lambda now, _, old: _beside(now, old),
             *(inner_state, (), kept_state),
         )
-    updates, kept_params, inner_state = apply_if(
-        take, go_on, updates, inner_state, then=(turn.swaps, swap)
+
+    def go_on(updates, carry):
+        inner_state, kept_params = carry
+        if not whole:
+            inner_state = _without_momentum(turn.rolls_back, inner_state)
+        updates, inner_state = step(updates, inner_state)
+        return updates, (inner_state, kept_params)
+
+    def swap(updates, carry):
+        inner_state, kept_params = carry
+        updates, kept_params = _swap_params(
+            turn.swaps, take, updates, params, kept_params
+        )
+        return updates, (inner_state, kept_params)
+
+    updates, _, (inner_state, kept_params) = apply_if(
+        take, go_on, updates, (inner_state, kept_params), then=(turn.swaps, swap)
     )
     if whole:
         inner_state, kept_state = exchange_if(turn.swaps, inner_state, kept_state)

@@ -132,13 +132,12 @@ def apply_if(run, inner_update, buffers, inner_state, *, then=None):
         shapes, and the next state.
       buffers: what ``inner_update`` reads.
       inner_state: is kept as it is where ``run`` does not hold.
-      then: a bool[], and a function that makes of the update another one if that holds,
-        and something else as well.
+      then: a bool[], and a function that makes of update and state other ones if that
+        holds, and gives them back as they are if not.
 
     Returns:
-      Updates, buffers and state. The buffers hold the update if it ran, wherever it
-      fits; elsewhere, and if it did not run, they are as they were. With ``then``, what
-      else it has made stands in their place.
+      Updates, buffers and state. The buffers hold the update if there was one, wherever
+      it fits; elsewhere, and if there was none, they are as they were.
     """
     outputs, _ = jax.eval_shape(inner_update, buffers, inner_state)
 
@@ -159,17 +158,22 @@ def apply_if(run, inner_update, buffers, inner_state, *, then=None):
 
     targets = jax.tree.map(start, buffers, outputs)
     targets, inner_state = run_if(run, step, (targets, inner_state))
-    left = None
     if then is not None:
         runs_then, remake = then
-        targets, left = remake(targets)
+        targets, inner_state = remake(targets, inner_state)
         run |= runs_then
     updates = jax.tree.map(lambda target: jnp.where(run, target, 0), targets)
     return (
         optax.tree.cast_like(updates, outputs),
-        jax.tree.map(given, buffers, outputs, targets) if then is None else left,
+        jax.tree.map(given, buffers, outputs, targets),
         inner_state,
     )
+
+
+def _has_bits(x) -> bool:
+    """Whether an exclusive or is defined: not for random keys."""
+    kinds = jnp.floating, jnp.integer, jnp.bool_
+    return any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
 
 
 def _as_bits(x):
@@ -189,14 +193,21 @@ def _mix(x, y):
 def exchange_if(run, first, second):
     """``(second, first)`` if ``run`` holds, and both as they are if not; bit for bit.
 
-    Three times the one is mixed into the other: an exchange by copying would need room
-    for a third.
+    Three times the one is mixed into the other: an exchange by copying, which is left
+    for random keys, needs room for a third.
 
     Args:
       run: bool[].
-      first: a tree of arrays of floats, integers or bools.
+      first: a tree of arrays.
       second: another, with the same shapes and dtypes.
     """
+    if not all(map(_has_bits, jax.tree.leaves(first))):
+        swapped = functools.partial(jax.tree.map, beside)
+        return run_if(
+            run,
+            lambda pair: (swapped(pair[1], pair[0]), swapped(*pair)),
+            (first, second),
+        )
 
     def mixed(pair):
         # What is read passes, so that it is not written over before.

@@ -506,6 +506,56 @@ def test_an_exchange_of_the_state_is_exact_whatever_is_in_it():
     assert list(map(bits, swap(False, first, second))) == [bits(first), bits(second)]
 
 
+def test_updates_narrower_than_the_parameters_round_an_exchange_and_no_more():
+    """Gradients of bfloat16 make updates of bfloat16."""
+    tx = ost.branch_on_spike(
+        optax.scale(-RATE), grad_norm=AT_TEN, value=ONE_ABOVE, confirm=None
+    )
+    params, state, seen = START, tx.init(START), []
+    for norm, loss in [CLEAN] * 3 + [OTHER] * 5 + [CLEAN]:
+        grads = jnp.full(3, norm, jnp.bfloat16)
+        updates, state = compiled(tx.update)(grads, state, params, value=loss)
+        assert updates.dtype == jnp.bfloat16
+        branch, params = params, optax.apply_updates(params, updates)
+        seen.append(params)
+    assert state.mode == PROBE
+    np.testing.assert_array_equal(state.kept.params, branch - RATE)
+    error = np.abs(params - seen[2])
+    assert (error <= 2.0**-8 * np.abs(branch - seen[2])).all()
+
+
+@pytest.mark.parametrize("keep_in", ["device", "host"])
+def test_what_has_no_bits_to_mix_is_exchanged_as_well(keep_in):
+    """A random key in the state of ``inner``."""
+    tx = ost.branch_on_spike(
+        optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(RATE)),
+        keep="all",
+        keep_in=keep_in,
+        grad_norm=AT_TEN,
+        value=ONE_ABOVE,
+        confirm=None,
+    )
+    found = list(run(tx, [CLEAN] * 3 + [OTHER] * 5 + [CLEAN]))
+    before, back = found[2], found[-1]
+    assert back[1].mode == PROBE
+    np.testing.assert_allclose(back[0], before[0], rtol=1e-6)
+    chex.assert_trees_all_equal(back[1].skip.inner_state, before[1].skip.inner_state)
+
+
+@pytest.mark.parametrize("wrap", ["accumulate_moments", "MultiSteps"])
+def test_accumulated_gradients_branch_as_whole_ones_do(wrap):
+    tx = {
+        "accumulate_moments": ost.accumulate_moments(branching(), 2),
+        "MultiSteps": optax.MultiSteps(branching(), 2).gradient_transformation(),
+    }[wrap]
+    events = [CLEAN] * 4 + [OTHER] * 6 + [CLEAN] * 4
+    whole, state = last(branching(), events)
+    halves = [event for event in events for _ in range(2)]
+    params, accumulated = last(tx, halves)
+    np.testing.assert_allclose(params, whole, rtol=1e-5)
+    assert state.rollbacks == ost.metrics(accumulated)["branch/rollbacks"] == 1
+
+
 # --- what to evaluate -----------------------------------------------------------------
 
 
