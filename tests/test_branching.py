@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -628,6 +629,52 @@ def test_what_cannot_be_evaluated_says_why():
         ost.eval_params({"b": jnp.ones(3)}, branching().init(params))
     with pytest.raises(ValueError, match="made for"):
         ost.eval_params({"a": jnp.ones(4)}, branching().init(params))
+
+
+# --- checkpoints and donation ---------------------------------------------------------
+
+COURSE_OF_ALL_MODES = [CLEAN] * 3 + [OTHER] * 20 + [CLEAN] * 4
+
+
+@pytest.mark.parametrize("keep", ["params", "all"])
+def test_orbax_restores_every_mode_and_the_course_goes_on(keep, tmp_path):
+    tx = branching(keep=keep)
+    course = list(run(tx, COURSE_OF_ALL_MODES))
+    at = {int(state.mode): i for i, (_, state) in enumerate(course)}
+    assert at.keys() == {NORMAL, BRANCH, PROBE}
+    at[NORMAL] = 3  # With a skip behind it; the others are the last of their kind.
+    with ocp.StandardCheckpointer() as checkpointer:
+        for mode, i in at.items():
+            checkpointer.save(tmp_path / str(mode), course[i])
+            checkpointer.wait_until_finished()
+            fresh = START, tx.init(START)
+            params, state = checkpointer.restore(tmp_path / str(mode), fresh)
+            chex.assert_trees_all_equal((params, state), course[i])
+            rest = COURSE_OF_ALL_MODES[i + 1 :]
+            again = list(run(tx, rest, params=params, state=state))
+            chex.assert_trees_all_equal(again, course[i + 1 :])
+
+
+@pytest.mark.parametrize("keep", ["params", "all"])
+def test_in_the_buffers_it_is_given_it_takes_the_same_course(keep):
+    tx, start = branching(keep=keep), {"a": START, "b": np.ones((2, 3), np.float32)}
+
+    def step(params, state, norm, loss):
+        grads = jax.tree.map(lambda x: jnp.full_like(x, norm / 3), params)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return optax.apply_updates(params, updates), state
+
+    courses = []
+    for donated in ((), (0, 1)):
+        compiled_step = jax.jit(step, donate_argnums=donated)
+        params, course = jax.tree.map(jnp.copy, start), []
+        state = tx.init(params)
+        for event in COURSE_OF_ALL_MODES:
+            params, state = compiled_step(params, state, *event)
+            course.append(jax.tree.map(np.array, (params, state)))
+        courses.append(course)
+    assert {int(state.mode) for _, state in courses[0]} == {NORMAL, BRANCH, PROBE}
+    chex.assert_trees_all_equal(*courses)
 
 
 # --- memory, sharding, arguments ------------------------------------------------------
