@@ -193,37 +193,38 @@ def other_batches(where: slice) -> Change:
     return change
 
 
-Text = np.ndarray
-
-
-def prose(text: Text) -> Text:
-    """Another language: English, from Python's own help."""
-    del text
-    english = "\n".join(topics[name] for name in sorted(topics))
-    return np.frombuffer(english.encode("ascii", "replace"), np.uint8)
-
-
-def wide_characters(text: Text) -> Text:
-    """Another format: UTF-16, in which every other byte is 0."""
-    return np.stack([text, np.zeros_like(text)], axis=1).ravel()
-
-
-def backwards(text: Text) -> Text:
-    """Other statistics of sequences, with the same bytes."""
-    return text[::-1]
-
-
-Kind = Callable[[Text], Text]
+# Text to train on, and text held out, as bytes.
+Texts = tuple[np.ndarray, np.ndarray]
 
 
 @functools.cache
-def of_kind(kind: Kind) -> tuple[Text, Text]:
-    """The corpus in another form: to train on, and held out."""
-    if kind is prose:
-        text = prose(corpus()[0])
-        part = len(text) // 10
-        return text[part:], text[:part]
-    train, held_out = map(kind, corpus())
+def base64() -> Texts:
+    """Text of another kind, made from the bytes at hand."""
+    train, held_out = map(other_data, corpus())
+    return train, held_out
+
+
+@functools.cache
+def prose() -> Texts:
+    """Another language: English, from Python's own help."""
+    english = "\n".join(topics[name] for name in sorted(topics))
+    text = np.frombuffer(english.encode("ascii", "replace"), np.uint8)
+    part = len(text) // 10
+    return text[part:], text[:part]
+
+
+@functools.cache
+def wide_characters() -> Texts:
+    """Another format: UTF-16, in which every other byte is 0."""
+    train, held_out = (
+        np.stack([text, np.zeros_like(text)], axis=1).ravel() for text in corpus()
+    )
+    return train, held_out
+
+
+def backwards() -> Texts:
+    """Other statistics of sequences, with the same bytes."""
+    train, held_out = (text[::-1] for text in corpus())
     return train, held_out
 
 
@@ -236,7 +237,7 @@ def half_and_half(old: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 def new_domain(
     where: slice,
-    kind: Kind = other_data,
+    kind: Callable[[], Texts] = base64,
     *,
     share: float = 1.0,
     over: int = 0,
@@ -254,7 +255,7 @@ def new_domain(
     """
 
     def change(stream, rng):
-        train, held_out = of_kind(kind)
+        train, held_out = kind()
         calls = np.arange(*where.indices(len(stream.batch)))
         old = stream.batch[where]
         rows = old.shape[:2]

@@ -26,24 +26,25 @@ sys.path.append(str(Path(__file__).parent / "gpt"))
 import faults
 import train
 from config import Config
+from input_error import InputError
 from trainer import DivergedError
 
 Rows = list[dict[str, float]]
 
 
 class Side(NamedTuple):
-    """One of the runs: how it is called and drawn, and its settings."""
+    """One of the runs: how it is called and drawn."""
 
     name: str
     color: str
-    settings: dict[str, Any]
 
 
+# What to do on a spike; and plain optax, which does nothing.
 SIDES = {
-    "skip": Side("optax_stability", "tab:blue", {"on_spike": "skip"}),
-    "branch": Side("… branch", "tab:green", {"on_spike": "branch"}),
-    "rewind": Side("… rewind", "tab:orange", {"on_spike": "rewind"}),
-    "plain": Side("plain optax", "tab:red", {"baseline": True}),
+    "skip": Side("optax_stability", "tab:blue"),
+    "branch": Side("… branch", "tab:green"),
+    "rewind": Side("… rewind", "tab:orange"),
+    "plain": Side("plain optax", "tab:red"),
 }
 
 
@@ -59,7 +60,9 @@ class Comparison(Config):
         """The settings of one run."""
         names = [each.name for each in dataclasses.fields(Config)]
         settings: dict[str, Any] = {name: getattr(self, name) for name in names}
-        settings |= {"out": self.out / side} | SIDES[side].settings
+        settings |= {"out": self.out / side, "baseline": side == "plain"}
+        if side != "plain":
+            settings["on_spike"] = side
         return Config(**settings)
 
 
@@ -112,8 +115,7 @@ def show(runs: dict[str, Rows]) -> None:
 
 def _draw_run(losses: Axes, held_out: Axes, side: str, rows: Rows) -> None:
     """Draws one run over its batches, and marks where it went back or died."""
-    name, color, _ = SIDES[side]
-    width = 1
+    (name, color), width = SIDES[side], 1
     # A rewind has no loss: there the curve is broken. That of a probe is not its own.
     steps = [row for row in rows if "loss" in row or "rewind/to" in row]
     steps = [row for row in steps if not row.get("branch/probed")]
@@ -178,6 +180,8 @@ def draw(runs: dict[str, Rows], happened: tuple[faults.Fault, ...], path: Path) 
 
 def compare(comparison: Comparison) -> dict[str, Rows]:
     """Trains all sides, shows and draws them."""
+    if not comparison.sides:
+        raise InputError(f"--sides: nobody takes part; give some of {', '.join(SIDES)}")
     runs = {side: _train(comparison.of(side)) for side in comparison.sides}
     show(runs)
     faulty = faults.parse(comparison.inject)

@@ -185,7 +185,7 @@ def finetune(flags: Flags) -> tuple[GPT, train.Row]:
     run, row = train.drive(
         config, corpus, create, as_json(config) | as_json(flags), fixed, (arrays,)
     )
-    merged, _ = run.parts()
+    merged = run.model()
     merge(merged)
     save(merged, config, flags.out / "merged" / "checkpoints")
     return merged, row

@@ -1,5 +1,6 @@
 """The grid of faults is what it says, and so are its measures."""
 
+import base64
 import math
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import contenders
 import faulty_streams
 import grids
+import low_precision
 import reporting
 import stability
 from contenders import CLIP, OURS
@@ -148,14 +150,23 @@ def test_other_data_come_at_once_or_by_and_by_or_in_turns_or_now_and_then(clean)
         assert least <= (held_out != clean.held_out).any(1).sum() <= 2 * least
 
 
-def test_the_kinds_of_other_data_are_what_they_are_called(clean):
-    text = np.frombuffer(b"def f():\n", np.uint8)
-    assert faulty_streams.backwards(text).tobytes() == b"\n:)(f fed"
-    wide = faulty_streams.wide_characters(text).tobytes()
-    assert wide == "def f():\n".encode("utf-16-le")
-    prose = faulty_streams.prose(text).tobytes().decode("ascii")
-    assert len(prose) > 300_000
-    assert "The standard type hierarchy" in prose
+def test_the_kinds_of_other_data_are_what_they_are_called():
+    for text, wide, back in zip(
+        low_precision.corpus(),
+        faulty_streams.wide_characters(),
+        faulty_streams.backwards(),
+        strict=True,
+    ):
+        known = text.tobytes()
+        assert wide.tobytes().decode("utf-16-le").encode("latin-1") == known
+        assert back.tobytes()[::-1] == known
+    for text in faulty_streams.base64():
+        base64.decodebytes(text.tobytes())
+    train, held_out = (
+        text.tobytes().decode("ascii") for text in faulty_streams.prose()
+    )
+    assert len(train) > 300_000
+    assert "The standard type hierarchy" in held_out + train
 
 
 def test_the_gradient_is_spoiled_as_the_stream_says():

@@ -188,13 +188,14 @@ def test_a_branch_is_marked_and_its_probes_are_no_part_of_the_curve(
 
 
 def test_each_side_has_its_settings_and_a_folder():
-    config = compare.Comparison(out=pathlib.Path("x"), steps=77)
-    for side in compare.SIDES:
-        one = config.of(side)
-        assert type(one) is train.Config
-        assert (one.steps, one.out) == (77, pathlib.Path("x") / side)
-        assert one.baseline == (side == "plain")
-        assert one.baseline or one.on_spike == side
+    for baseline in (False, True):  # Which it is, is for the side to say.
+        config = compare.Comparison(out=pathlib.Path("x"), baseline=baseline, steps=77)
+        for side in compare.SIDES:
+            one = config.of(side)
+            assert type(one) is train.Config
+            assert (one.steps, one.out) == (77, pathlib.Path("x") / side)
+            assert one.baseline == (side == "plain")
+            assert one.baseline or one.on_spike == side
 
 
 def test_a_run_that_gives_up_is_shown_as_far_as_it_came(
@@ -212,13 +213,20 @@ def test_a_run_that_gives_up_is_shown_as_far_as_it_came(
     assert capsys.readouterr().err == "the loss ran away\n" * 2
 
 
-def test_bad_input_gets_one_clear_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--inject", "nan@0"], "error: --inject: nan@0 is no fault; write "),
+        (["--sides"], "error: --sides: nobody takes part; give some of skip, branch"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--inject", "nan@0"])
+    monkeypatch.setattr(sys, "argv", ["compare.py", *flags])
     with pytest.raises(SystemExit) as stopped:
         compare.main()
     assert stopped.value.code == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith("error: --inject: nan@0 is no fault; write ")
+    assert printed.err.startswith(message)
     assert (printed.err.count("\n"), printed.out) == (1, "")
     assert not list(tmp_path.iterdir())

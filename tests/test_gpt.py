@@ -360,6 +360,29 @@ def test_the_line_averages_the_loss_over_what_is_finite(capsys):
     assert losses == ["–", "2.000", "2.000", "1.900"]
 
 
+def test_the_line_says_that_a_branch_is_open_and_leaves_probes_out(capsys):
+    open_, back = {"branch/length": 3.0}, {"branch/rollbacks": 1.0}
+    probe = {"loss": 9.0, "branch/probed": 1.0}
+    rows = [{"loss": 1.0}, {"loss": 1.0} | open_, probe | back, {"loss": 1.0} | back]
+    screen_of(rows, log_every=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert all("loss 1.000" in line for line in lines)
+    assert "branch" not in lines[0]
+    assert "skipped 0  branch 3  noise" in lines[1]
+    assert "skipped 0  taken back 1  noise" in lines[2]
+
+
+@pytest.mark.parametrize("on_spike", ["skip", "branch"])
+def test_what_is_evaluated_is_what_a_branch_has_kept(on_spike, monkeypatch):
+    config = train.Config(on_spike=on_spike)
+    model, optimizer = training.create(config, vocabulary=256)
+    trained = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+    kept = jax.tree.map(lambda x: x + 1, trained)
+    monkeypatch.setattr(ost, "eval_params", lambda params, state: kept)
+    found = nnx.state(training.to_evaluate(config, model, optimizer), nnx.Param)
+    chex.assert_trees_all_equal(found, kept if on_spike == "branch" else trained)
+
+
 def test_the_line_tells_speed_and_use_and_time_left(capsys):
     speed = {"perf/tokens_per_second": 4.0, "perf/mfu": 0.123}
     screen_of([{"loss": 1.0} | speed, {"loss": 1.0}], log_every=1)

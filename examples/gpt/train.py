@@ -144,13 +144,17 @@ class Run:
         """The first held-out window, and how the model goes on from it."""
         return self._prompt, np.asarray(self._write_on(self.state, self._prompt))
 
-    def parts(self) -> tuple[GPT, nnx.Optimizer]:
-        """The model as it is now, and the numbers that the chain has kept."""
-        return self._merge(self.state)
+    def model(self) -> GPT:
+        """The one to evaluate, as it is now."""
+        return self._to_evaluate(self.state)
+
+    def optimizer(self) -> nnx.Optimizer:
+        """With the numbers that the chain has kept."""
+        return self._merge(self.state)[1]
 
     def history(self) -> dict[str, np.ndarray]:
         """What the flight recorder has kept, with the learning rate of each step."""
-        kept = ost.history(self.parts()[1])
+        kept = ost.history(self.optimizer())
         rates = np.asarray(training.make_schedule(self._config)(kept["step"]))
         # The recorder counts from 0.
         return kept | {"learning_rate": rates, "step": kept["step"] + 1}
@@ -159,7 +163,7 @@ class Run:
 def _show(config: Config, run: Run, corpus: data.Corpus, screen: console.Screen):
     """What came of the run: its noise, and what it writes."""
     if not config.baseline:
-        screen.say(str(ost.noise_scale(run.parts()[1])))
+        screen.say(str(ost.noise_scale(run.optimizer())))
     if config.sample_tokens:
         prompt, written = (corpus.decode(part.tolist()) for part in run.sample())
         screen.sample(prompt, written)
