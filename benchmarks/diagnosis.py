@@ -32,8 +32,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from reporting import Report, finish, markdown, parser
 
 import optax_stability as ost
-from optax_stability._diagnosis import Finding, diagnose
 from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis._diagnose import diagnose
+from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._location import gradient_layers
 from optax_stability._diagnosis._series import History, is_vector
 from optax_stability._diagnosis._trend import smooth, trend

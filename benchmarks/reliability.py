@@ -19,7 +19,7 @@ from reporting import Report, markdown, run_suite
 ROOT = Path(__file__).parents[1]
 QUICK = ("tests/test_contract.py", "-k", "orbax and accumulate")
 # Of the transformations as of the examples: all but the tests of what is told here.
-ALL = ("--ignore-glob=tests/test_benchmark*",)
+ALL = ("--ignore=tests/benchmarks",)
 
 
 def make_report(quick: bool) -> Report:

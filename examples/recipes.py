@@ -1,6 +1,6 @@
 """Short chains for needs that take no transformation of their own. Copy what you use.
 
-Each is tested in ``tests/test_recipes.py``.
+Each is tested in ``tests/examples/test_recipes.py``.
 """
 
 from typing import Any, NamedTuple

@@ -1,16 +1,12 @@
 """Eight CPU devices, so that every test can shard; the examples are importable."""
 
 import collections
-import sys
-from pathlib import Path
 
 import jax
 import pytest
 import survival
 
 jax.config.update("jax_num_cpu_devices", 8)
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "gpt")]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,7 @@ from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_stability as ost
-from optax_stability._moments import single
+from optax_stability._moments._moments import single
 
 # Another order of adding: a few ulps of float32 are all that may differ.
 REORDERED = 1e-5
@@ -153,7 +153,7 @@ CASES = {
         lambda **kw: ost.accumulate_moments(
             optax.identity(), **{"every_k": 1, "mean_square": False, **kw}
         ),
-        takes_axis_name=False,  # Its state is sharded: tests/test_accumulation.py.
+        takes_axis_name=False,  # Its state is sharded: test_accumulation.py.
         reports_loss=True,
     ),
     "accumulate_moments adam": Case(

@@ -10,11 +10,7 @@ from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
 
 import optax_stability as ost
-from optax_stability.flax import (
-    TrainState,
-    microbatch_gradients,
-    update_dynamic_scale,
-)
+from optax_stability.flax import TrainState, microbatch_gradients, update_dynamic_scale
 
 X = jax.random.normal(jax.random.key(0), (8, 4))
 Y = X @ jnp.arange(8.0).reshape(4, 2) / 8

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 import optax_stability as ost
-from optax_stability import _mesh_axes, _norms
+from optax_stability._core import _mesh_axes, _norms
 
 K = 4
 AXES = ("data", "model")

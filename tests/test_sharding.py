@@ -6,13 +6,12 @@ what it moves is read in the compiled program.
 
 import contextlib
 import functools
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import optax
 import pytest
@@ -22,10 +21,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import optax_stability as ost
 from optax_stability import thresholds
 from optax_stability.flax import TrainState, microbatch_gradients
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import many_devices
 
 K = 4
 # Sums in another order: 1e-6 of a gradient, and at most as much of what Adam makes of

@@ -5,11 +5,7 @@ import numpy as np
 from optax_stability._diagnosis import _thresholds as limits
 from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
-from optax_stability._diagnosis._location import (
-    first_affected,
-    gradient_norm,
-    log_norm,
-)
+from optax_stability._diagnosis._location import first_affected, gradient_norm, log_norm
 from optax_stability._diagnosis._loss import confirms, loss_of
 from optax_stability._diagnosis._series import History
 from optax_stability._diagnosis._trend import stretches, trend

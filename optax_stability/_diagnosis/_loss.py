@@ -7,13 +7,7 @@ from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._location import first_affected
 from optax_stability._diagnosis._series import History, Series
-from optax_stability._diagnosis._trend import (
-    Trend,
-    median,
-    smooth,
-    stretches,
-    trend,
-)
+from optax_stability._diagnosis._trend import Trend, median, smooth, stretches, trend
 
 
 def loss_of(history: History) -> Series | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from flax import nnx
 
-from optax_stability import _gradient_penalty, _tree
+from optax_stability._core import _tree
+from optax_stability._gradients import _penalty
 
 
 def penalize_gradient_norm(
@@ -65,7 +66,7 @@ def penalize_gradient_norm(
             loss, aux = value if has_aux else (value, None)
             return loss, (aux, _tree.pure(nnx.split(copy, wrt, ...)[2]))
 
-        total, (aux, written) = _gradient_penalty.penalize_gradient_norm(
+        total, (aux, written) = _penalty.penalize_gradient_norm(
             pure_loss, weight, has_aux=True
         )(params)
         nnx.update(model, written)

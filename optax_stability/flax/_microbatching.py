@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_stability import _microbatching, _tree
-from optax_stability._moments import Moments
+from optax_stability._core import _tree
+from optax_stability._moments import _microbatching
+from optax_stability._moments._moments import Moments
 
 
 def _fork(streams: Any, number: int) -> tuple[Any, Any]:

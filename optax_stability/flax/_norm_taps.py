@@ -7,7 +7,7 @@ examples, and gradients of single examples cost B times the memory.
 :mod:`optax_stability.flax` in the model.
 
 *Cost*: one forward and one backward pass, and what the taps take (see
-:mod:`optax_stability._norm_taps`); next to nothing with ``only=(LayerNorm, RMSNorm)``.
+``_gradients/_norm_taps.py``); next to nothing with ``only=(LayerNorm, RMSNorm)``.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_stability import _microbatching, _moments, _norms, _tree
-from optax_stability._moments import Moments
+from optax_stability._core import _norms, _tree
+from optax_stability._moments import _microbatching, _moments
+from optax_stability._moments._moments import Moments
 from optax_stability.flax._tapped_modules import DROP_INS, NormTap, one_evaluation
 
 # Two sums of squares over the same gradient, each rounded in its own order, differ by
@@ -144,7 +145,7 @@ def per_example_gradients(
       N = Σn_b    m_b = ∇l_b    grads = ḡ = Σn_b·m_b/N
       deviation = Σn_b‖m_b − ḡ‖² = N·(Σ N/n_b·‖n_b·m_b/N‖² − ‖ḡ‖²)
 
-    The norms come from taps (:mod:`optax_stability._norm_taps`), which see n_b·m_b/N.
+    The norms come from taps (``_gradients/_norm_taps.py``), which see n_b·m_b/N.
 
     **Guarantees**
 

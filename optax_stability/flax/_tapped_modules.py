@@ -6,7 +6,7 @@ large the gradients of its examples were.
 *How*: in place of the modules of ``nnx`` with the same name. As long as they hold no
 taps they are those. :func:`per_example_gradients` gives taps to a copy of the model.
 
-*Cost*: none without taps; with taps that of :mod:`optax_stability._norm_taps`.
+*Cost*: none without taps; with taps that of ``_gradients/_norm_taps.py``.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 from jax.extend import core
 
-from optax_stability import _norm_taps
+from optax_stability._gradients import _norm_taps
 
 
 class NormTap(nnx.Param):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_stability import _numerics, _validate
+from optax_stability._core import _numerics, _validate
 
 
 class Threshold(NamedTuple):

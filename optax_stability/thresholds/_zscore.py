@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability import _numerics, _validate
+from optax_stability._core import _numerics, _validate
 from optax_stability.thresholds._threshold import Threshold, is_level
 
 # A constant stream has no spread at all; this share of the mean stands in, so that

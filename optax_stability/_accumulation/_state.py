@@ -1,0 +1,165 @@
+"""What gradient accumulation remembers, and how a window ends.
+
+*Cost*: one buffer like the parameters for the mean, one for the mean square if it is
+kept, and a few scalars. The update is written over the mean: no other memory.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_stability._core import _norms, _tree
+from optax_stability._core._in_place import after, apply_if
+from optax_stability._core._numerics import increment
+from optax_stability._moments import _moments
+from optax_stability._moments._moments import Aggregate, Moments
+
+
+class AccumulateMomentsState(NamedTuple):
+    """State of :func:`accumulate_moments`.
+
+    Attributes:
+      mini_step: int32[] – calls in the present window, kept or not.
+      gradient_step: int32[] – steps that ``inner`` has taken.
+      updated: bool[] – whether the last call was one of them.
+      rejected_total: int32[] – calls whose gradient was not kept.
+      inner_opt_state: state of ``inner``.
+      acc_grads: tree like the parameters, ``accumulator_dtype`` – mean of the gradients
+        in the window. Means nothing while ``mini_step`` is 0.
+      value: float32[] – mean loss of the window, 0 where none was given.
+      moments: statistics of the window; its ``norm`` is None.
+    """
+
+    mini_step: jax.Array
+    gradient_step: jax.Array
+    updated: jax.Array
+    rejected_total: jax.Array
+    inner_opt_state: Any
+    acc_grads: Any
+    value: jax.Array
+    moments: Moments
+
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """``accumulate/…``: place in the window, microbatches kept and not kept."""
+        return {
+            "accumulate/num_microbatches": self.moments.num_microbatches,
+            "accumulate/mini_step": self.mini_step,
+            "accumulate/rejected_total": self.rejected_total,
+        }
+
+
+def begin(
+    inner_opt_state: Any, params: Any, *, mean_square: bool, dtype: Any
+) -> AccumulateMomentsState:
+    """The state before the first microbatch; ``dtype`` is that of the mean."""
+    empty = _moments.nothing(params, mean_square=mean_square, dtype=dtype)
+    return AccumulateMomentsState(
+        mini_step=jnp.zeros((), jnp.int32),
+        gradient_step=jnp.zeros((), jnp.int32),
+        updated=jnp.zeros((), bool),
+        rejected_total=jnp.zeros((), jnp.int32),
+        inner_opt_state=inner_opt_state,
+        acc_grads=empty.mean,
+        value=empty.value,
+        moments=empty.moments,
+    )
+
+
+def window_of(state: AccumulateMomentsState) -> Aggregate:
+    """What the present window holds; at its start nothing."""
+    begun = state.mini_step > 0
+    scalars = (
+        state.moments.num_microbatches,
+        state.moments.weight,
+        state.moments.deviation,
+    )
+    count, weight, deviation = (jnp.where(begun, each, 0) for each in scalars)
+    # The buffers still hold the last update; with weight 0 they count for nothing.
+    moments = state.moments._replace(
+        num_microbatches=count, weight=weight, deviation=deviation
+    )
+    return Aggregate(mean=state.acc_grads, value=state.value, moments=moments)
+
+
+def advance(
+    inner: optax.GradientTransformationExtraArgs,
+    state: AccumulateMomentsState,
+    window: Aggregate,
+    full,
+    params: Any,
+    extra_args: dict[str, Any],
+    *,
+    like: Any,
+) -> tuple[Any, AccumulateMomentsState]:
+    """Goes on with the window, or ends it if it is ``full``.
+
+    Then ``inner`` takes a step on the mean, unless nothing was kept.
+
+    Args:
+      inner: what takes the steps.
+      state: before this call.
+      window: what the present window holds, with this call.
+      full: bool[].
+      params: the parameters, or None.
+      extra_args: for ``inner``.
+      like: tree with the dtypes in which ``inner`` gets the mean.
+    """
+
+    def update(mean, inner_state):
+        mean = optax.tree.cast_like(mean, like)
+        moments = window.moments._replace(norm=_norms.leaf_norms(mean))
+        return inner.update(mean, inner_state, params, moments=moments, **extra_args)
+
+    run = full & (window.moments.num_microbatches > 0)
+    updates, acc_grads, inner_opt_state = apply_if(
+        after(run, window.moments.deviation), update, window.mean, state.inner_opt_state
+    )
+    return updates, AccumulateMomentsState(
+        mini_step=jnp.where(full, 0, increment(state.mini_step)),
+        gradient_step=jnp.where(
+            run, increment(state.gradient_step), state.gradient_step
+        ),
+        updated=run,
+        rejected_total=state.rejected_total,
+        inner_opt_state=inner_opt_state,
+        acc_grads=acc_grads,
+        value=window.value,
+        moments=window.moments,
+    )
+
+
+def checked(state: Any) -> AccumulateMomentsState:
+    """The state, without variables of NNX."""
+    if not isinstance(state, AccumulateMomentsState):
+        raise TypeError(
+            f"state must be that of accumulate_moments, got {type(state).__name__}; "
+            "if something is around it, pass what that holds."
+        )
+    return _tree.pure(state)
+
+
+def has_updated(state: Any) -> jax.Array:
+    """Whether the last call of :func:`accumulate_moments` took a step, bool[].
+
+    Args:
+      state: an :class:`AccumulateMomentsState`; with NNX ``optimizer.opt_state``.
+
+    Returns:
+      True if ``inner`` ran, and the updates are its own; False if they were zeros.
+
+    Raises:
+      TypeError: ``state`` is that of something else.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from optax_stability import accumulate_moments
+      >>> params = {"w": jnp.ones(2)}
+      >>> tx = accumulate_moments(optax.sgd(0.1), every_k=2)
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> print(has_updated(state))
+      False
+    """
+    return checked(state).updated

@@ -1,0 +1,251 @@
+"""What safe Adam carries, what may be read from it, and the way from and to optax.
+
+*Cost*: nothing while training. ``metrics`` reads μ and r once, when it is asked for.
+
+*Source*: the correlation is derived in the docstring of ``scale_by_safe_adam``.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_stability._core import _numerics, _tree, _validate
+from optax_stability._core._leafwise import leafwise
+
+
+class SafeAdamState(NamedTuple):
+    """State of :func:`scale_by_safe_adam`.
+
+    Attributes:
+      step: int32[] – calls of ``update``.
+      microbatches: int32[] – microbatch gradients in the moments; ``step`` if each call
+        counts as one.
+      mu: tree like the parameters, ``mu_dtype`` – m, mean of the gradients.
+      rms: tree like the parameters, ``rms_dtype`` – r = √v, root mean square of the
+        gradients.
+      mu_unit: float32[] – what ``mu`` would be had every gradient been 1; m̂ is
+        ``mu / mu_unit``. Equals 1 − Πβ₁, whatever β₁ did.
+      rms_unit: float32[] – the same for ``rms``: r̂ is ``rms / rms_unit``. Equals
+        √(1 − Πβ₂).
+      noise: float32[] – what the mean of ``mu²`` would be had the gradients been
+        independent, of mean 0 and mean square 1.
+      b1: float32[] – β₁ of the last step, for the metrics.
+      b2: float32[] – β₂ of the last step, for the metrics.
+      eps: float32[] – ε of the last step, for the metrics.
+    """
+
+    step: jax.Array
+    microbatches: jax.Array
+    mu: Any
+    rms: Any
+    mu_unit: jax.Array
+    rms_unit: jax.Array
+    noise: jax.Array
+    b1: jax.Array
+    b2: jax.Array
+    eps: jax.Array
+
+    # For those who read metrics at every step: these take a pass over the moments.
+    costly_metrics = True
+
+    @property
+    def leaves(self) -> Any:
+        """Marks that name the entries of the per-leaf metrics."""
+        return _tree.mark_leaves(self.mu)
+
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """``adam/…``: how the update is distributed, from the moments as they are."""
+        return _metrics(self)
+
+
+def _log(decay):
+    """The logarithm, in double precision where the decay is a plain number."""
+    if not _validate.is_concrete(decay):
+        return jnp.log(decay)
+    return math.log(decay) if decay > 0 else -math.inf
+
+
+def absorbed(count, decay) -> jax.Array:
+    """1 − decayᵗ after t gradients, without cancellation, float32[]."""
+    count = jnp.asarray(count, jnp.float32)
+    return jnp.where(count > 0, -jnp.expm1(count * _log(decay)), 0.0)
+
+
+def update_bound(b1, b2):
+    """Greatest possible |m̂/r̂|: (1−β₁)/√((1−β₂)(1−β₁²/β₂)), by Cauchy–Schwarz.
+
+    It holds at every step t, because (1−(β₁²/β₂)ᵗ)(1−β₂ᵗ) ≤ (1−β₁ᵗ)² by the inequality
+    of the means. Where β₁² ≥ β₂ there is no bound: the largest float32.
+    """
+    room = 1 - b1 * b1 / b2
+    bound = (1 - b1) / jnp.sqrt((1 - b2) * jnp.where(room > 0, room, 1.0))
+    return jnp.where(room > 0, bound, jnp.finfo(jnp.float32).max)
+
+
+def _ratio(x, y):
+    """x/y, or 0 where y is not positive."""
+    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1.0), 0.0)
+
+
+def _sums(mu, rms, largest, eps):
+    """Σ(m/r)², Σ ε/(r+ε) and the number that is not 0, of each leaf of a batch.
+
+    No square above ``largest``, and 0/0 = 0. On CPU a ``where`` or a comparison would
+    be written out before it is summed; maxima, minima and signs are not.
+    """
+    mu, rms = mu.astype(jnp.float32), rms.astype(jnp.float32)
+    square = jnp.square(mu / jnp.maximum(rms, _numerics.TINY))
+    axes = tuple(range(1, mu.ndim))
+    return (
+        jnp.sum(jnp.minimum(square, largest), axis=axes),
+        jnp.sum(eps / jnp.maximum(rms + eps, _numerics.TINY), axis=axes),
+        jnp.sum(jnp.sign(rms), axis=axes),
+    )
+
+
+def _correlation(mean_square, c):
+    """Lag-1 correlation of the gradients, from the mean square of the update.
+
+    ``c`` is what independent gradients would give; equal ones give 1.
+    """
+    return _ratio((mean_square - c) * (1 + c), (mean_square + c) * (1 - c))
+
+
+@jax.jit
+def _metrics(state: SafeAdamState) -> dict[str, jax.Array]:
+    """All ``adam/…`` metrics; under ``jit`` what is not used is not computed."""
+    mus, rmss = jax.tree.leaves(state.mu), jax.tree.leaves(state.rms)
+    scale = _ratio(state.rms_unit, state.mu_unit)
+    independent = _ratio(state.noise, jnp.square(state.mu_unit))
+    bound, eps = update_bound(state.b1, state.b2), state.eps * state.rms_unit
+    largest = jnp.square(_ratio(bound, scale))
+    squares, shares, nonzero = leafwise(
+        lambda mu, rms: _sums(mu, rms, largest, eps), mus, rmss, outputs=3
+    )
+    sizes = jnp.array([mu.size for mu in mus], jnp.float32)
+    totals = jnp.stack([squares * jnp.square(scale), shares, sizes - nonzero])
+
+    per_leaf = totals / jnp.maximum(sizes, 1.0)
+    overall = jnp.sum(totals, axis=1) / jnp.maximum(jnp.sum(sizes), 1.0)
+
+    def name(means, suffix=""):
+        mean_square, eps_share, zero_fraction = means
+        # Coordinates without a gradient have no correlation to average.
+        seen = _ratio(mean_square, 1 - zero_fraction)
+        return {
+            f"adam/update_rms{suffix}": jnp.sqrt(mean_square),
+            f"adam/correlation{suffix}": _correlation(seen, independent),
+            f"adam/eps_share{suffix}": eps_share,
+            f"adam/zero_fraction{suffix}": zero_fraction,
+        }
+
+    return name(overall) | name(per_leaf, "/per_leaf")
+
+
+def from_optax_adam_state(
+    state: Any,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    *,
+    eps: float = 0.0,
+    rms_dtype: Any = jnp.float32,
+) -> Any:
+    """Turns the state of optax's Adam into that of safe Adam, to switch a running job.
+
+    **Rule**: rms = √nu; mu and the count stay; the units are 1 − b1ᵗ and √(1 − b2ᵗ).
+
+    **Guarantees**: the next update is that of optax's Adam with the same β and ε, to
+    float32 rounding; every part of the state that is not Adam's comes back unchanged.
+
+    Args:
+      state: an ``optax.ScaleByAdamState``, or any optimizer state that holds some: of a
+        chain, masked, MultiSteps …. Variables of NNX come back as plain arrays.
+      b1: β₁ that the state was made with, in [0, 1).
+      b2: β₂ that the state was made with, in (0, 1).
+      eps: ε to show in the metrics until the next step.
+      rms_dtype: storage of ``rms``, as in ``scale_by_safe_adam``.
+
+    Returns:
+      The same tree, with a :class:`SafeAdamState` for every ``ScaleByAdamState``.
+
+    Raises:
+      ValueError: there is no Adam state in ``state``, or a β is outside its range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> old = optax.adamw(1e-3).init({"w": jnp.ones(3)})
+      >>> new = from_optax_adam_state(old)
+      >>> print(type(new[0]).__name__)
+      SafeAdamState
+    """
+    _validate.check_interval("b1", b1, "[0, 1)", "0.9 is usual")
+    _validate.check_interval("b2", b2, "(0, 1)", "0.999 is usual")
+
+    def convert(adam: optax.ScaleByAdamState) -> SafeAdamState:
+        rms = jax.tree.map(
+            lambda nu: _numerics.round_at_random(
+                jnp.sqrt(nu.astype(jnp.float32)), adam.count, rms_dtype
+            ),
+            adam.nu,
+        )
+        count = jnp.asarray(adam.count)
+        return SafeAdamState(
+            step=count,
+            microbatches=count,
+            mu=adam.mu,
+            rms=rms,
+            mu_unit=absorbed(count, b1),
+            rms_unit=jnp.sqrt(absorbed(count, b2)),
+            noise=(1 - b1) / (1 + b1) * absorbed(count, b1 * b1),
+            b1=jnp.asarray(b1, jnp.float32),
+            b2=jnp.asarray(b2, jnp.float32),
+            eps=jnp.asarray(eps, jnp.float32),
+        )
+
+    return _replace(state, optax.ScaleByAdamState, convert)
+
+
+def to_optax_adam_state(state: Any, *, nu_dtype: Any = jnp.float32) -> Any:
+    """Turns the state of safe Adam into that of ``optax.scale_by_adam``.
+
+    **Rule**: nu = rms², count = microbatches, mu stays. ``nu`` underflows where
+    |g| < 1e-19.
+
+    Args:
+      state: a :class:`SafeAdamState`, or any optimizer state that holds some.
+      nu_dtype: dtype of ``nu``; optax keeps that of the parameters.
+
+    Returns:
+      The same tree with every :class:`SafeAdamState` replaced by an
+      ``optax.ScaleByAdamState``.
+
+    Raises:
+      ValueError: there is no safe Adam state in ``state``.
+    """
+
+    def convert(safe: SafeAdamState) -> optax.ScaleByAdamState:
+        nu = jax.tree.map(
+            lambda rms: jnp.square(rms.astype(jnp.float32)).astype(nu_dtype), safe.rms
+        )
+        return optax.ScaleByAdamState(count=safe.microbatches, mu=safe.mu, nu=nu)
+
+    return _replace(state, SafeAdamState, convert)
+
+
+def _replace(state: Any, kind: type, convert) -> Any:
+    """Applies ``convert`` to every ``kind`` in a tree, which must hold at least one."""
+    nodes, treedef = jax.tree.flatten(
+        _tree.pure(state), is_leaf=lambda node: isinstance(node, kind)
+    )
+    if not any(isinstance(node, kind) for node in nodes):
+        raise ValueError(
+            f"state={type(state).__name__} holds no {kind.__name__}; pass the state of "
+            "an optimizer built on it."
+        )
+    return jax.tree.unflatten(
+        treedef, [convert(node) if isinstance(node, kind) else node for node in nodes]
+    )

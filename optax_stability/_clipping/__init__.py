@@ -1,0 +1,4 @@
+"""Clipping: a gradient above a limit is scaled down to it.
+
+May import: ``_core``, ``thresholds``.
+"""

@@ -1,0 +1,206 @@
+"""Scales gradients down to a limit that a threshold sets.
+
+*Problem*: a fixed ``max_norm`` is either inert or always active as norms drift, and
+``g·max_norm/norm`` turns one Inf into NaN everywhere.
+
+*Where in the chain*: after ``record`` and ``estimate_noise_scale``, before Adam.
+
+*Cost*: one reduction per leaf and a multiply by a scalar, which XLA fuses into what
+follows: the clipped gradient is never written out. State: a few scalars per stream.
+
+*Source*: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural
+networks", 2013, arXiv:1211.5063, Algorithm 1, with the limit left to the threshold.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_stability._core import _mesh_axes, _norms, _numerics, _tree, _validate
+from optax_stability._core._scopes import (
+    Parts,
+    Scope,
+    for_leaves,
+    per_leaf_vector,
+    scope_norms,
+    split,
+)
+from optax_stability.thresholds import Threshold
+from optax_stability.thresholds._threshold import check_threshold
+
+
+class ClipByThresholdState(NamedTuple):
+    """State of :func:`clip_by_threshold`.
+
+    Attributes:
+      step: int32[] – calls of ``update``.
+      clipped_total: int32[] – steps at which a norm was above its limit.
+      nonfinite_total: int32[] – steps at which a norm was not finite.
+      norm: float32[] – last L2 norm of the whole gradient, before clipping.
+      limit: float32[] – last limit; with several scopes √Σ limit².
+      leaf_norm: float32[n_leaves] – last norm of the scope each leaf is in (of the
+        layers of a stacked leaf together), or None with scope ``"global"``.
+      leaf_limit: float32[n_leaves] – last limit of that scope, or None likewise.
+      threshold: state of the threshold, every array with a leading axis of one entry
+        per scope, in order of the leaves.
+      leaves: marks that name the entries of the per-leaf vectors, or None likewise.
+    """
+
+    step: jax.Array
+    clipped_total: jax.Array
+    nonfinite_total: jax.Array
+    norm: jax.Array
+    limit: jax.Array
+    leaf_norm: Any
+    leaf_limit: Any
+    threshold: Any
+    leaves: Any
+
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """``clip/…``: norms and limits of the last step, and counts since ``init``."""
+        scalars = {
+            "clip/norm": self.norm,
+            "clip/limit": self.limit,
+            "clip/fraction": self.clipped_total / jnp.maximum(self.step, 1),
+            "clip/nonfinite_total": self.nonfinite_total,
+        }
+        if self.leaf_norm is None or self.leaf_limit is None:
+            return scalars
+        return scalars | {
+            "clip/norm/per_leaf": self.leaf_norm,
+            "clip/limit/per_leaf": self.leaf_limit,
+        }
+
+
+def _scale(updates, factor, finite, parts: Parts):
+    """Every leaf times its factor, or zero where its norm was not finite."""
+    leaves, treedef = jax.tree.flatten(updates)
+    by_leaf = (for_leaves(values, leaves, parts) for values in (factor, finite))
+    scaled = [
+        jnp.where(known, _numerics.scale(leaf, by), jnp.zeros((), leaf.dtype))
+        for leaf, by, known in zip(leaves, *by_leaf, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, scaled)
+
+
+def clip_by_threshold(
+    threshold: Threshold,
+    *,
+    scope: Scope = "global",
+    stacked: Any = None,
+    axis_name: _mesh_axes.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales the gradient down to the threshold's limit, globally or per leaf.
+
+    The direction of what shares a scope is kept; only its length changes.
+
+    **Rule**, for every scope (the whole tree, a leaf, a group), n = ‖g‖₂ in float32::
+
+      limit, state = threshold.update(n, state)
+      g ← g·limit/n   if n > limit
+      g ← 0           if n is not finite
+      g               otherwise, bit for bit
+
+    **Guarantees**
+
+    * The norm after clipping is at most the limit, to rounding in the leaf's dtype.
+    * Inactive means identity.
+    * A non-finite gradient gives zero updates for its scope and is not learned, at any
+      step; the other scopes go on.
+    * A finite gradient of any size is measured right, though 1e20² overflows.
+
+    **Edge cases**: an all-zero gradient passes; an empty tree has norm 0. Subnormal
+    numbers become zero wherever the backend flushes them, and with them a gradient
+    whose limit/n is below 1e-38. A norm below 1e-20 may be read as 0, and then passes.
+
+    Args:
+      threshold: what is normal, from :mod:`optax_stability.thresholds`.
+      scope: ``"global"`` for one stream, the norm of the whole tree; ``"leaf"`` for one
+        stream per leaf; or a callable from the tree to a tree (or tree prefix) of
+        labels, for one stream per label.
+      stacked: which leaves hold several layers along their first axis, as ``nnx.scan``
+        and ``nn.scan`` stack them: a tree (or tree prefix) of bools or a callable from
+        the tree to one, as in ``optax.masked``. With scope ``"leaf"`` each layer then
+        has a stream of its own. Under ``shard_map`` that axis must not be one of
+        ``axis_name``. None: none.
+      axis_name: under ``shard_map``, the mesh axes that shard the gradient, to sum
+        norms over. A leaf that some of them do not shard, by its type, counts once;
+        with ``check_vma=False`` types do not tell, and all must shard it. Leave it None
+        under ``jit``.
+
+    Returns:
+      A transformation with state :class:`ClipByThresholdState` and metrics
+      ``clip/norm``, ``clip/limit``, ``clip/fraction`` (share of steps clipped),
+      ``clip/nonfinite_total`` and, unless the scope is global, ``clip/norm/per_leaf``
+      and ``clip/limit/per_leaf``.
+
+    Raises:
+      TypeError: ``threshold`` is not a ``Threshold``.
+      ValueError: ``scope`` is unknown, or ``stacked`` is given without scope
+        ``"leaf"`` or marks a scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_stability import thresholds
+      >>> tx = clip_by_threshold(thresholds.constant(1.0))
+      >>> grads = {"w": jnp.array([3.0, 4.0])}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates["w"], state.metrics["clip/norm"])
+      [0.6 0.8] 5.0
+    """
+    check_threshold("threshold", threshold)
+    if not callable(scope):
+        _validate.check_choice("scope", scope, ("global", "leaf"))
+
+    per_leaf = scope != "global"
+    if stacked is not None and scope != "leaf":
+        raise ValueError(
+            f"stacked is given, but scope={scope!r} does not look at single layers; "
+            "give scope='leaf'."
+        )
+
+    def init_fn(params):
+        parts = split(_tree.pure(params), scope, stacked)
+        streams = jnp.zeros((parts.num_scopes,), jnp.float32)
+        size = parts.num_leaves
+        return ClipByThresholdState(
+            step=jnp.zeros((), jnp.int32),
+            clipped_total=jnp.zeros((), jnp.int32),
+            nonfinite_total=jnp.zeros((), jnp.int32),
+            norm=jnp.zeros((), jnp.float32),
+            limit=jnp.zeros((), jnp.float32),
+            leaf_norm=jnp.zeros((size,), jnp.float32) if per_leaf else None,
+            leaf_limit=jnp.zeros((size,), jnp.float32) if per_leaf else None,
+            threshold=jax.vmap(lambda _: threshold.init())(streams),
+            leaves=_tree.mark_leaves(params) if per_leaf else None,
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        parts = split(updates, scope, stacked)
+        norm = scope_norms(updates, parts, axis_name)
+        limit, learned = jax.vmap(threshold.update)(norm, state.threshold)
+
+        finite, above = jnp.isfinite(norm), norm > limit
+        # The inner where keeps 0/0 out of derivatives.
+        factor = jnp.where(above, limit / jnp.where(above, norm, 1.0), 1.0)
+        return _scale(updates, factor, finite, parts), ClipByThresholdState(
+            step=_numerics.increment(state.step),
+            clipped_total=_count(state.clipped_total, finite & above),
+            nonfinite_total=_count(state.nonfinite_total, ~finite),
+            norm=_norms.join_norms(norm) if per_leaf else norm[0],
+            limit=_norms.join_norms(limit) if per_leaf else limit[0],
+            leaf_norm=per_leaf_vector(norm, parts) if per_leaf else None,
+            leaf_limit=per_leaf_vector(limit, parts) if per_leaf else None,
+            threshold=learned,
+            leaves=state.leaves,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _count(total, events):
+    return jnp.where(jnp.any(events), _numerics.increment(total), total)

@@ -1,0 +1,167 @@
+"""Published clips by name, each a threshold, a scope and nothing else.
+
+*Where in the chain*: before Adam. *Cost*: that of ``clip_by_threshold``.
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+from optax_stability import thresholds
+from optax_stability._clipping._clipping import clip_by_threshold
+from optax_stability._core import _mesh_axes, _validate
+from optax_stability._core._scopes import Scope
+from optax_stability.thresholds import Threshold
+
+
+def _relearn(threshold: Threshold, after: int | None) -> Threshold:
+    if after is None:
+        return threshold
+    _validate.check_count("relearn_after", after, 1, "25 is the default")
+    return thresholds.relearn(threshold, after=after)
+
+
+def clip_by_zscore(
+    z_max: float | jax.Array = 2.5,
+    *,
+    decay: float | jax.Array = 0.97,
+    warmup: int | jax.Array = 25,
+    mode: str = "adaptive",
+    relearn_after: int | None = 25,
+    scope: Scope = "global",
+    stacked: Any = None,
+    axis_name: _mesh_axes.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """ZClip: clips a norm that is ``z_max`` deviations above its recent mean.
+
+    ``clip_by_threshold(relearn(zscore(…), after=relearn_after))``: the published rule,
+    which alone never accepts a lasting rise of the norm, with a way out of that.
+
+    Guarantees and edge cases are those of :func:`clip_by_threshold`,
+    :func:`thresholds.zscore` and :func:`thresholds.relearn`.
+
+    Args:
+      z_max: deviations above the mean that are still normal, > 0.
+      decay: share of the average kept per step, in [0, 1).
+      warmup: steps before the first limit, ≥ 1; until then nothing finite is clipped.
+      mode: ``"adaptive"`` (the paper's), ``"mean"`` or ``"max"``.
+      relearn_after: steps in a row above the limit after which the present level is the
+        new normal; None for the rule as published.
+      scope: see :func:`clip_by_threshold`.
+      stacked: see :func:`clip_by_threshold`.
+      axis_name: see :func:`clip_by_threshold`.
+
+    Returns:
+      A transformation with state :class:`ClipByThresholdState`.
+
+    Raises:
+      ValueError: an argument is outside its range.
+
+    Example:
+      >>> import optax
+      >>> tx = optax.chain(clip_by_zscore(), optax.adamw(1e-3))
+
+    References:
+      Kumar et al., "ZClip", 2025, arXiv:2504.02507.
+    """
+    threshold = thresholds.zscore(z_max, decay=decay, warmup=warmup, mode=mode)
+    threshold = _relearn(threshold, relearn_after)
+    return clip_by_threshold(
+        threshold, scope=scope, stacked=stacked, axis_name=axis_name
+    )
+
+
+def clip_by_quantile(
+    q: float | jax.Array,
+    *,
+    window: int = 128,
+    scope: Scope = "global",
+    stacked: Any = None,
+    axis_name: _mesh_axes.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AutoClip: clips a norm to a quantile of the last ``window`` norms.
+
+    ``clip_by_threshold(window_quantile(q, window=window))``. With the small q of the
+    paper (0.1) nine steps of ten are clipped: that normalises the gradient to what is
+    small for it at the time. With q near 1 only the largest norms are clipped.
+
+    Guarantees and edge cases are those of :func:`clip_by_threshold` and
+    :func:`thresholds.window_quantile`.
+
+    Args:
+      q: share of the norms that is left alone, in (0, 1].
+      window: steps remembered, ≥ 2; nothing finite is clipped in the first half of it.
+      scope: see :func:`clip_by_threshold`.
+      stacked: see :func:`clip_by_threshold`.
+      axis_name: see :func:`clip_by_threshold`.
+
+    Returns:
+      A transformation with state :class:`ClipByThresholdState`.
+
+    Raises:
+      ValueError: an argument is outside its range.
+
+    Example:
+      >>> import optax
+      >>> tx = optax.chain(clip_by_quantile(0.1), optax.adamw(1e-3))
+
+    References:
+      Seetharaman et al., "AutoClip", 2020, arXiv:2007.14469.
+    """
+    threshold = thresholds.window_quantile(q, window=window)
+    return clip_by_threshold(
+        threshold, scope=scope, stacked=stacked, axis_name=axis_name
+    )
+
+
+def clip_by_leaf_history(
+    ratio: float | jax.Array = 1.05,
+    *,
+    decay: float | jax.Array = 0.98,
+    warmup: int | jax.Array = 100,
+    relearn_after: int | None = 25,
+    stacked: Any = None,
+    axis_name: _mesh_axes.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdaGC: clips every leaf to a multiple of what its norm was before.
+
+    ``clip_by_threshold(relearn(ema_ratio(…), after=relearn_after), scope="leaf")``. A
+    tensor that explodes alone is shortened alone.
+
+    **Guarantees** beside those of :func:`clip_by_threshold`: a leaf whose gradient is
+    zero in the warm-up, or tiny, is not held at that size: zeros are not learned, and
+    ``relearn_after`` steps accept a lasting rise to ten times the limit, as many again
+    to a hundred times that, and so on by squares; the published rule follows by 0.1 %
+    a step.
+
+    Edge cases are those of :func:`thresholds.ema_ratio` and :func:`thresholds.relearn`.
+
+    Args:
+      ratio: limit as a multiple of the exponential mean, > 0.
+      decay: share of the mean kept per step, in [0, 1).
+      warmup: steps with a gradient before a leaf's first limit, ≥ 1.
+      relearn_after: steps in a row above the limit after which the present norm is the
+        new normal; None for the rule as published.
+      stacked: see :func:`clip_by_threshold`.
+      axis_name: see :func:`clip_by_threshold`.
+
+    Returns:
+      A transformation with state :class:`ClipByThresholdState`.
+
+    Raises:
+      ValueError: an argument is outside its range.
+
+    Example:
+      >>> import optax
+      >>> tx = optax.chain(clip_by_leaf_history(), optax.adamw(1e-3))
+
+    References:
+      Wang et al., "AdaGC", 2025, arXiv:2502.11034. Deviation: no global clip in the
+      warm-up; ``adagc`` in ``examples/recipes.py`` adds it.
+    """
+    threshold = thresholds.ema_ratio(ratio, decay=decay, warmup=warmup)
+    threshold = _relearn(threshold, relearn_after)
+    return clip_by_threshold(
+        threshold, scope="leaf", stacked=stacked, axis_name=axis_name
+    )

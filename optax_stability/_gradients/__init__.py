@@ -1,0 +1,4 @@
+"""Gradients before the optimizer: penalty, scaling, norms of single examples.
+
+May import: ``_core``.
+"""

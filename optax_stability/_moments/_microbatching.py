@@ -1,0 +1,301 @@
+"""The gradient of a batch in parts, with what the parts say about its noise.
+
+*Problem*: a large batch does not fit into memory; its gradient hides how far the parts
+agree; and one NaN in one sequence costs the whole step.
+
+*Where*: in place of ``jax.value_and_grad``, inside the jitted step.
+
+*Cost*: that of a ``lax.scan`` or ``jax.vmap`` over the parts, and one reduction over
+each part's gradient. Memory: the gradients of the ``vmap_size`` parts that are
+evaluated together and one accumulator; with ``mean_square`` one more. A loss scale adds
+a multiplication wherever a part's gradient is read, and no memory.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optax_stability._core import _norms, _tree, _validate
+from optax_stability._core._mesh_axes import (
+    all_varying_axes,
+    sharding_axes,
+    typed_like,
+    varying_axes,
+)
+from optax_stability._moments import _moments
+from optax_stability._moments._moments import Aggregate, Moments
+
+
+def check_batch(batch: Any, num_microbatches: int) -> None:
+    """Raises unless every array of the batch can be cut into equal parts."""
+    leaves = jax.tree.leaves(batch)
+    if not leaves:
+        raise ValueError(
+            f"batch={batch!r} holds no array; its arrays are cut along axis 0."
+        )
+    for name, leaf in zip(_tree.leaf_names(batch), leaves, strict=True):
+        shape = jnp.shape(leaf)
+        if not shape or shape[0] % num_microbatches:
+            raise ValueError(
+                f"batch: axis 0 of {name!r}, of shape {shape}, is no multiple of "
+                f"num_microbatches={num_microbatches}; change one of them."
+            )
+
+
+def _cut(leaf, sizes: tuple[int, int, int]):
+    """Cuts axis 0 into three, the outermost of which keeps the sharding."""
+    shape = (*sizes, *leaf.shape[1:])
+    sharding = jax.typeof(leaf).sharding
+    if all(axis is None for axis in sharding.spec):
+        return leaf.reshape(shape)
+    spec = PartitionSpec(sharding.spec[0], None, None, *sharding.spec[1:])
+    return leaf.reshape(shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def _split(batch: Any, groups: int, vmap_size: int, *, across_devices: bool) -> Any:
+    """Cuts axis 0 into [groups, vmap_size, examples], and no row leaves its device."""
+
+    def split(leaf):
+        leaf = jnp.asarray(leaf)
+        examples = leaf.shape[0] // (groups * vmap_size)
+        if across_devices:
+            # Each device makes whole microbatches of its rows.
+            return jnp.moveaxis(_cut(leaf, (vmap_size, groups, examples)), 0, 1)
+        return jnp.moveaxis(_cut(leaf, (examples, groups, vmap_size)), 0, 2)
+
+    return jax.tree.map(split, batch)
+
+
+def count_examples(microbatch: Any) -> float:
+    """The longest first axis: keys and the like may be fewer than examples."""
+    return float(max(leaf.shape[0] for leaf in jax.tree.leaves(microbatch)))
+
+
+def _usable_scale(loss_scale: Any) -> Any:
+    """The loss scale as float32[], between numbers whose reciprocals are normal."""
+    if loss_scale is None:
+        return None
+    remedy = "give a power of two such as 2.0**15, or None"
+    _validate.check_interval("loss_scale", loss_scale, "(0, inf)", remedy)
+    return jnp.clip(jnp.asarray(loss_scale, jnp.float32), 2.0**-126, 2.0**126)
+
+
+def _check_loss(loss: Any, params: Any) -> None:
+    """Raises if JAX has added up the gradients of devices that differ in the loss."""
+    names, leaves = _tree.leaf_names(params), jax.tree.leaves(params)
+    for name, leaf in zip(names, leaves, strict=True):
+        lost = varying_axes(jax.typeof(loss)) - varying_axes(jax.typeof(leaf))
+        if lost:
+            axes = ", ".join(map(repr, sorted(lost)))
+            raise ValueError(
+                f"under shard_map loss_fn differs along the mesh axis {axes}, while "
+                f"params[{name!r}] does not: JAX adds its gradients up over the "
+                "devices, and what would be their noise is lost. Return "
+                f"jax.lax.pmean(loss, {axes}); or leave shard_map for jit with "
+                f"spmd_axis_name={axes}, where devices have microbatches of their own."
+            )
+
+
+def _value_and_grad(loss_fn: Callable[..., Any], has_aux: bool, loss_scale: Any):
+    """``jax.value_and_grad``, whose backward pass alone sees the loss scale."""
+    if loss_scale is None:
+        return jax.value_and_grad(loss_fn, has_aux=has_aux)
+
+    def scaled(params, microbatch):
+        value = loss_fn(params, microbatch)
+        return loss_scale * (value[0] if has_aux else value), value
+
+    def value_and_grad(params, microbatch):
+        grads, value = jax.grad(scaled, has_aux=True)(params, microbatch)
+        # A multiplication is fused into all that reads the gradient.
+        back = 1 / loss_scale
+        return value, jax.tree.map(lambda g: g * back, _moments.widen(grads))
+
+    return value_and_grad
+
+
+def microbatch_gradients(
+    loss_fn: Callable[..., Any],
+    num_microbatches: int,
+    *,
+    vmap_size: int | None = None,
+    has_aux: bool = False,
+    weight_fn: Callable[[Any], Any] | None = None,
+    mean_square: bool = False,
+    reject_nonfinite: bool = True,
+    spmd_axis_name: Any = None,
+) -> Callable[..., tuple[Any, Any, Moments]]:
+    """``jax.value_and_grad`` over K microbatches, with their :class:`Moments`.
+
+    **Rule**, for the losses lₖ and gradients mₖ of K equal parts of the batch, of
+    weight nₖ, over those that are kept::
+
+      N = Σnₖ    loss = Σnₖ·lₖ/N    grads = ḡ = Σnₖ·mₖ/N
+      deviation = Σnₖ‖mₖ − ḡ‖²      mean_square = Σnₖ·mₖ²/N
+
+      kept  if every entry of mₖ and lₖ are finite, and 0 < nₖ < ∞
+
+    **Guarantees**
+
+    * If ``loss_fn`` is a mean over examples, or over what ``weight_fn`` counts, loss
+      and gradient are those of the whole batch, to rounding, whatever K and
+      ``vmap_size`` are: within 2⁻²⁰ of the largest |mₖ| in float32, for K up to 64.
+    * A microbatch that is not finite changes nothing but K and N.
+    * Sums are formed in float32 at least; the gradient has the dtype of the parameters.
+    * With ``loss_scale=S`` only the backward pass sees S: loss, gradient and moments
+      are those without it, for a power of two bit by bit wherever nothing over- or
+      underflows. Each mₖ is divided by S in float32 at least, before it is judged,
+      summed or rounded. So what overflows costs its microbatch alone.
+    * Rows stay on the device that holds them, under Auto and Explicit meshes.
+
+    **Edge cases**
+
+    * If no microbatch is kept, the loss is NaN and the gradient 0: ``skip_spikes``
+      leaves the step out.
+    * A leaf whose norm is above 8e37 counts as not finite.
+    * A loss scale beyond 2⁻¹²⁶ or 2¹²⁶ counts as that; at NaN no microbatch is kept.
+      Average in float32: the backward pass of a mean in float16 begins with S in
+      float16, which ends at 65504.
+    * Microbatch k has the rows k, k + K, k + 2K …; with ``spmd_axis_name`` they are
+      neighbours.
+    * The arrays of a batch may differ in length, as long as K divides each. Randomness
+      such as dropout needs a key per microbatch: put ``jax.random.split(key, K)`` into
+      the batch, and take ``batch["key"][0]`` in the loss.
+    * Layers that use statistics of the batch, such as BatchNorm, see the microbatch:
+      neither splitting nor accumulating makes their batch larger.
+    * To clip each microbatch is not to clip their mean; what stands in the chain does
+      the latter.
+    * ``jax.checkpoint`` inside ``loss_fn`` works as usual.
+
+    Args:
+      loss_fn: ``loss_fn(params, microbatch) -> loss``, a float scalar; with ``has_aux``
+        ``(loss, aux)``.
+      num_microbatches: K ≥ 1; divides axis 0 of every array in the batch.
+      vmap_size: how many microbatches are evaluated together, a divisor of K. None: all
+        (one ``jax.vmap``, K gradients in memory); 1: one after the other
+        (``lax.scan``, two gradients in memory).
+      has_aux: whether ``loss_fn`` returns something beside the loss.
+      weight_fn: from a microbatch to its weight nₖ, such as its number of tokens that
+        are no padding; the unit of the noise scale. None: its number of rows.
+      mean_square: keep Σnₖ·mₖ² as well, for
+        ``scale_by_safe_adam(second_moment="microbatch")``; costs one buffer.
+      reject_nonfinite: False keeps every microbatch, whatever it holds.
+      spmd_axis_name: mesh axis that shards the batch, to give every device microbatches
+        of its own: the noise between devices at the price of one all-reduce. Its size
+        divides ``vmap_size``. For use under ``jit``, not ``shard_map``.
+
+    Under ``shard_map`` average the loss inside ``loss_fn``, with ``jax.lax.pmean`` over
+    the mesh axes that shard the batch. A microbatch is then the k-th of all devices,
+    who keep it or drop it together; the default weight counts the rows of one device.
+    A loss that devices do not share is an error where the parameters are shared: JAX
+    would add up the gradients, and the noise would read 0. All this goes by the types
+    of ``check_vma=True``, the default.
+
+    Returns:
+      ``fn(params, batch, *, loss_scale=None) -> (value, grads, moments)``, to be called
+      inside ``jit``. value is the loss, or ``(loss, aux)`` with aux stacked over the K
+      microbatches, in the order in which they were evaluated. ``loss_scale`` is S > 0,
+      a number or float32[], for half precision; see
+      :func:`optax_stability.flax.update_dynamic_scale`.
+
+    Raises:
+      TypeError: a size is no integer, or the loss scale no number.
+      ValueError: sizes do not divide each other, K does not divide the batch, the loss
+        scale is not above 0, or devices that share parameters do not share the loss.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def loss_fn(params, x):
+      ...     return jnp.mean((x @ params) ** 2)
+      >>> fn = microbatch_gradients(loss_fn, num_microbatches=2)
+      >>> loss, grads, moments = fn(jnp.ones(2), jnp.array([[1.0, 0.0], [3.0, 0.0]]))
+      >>> print(loss, grads, moments.num_microbatches, moments.weight)
+      5.0 [10.  0.] 2 2.0
+
+    References:
+      Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983,
+      eq. 2.1, with weights, for the deviation.
+    """
+    _validate.check_size("num_microbatches", num_microbatches, 1)
+    if vmap_size is None:
+        vmap_size = num_microbatches
+    _validate.check_size("vmap_size", vmap_size, 1)
+    if num_microbatches % vmap_size:
+        raise ValueError(
+            f"vmap_size={vmap_size} does not divide num_microbatches="
+            f"{num_microbatches}; give a divisor, or None for all at once."
+        )
+    groups = num_microbatches // vmap_size
+    weight_fn = count_examples if weight_fn is None else weight_fn
+
+    def evaluate(params, microbatch, loss_scale):
+        value_and_grad = _value_and_grad(loss_fn, has_aux, loss_scale)
+        value, grads = value_and_grad(params, microbatch)
+        loss, aux = value if has_aux else (value, None)
+        _check_loss(loss, params)
+        weight = jnp.asarray(weight_fn(microbatch), jnp.float32)
+        weight = jnp.where(_moments.usable_weight(weight), weight, 0)
+        return grads, loss, weight, aux
+
+    def kept(weight, finite):
+        return jnp.where(finite, weight, 0) if reject_nonfinite else weight
+
+    def add_one(total, params, microbatches, loss_scale):
+        only = jax.tree.map(lambda leaf: leaf[0], microbatches)
+        grads, loss, weight, aux = evaluate(params, only, loss_scale)
+        axes = sharding_axes(grads, loss)
+        apart = None if total is None else _moments.distances(total, grads, axes)
+        finite = _moments.all_finite(grads, loss, apart=apart, axis_name=axes)
+        weight = kept(weight, finite)
+        part = _moments.single(grads, loss, weight, mean_square=mean_square)
+        total = part if total is None else _moments.merge(total, part, apart)
+        return total, jax.tree.map(lambda leaf: leaf[None], aux)
+
+    def add_group(total, params, microbatches, loss_scale):
+        grads, losses, weights, aux = jax.vmap(
+            evaluate, in_axes=(None, 0, None), spmd_axis_name=spmd_axis_name
+        )(params, microbatches, loss_scale)
+        axes = sharding_axes(grads, losses)
+        weights = kept(weights, _moments.each_finite(grads, losses, axes))
+        part = _moments.stacked(
+            grads, losses, weights, mean_square=mean_square, axis_name=axes
+        )
+        if total is None:
+            return part, aux
+        apart = _moments.distances(total, part.mean, axes)
+        return _moments.merge(total, part, apart), aux
+
+    add = add_one if vmap_size == 1 else add_group
+
+    def evaluate_all(params, batch, loss_scale) -> tuple[Aggregate, Any]:
+        if groups == 1:
+            only = jax.tree.map(lambda leaf: leaf[0], batch)
+            return add(None, params, only, loss_scale)
+        nothing = _moments.nothing(params, mean_square=mean_square)
+        if all_varying_axes((params, batch)):
+            first = jax.tree.map(lambda leaf: leaf[0], batch)
+            after_one, _ = jax.eval_shape(add, nothing, params, first, loss_scale)
+            nothing = typed_like(nothing, after_one)
+        total, aux = lax.scan(
+            lambda total, group: add(total, params, group, loss_scale), nothing, batch
+        )
+        return total, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
+
+    def fn(params, batch, *, loss_scale=None):
+        check_batch(batch, num_microbatches)
+        loss_scale = _usable_scale(loss_scale)
+        parts = _split(
+            batch, groups, vmap_size, across_devices=spmd_axis_name is not None
+        )
+        total, aux = evaluate_all(params, parts, loss_scale)
+        grads = optax.tree.cast_like(total.mean, params)
+        moments = total.moments._replace(norm=_norms.leaf_norms(grads))
+        loss = jnp.where(moments.weight > 0, total.value, jnp.nan)
+        return (loss, aux) if has_aux else loss, grads, moments
+
+    return fn

@@ -1,0 +1,84 @@
+"""What two successive gradients say of the noise, where there is nothing better.
+
+*Cost*: one buffer like the gradient, and three reductions over it.
+
+*Source*: Qiao et al., "Pollux", 2021, arXiv:2008.12260, as AdaptDL does with one
+replica. Deviation: pairs do not overlap, so that they are independent.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_stability._core import _mesh_axes
+from optax_stability._noise._statistics import Observed
+
+
+class Pairs(NamedTuple):
+    """The gradient that waits for the next one.
+
+    Attributes:
+      previous: tree like the gradient, float32; means nothing while ``weight`` is 0.
+      weight: float32[] – its examples, or 0.
+    """
+
+    previous: Any
+    weight: jax.Array
+
+
+def begin(like: Any) -> Pairs:
+    """No gradient waits."""
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), like)
+    return Pairs(previous=zeros, weight=jnp.zeros((), jnp.float32))
+
+
+def _inner_products(a: Any, b: Any, axis_name: _mesh_axes.AxisName):
+    """⟨a, b⟩ of each leaf, float32[n_leaves]."""
+
+    def product(x, y):
+        return jnp.sum(x * y)
+
+    products = jax.tree.leaves(jax.tree.map(product, a, b))
+    stacked = jnp.stack(products) if products else jnp.zeros((0,), jnp.float32)
+    return _mesh_axes.add_up(stacked, jax.tree.leaves(a), axis_name)
+
+
+def advance(
+    pairs: Pairs, grads: Any, weight, axis_name: _mesh_axes.AxisName
+) -> tuple[Pairs, Observed]:
+    """Pairs a gradient with the one that waits, or lets it wait.
+
+    For g of weight n and the one before, h of weight m::
+
+      S = ‖g − h‖²·n·m/(n + m)    G² = ⟨g, h⟩
+
+    Args:
+      pairs: what waits.
+      grads: g.
+      weight: float32[] – n; with 0 the gradient does not count, and none waits after.
+        One that is not finite does not count either, and what waits goes on waiting.
+      axis_name: under ``shard_map``, the mesh axes that shard the gradient.
+
+    Returns:
+      What waits now, and what the pair says: NaN, of weight 0, if it is none.
+    """
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    finite = jnp.all(jnp.isfinite(_inner_products(grads, grads, axis_name)))
+    complete = finite & (weight > 0) & (pairs.weight > 0)
+    total = weight + pairs.weight
+    apart = jax.tree.map(lambda g, old: g - old, grads, pairs.previous)
+    squares = _inner_products(apart, apart, axis_name)
+    shared = weight * pairs.weight / jnp.where(complete, total, 1.0)
+    products = _inner_products(grads, pairs.previous, axis_name)
+    observed = Observed(
+        trace=jnp.where(complete, shared * squares, jnp.nan),
+        grad_sq=jnp.where(complete, products, jnp.nan),
+        weight=jnp.where(complete, total, 0.0),
+    )
+    waits = finite & (weight > 0) & ~complete
+    previous = jax.tree.map(
+        lambda g, old: jnp.where(waits, g, old), grads, pairs.previous
+    )
+    waiting = jnp.where(waits, weight, jnp.where(finite, 0.0, pairs.weight))
+    return Pairs(previous, jnp.where(weight > 0, waiting, 0.0)), observed

@@ -1,0 +1,199 @@
+"""The noise scale as a person reads it, and what follows from it.
+
+*Where*: on the host, after the step. *Cost*: a few dozen scalars are fetched.
+
+*Source*: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018,
+arXiv:1812.06162, §2.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from optax_stability._core import _tree, _validate
+from optax_stability._noise._lookup import only_estimate
+from optax_stability._noise._state import readings
+
+
+def _digits(value: float) -> str:
+    """Three digits, as people write them: 1,234,567 is 1.23M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if 0.9995 * size <= value < math.inf:
+            return f"{value / size:#.3g}".rstrip(".") + letter
+    return f"{value:.3g}"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class NoiseScale:
+    """An estimate of the gradient noise scale, as :func:`noise_scale` reads it.
+
+    Attributes:
+      b_simple: tr Σ/‖G‖², in ``unit``; NaN where it is not ``valid``.
+      low: lower end of its interval; a lower bound where it is not ``valid``.
+      high: upper end, ∞ where it is not ``valid``.
+      valid: whether the gradient is told from the noise.
+      trace: mean of S, of tr Σ.
+      grad_sq: mean of G², of ‖G‖²; may be below 0.
+      noise_to_weight: √(var_g/var_p), noise of a microbatch relative to weights.
+      steps: how many steps of equal weight the averages are worth.
+      confidence: of the interval.
+      biased: whether it is from pairs of successive gradients.
+      unit: what the weights of the microbatches count.
+      per_leaf: the same for every leaf, or every label, by name.
+    """
+
+    b_simple: float
+    low: float
+    high: float
+    valid: bool
+    trace: float
+    grad_sq: float
+    noise_to_weight: float
+    steps: float
+    confidence: float
+    biased: bool
+    unit: str = "examples"
+    per_leaf: dict[str, "NoiseScale"] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line: the estimate, its interval, and what it rests on."""
+        share = f"{100 * self.confidence:g} %"
+        if self.valid:
+            low, high = _digits(self.low), _digits(self.high)
+            text = f"B_simple = {_digits(self.b_simple)} {self.unit} "
+            text += f"({share}: {low}–{high})"
+        elif self.low > 0:
+            text = f"B_simple ≥ {_digits(self.low)} {self.unit} ({share})"
+        else:
+            text = "B_simple unknown"
+        text += f", over {self.steps:.0f} steps"
+        return text + (", biased: from successive steps" if self.biased else "")
+
+
+def noise_scale(state: Any, *, unit: str = "examples") -> NoiseScale:
+    """Reads the noise scale out of an optimizer state.
+
+    **Guarantees**: finds the estimate wherever it is, as :func:`metrics` does.
+
+    **Edge cases**: outside ``jit`` only; inside, take the keys ``noise_scale/…`` of
+    :func:`metrics`.
+
+    Args:
+      state: an optimizer state, ``TrainState`` or ``nnx.Optimizer`` in which there is
+        one :func:`estimate_noise_scale`.
+      unit: what the weights of the microbatches count, for printing: "examples", or
+        "tokens" where ``weight_fn`` counts those.
+
+    Returns:
+      The estimate of the whole gradient, with those of leaves or labels in
+      ``per_leaf``.
+
+    Raises:
+      ValueError: there is no estimate in the state, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_stability import estimate_noise_scale
+      >>> params = {"w": jnp.ones(2)}
+      >>> noise_scale(estimate_noise_scale().init(params))
+      B_simple unknown, over 0 steps
+    """
+    found = only_estimate(state)
+    values = jax.device_get(readings(found))
+    shared = {
+        "confidence": float(found.confidence),
+        "biased": bool(found.biased),
+        "unit": unit,
+    }
+
+    def read(stream: int) -> dict[str, Any]:
+        return {key: value[stream].item() for key, value in values.items()} | shared
+
+    marks = found.leaves if found.labels is None else found.labels
+    names = [] if marks is None else _tree.names_of_marks(marks)
+    leaves = {name: NoiseScale(**read(1 + i)) for i, name in enumerate(names)}
+    return NoiseScale(**read(0), per_leaf=leaves)
+
+
+def batch_efficiency(b_simple: Any, batch_size: Any) -> Any:
+    """The share of the examples that a batch of some size does not waste.
+
+    **Rule**: 1/(1 + B/B_simple). Relative to a tiny batch, each example of a batch of
+    size B_simple brings half as far.
+
+    **Edge cases**: B_simple = 0 gives 0, ∞ gives 1, NaN gives NaN.
+
+    Doubts: the rule holds for SGD with the learning rate tuned for every batch, and for
+    noise that is alike in all directions. The noise scale depends on the learning rate
+    and grows along a run; for Adam it is a proxy. Merrill et al. (2025) measured the
+    critical batch size directly and found the noise scale no reliable stand-in for it.
+
+    Args:
+      b_simple: noise scale, in any unit; a number or an array.
+      batch_size: B > 0, in the same unit.
+
+    Returns:
+      A share from 0 to 1.
+
+    Raises:
+      TypeError: an argument is no number.
+      ValueError: ``batch_size`` is not above 0, or ``b_simple`` below 0.
+
+    Example:
+      >>> batch_efficiency(400.0, 400)
+      0.5
+
+    References:
+      McCandlish et al., 2018, arXiv:1812.06162, §2. Against it: Merrill et al.,
+      "Critical Batch Size Revisited", 2025, arXiv:2505.23971.
+    """
+    _validate.check_interval("batch_size", batch_size, "(0, inf)", "count examples")
+    if not _validate.is_concrete(b_simple):
+        _validate.check_number("b_simple", b_simple)
+        return 1 / (1 + batch_size / b_simple)
+    if math.isnan(b_simple):
+        return math.nan
+    _validate.check_interval("b_simple", b_simple, "[0, inf]", "it is a ratio ≥ 0")
+    return 1.0 if math.isinf(b_simple) else b_simple / (b_simple + batch_size)
+
+
+def critical_batch_range(estimate: NoiseScale) -> tuple[float, float]:
+    """Between which sizes the critical batch is, as far as the noise scale tells.
+
+    **Rule**: the interval of B_simple; its upper end is ∞ where there is none, and both
+    are what they are at the present point of the run.
+
+    Doubts, beside those of :func:`batch_efficiency`: the critical batch weighs the
+    noise by the curvature, which B_simple leaves out. Zhang et al. (2024) find that the
+    critical batch grows with the amount of data. Take the range for an order of
+    magnitude, and try.
+
+    Args:
+      estimate: what :func:`noise_scale` has read.
+
+    Returns:
+      (low, high), in the unit of the estimate.
+
+    Raises:
+      TypeError: the argument is something else.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_stability import estimate_noise_scale
+      >>> state = estimate_noise_scale().init({"w": jnp.ones(2)})
+      >>> critical_batch_range(noise_scale(state))
+      (0.0, inf)
+
+    References:
+      McCandlish et al., 2018, arXiv:1812.06162, §2. Against it: Merrill et al., 2025,
+      arXiv:2505.23971; Zhang et al., "How Does Critical Batch Size Scale in
+      Pre-training?", 2024, arXiv:2410.21676.
+    """
+    if not isinstance(estimate, NoiseScale):
+        raise TypeError(
+            f"estimate must be a NoiseScale, got {type(estimate).__name__}; pass "
+            "noise_scale(state)."
+        )
+    return estimate.low, estimate.high

@@ -1,0 +1,138 @@
+"""What the noise scale remembers, and what may be read from it.
+
+*Cost*: a few dozen scalars per stream; with pairs one buffer like the gradient.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_stability._core import _scopes, _tree
+from optax_stability._noise import _pairs, _statistics
+from optax_stability._noise._statistics import Averages, Observed
+
+
+class EstimateNoiseScaleState(NamedTuple):
+    """State of :func:`estimate_noise_scale`. Stream 0 is the whole gradient.
+
+    Attributes:
+      averages: of S and G², float32[n_memories, n_streams] each.
+      size: float32[n_streams] – coordinates that count, d.
+      param_rms: float32[n_streams] – root mean square of the parameters; NaN where they
+        were not given.
+      batch: float32[] – weight of the last step, N.
+      microbatch: float32[] – mean weight of its microbatches, N/K.
+      biased: bool[] – whether the averages are of pairs of successive gradients.
+      pairs: what pairs of gradients need, or None without them.
+      confidence: float32[] – of the intervals.
+      stream: int32[n_leaves] – the stream each leaf is in besides.
+      leaves: marks that name the entries of per-leaf vectors, or None if the whole is
+        the only stream.
+      labels: marks that name the streams from 1 on, or None if they are the leaves.
+    """
+
+    averages: Averages
+    size: jax.Array
+    param_rms: jax.Array
+    batch: jax.Array
+    microbatch: jax.Array
+    biased: jax.Array
+    pairs: Any
+    confidence: jax.Array
+    stream: jax.Array
+    leaves: Any
+    labels: Any
+
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """``noise_scale/…``: the estimate and its interval, whole and per leaf."""
+        each = readings(self)
+        whole = {f"noise_scale/{key}": values[0] for key, values in each.items()}
+        whole["noise_scale/biased"] = self.biased
+        whole["noise_scale/batch_size"] = self.batch
+        if self.leaves is None:
+            return whole
+        return whole | {
+            f"noise_scale/{key}/per_leaf": values[self.stream]
+            for key, values in each.items()
+        }
+
+
+def readings(state: EstimateNoiseScaleState) -> dict[str, jax.Array]:
+    """All that is known of each stream, by name, [n_streams] each."""
+    averages = _statistics.trusted(state.averages)
+    scale = _statistics.interval(averages, state.confidence)
+    learned = averages.total > 0
+    trace = jnp.where(learned, averages.trace, jnp.nan)
+    variance = trace / (state.microbatch * state.size)
+    return {
+        "b_simple": scale.ratio,
+        "low": scale.low,
+        "high": scale.high,
+        "valid": scale.valid,
+        "trace": trace,
+        "grad_sq": jnp.where(learned, averages.grad_sq, jnp.nan),
+        "noise_to_weight": jnp.sqrt(variance) / state.param_rms,
+        "steps": averages.steps,
+    }
+
+
+def _streams(tree: Any, scope: _scopes.Scope) -> tuple[list[int], Any, Any]:
+    """The stream of each leaf, marks of the leaves and marks of the labels."""
+    count = len(jax.tree.leaves(tree))
+    if scope == "global":
+        return [0] * count, None, None
+    if scope == "leaf":
+        return list(range(1, 1 + count)), _tree.mark_leaves(tree), None
+    labels = [str(label) for label in _scopes.per_leaf(scope, tree)]
+    # In the order in which jax flattens a dict.
+    names = sorted(set(labels))
+    stream = [1 + names.index(label) for label in labels]
+    return stream, _tree.mark_leaves(tree), dict.fromkeys(names, _tree.Leaf())
+
+
+def by_stream(values, state: EstimateNoiseScaleState):
+    """Sums over all leaves, in stream 0, and over those of each other stream."""
+    streams = state.size.shape[0]
+    sums = jnp.zeros((streams,), jnp.float32)
+    if streams > 1:
+        sums = sums.at[state.stream].add(values)
+    return sums.at[0].set(jnp.sum(values))
+
+
+def begin(
+    params: Any, scope: _scopes.Scope, confidence: Any, *, difference: bool
+) -> EstimateNoiseScaleState:
+    """The state before the first step."""
+    stream, leaves, labels = _streams(params, scope)
+    streams = 1 + max(stream, default=0)
+    return EstimateNoiseScaleState(
+        averages=_statistics.nothing_learned(streams),
+        size=jnp.zeros((streams,), jnp.float32),
+        param_rms=jnp.full((streams,), jnp.nan, jnp.float32),
+        batch=jnp.zeros((), jnp.float32),
+        microbatch=jnp.zeros((), jnp.float32),
+        biased=jnp.zeros((), bool),
+        pairs=_pairs.begin(params) if difference else None,
+        confidence=jnp.asarray(confidence, jnp.float32),
+        stream=jnp.array(stream, jnp.int32),
+        leaves=leaves,
+        labels=labels,
+    )
+
+
+def learn(state: EstimateNoiseScaleState, observed: Observed, known, sizes, decay):
+    """The averages of all streams after one more step."""
+    size = by_stream(jnp.where(known, sizes, 0.0), state)
+
+    def total(values):
+        # A stream of which nothing is known learns nothing.
+        sums = by_stream(jnp.where(known, values, 0.0), state)
+        return jnp.where(size > 0, sums, jnp.nan)
+
+    trace, grad_sq = total(observed.trace), total(observed.grad_sq)
+    return state._replace(
+        averages=_statistics.learn(state.averages, trace, grad_sq, decay),
+        size=jnp.where(jnp.isfinite(trace), size, state.size),
+    )

@@ -1,0 +1,4 @@
+"""Measurements of gradients, updates and parameters, and their history.
+
+May import: ``_core``.
+"""

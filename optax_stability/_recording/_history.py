@@ -1,0 +1,242 @@
+"""A flight recorder: the metrics of the last steps, kept where the checkpoint is.
+
+*Problem*: when a run dies, the log that would explain it was on another machine, at
+every hundredth step, and without the layers.
+
+*Where in the chain*: around everything but ``accumulate_moments``:
+``accumulate_moments(record_history(skip_spikes(chain)))`` has one row per step, the
+other way round one per microbatch.
+
+*Cost*: one row of float32 per step. State: ``length`` × (numbers per step), on the
+device; nothing goes to the host. What takes a pass over the moments to be known
+(``adam/…``) is read every ``slow_every`` steps.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_stability._core import _mesh_axes, _metrics, _norms, _numerics, _validate
+from optax_stability._core._in_place import run_if
+from optax_stability._spikes._detection import loss_of
+
+States = list[tuple[tuple, Any]]
+
+
+class RecordHistoryState(NamedTuple):
+    """State of :func:`record_history`.
+
+    Attributes:
+      step: int32[] – calls of ``update``.
+      rows: float32[length, n_numbers] – loss and metrics of the last steps; those of
+        step i are in row i mod ``length``.
+      has_loss: bool[] – whether a loss was ever given.
+      inner_state: state of ``inner``, whose structure says what the numbers are.
+    """
+
+    step: jax.Array
+    rows: jax.Array
+    has_loss: jax.Array
+    inner_state: Any
+
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """``history/steps``: how many steps were recorded, kept or not."""
+        return {"history/steps": self.step}
+
+
+def _by_cost(inner_state: Any) -> tuple[States, States]:
+    """The states that report, and those for which that takes a pass over arrays."""
+    found = _metrics.reporting_states(inner_state)
+    costly = [getattr(type(node), "costly_metrics", False) for _, node in found]
+    pairs = list(zip(found, costly, strict=True))
+    return [each for each, slow in pairs if not slow], [
+        each for each, slow in pairs if slow
+    ]
+
+
+def _numbers(node: Any) -> dict[str, jax.Array]:
+    """The metrics of a state that are numbers, or vectors with one per leaf."""
+    return {
+        key: value
+        for key, value in sorted(node.metrics.items())
+        if value.ndim == key.endswith(_metrics.PER_LEAF)
+    }
+
+
+def _row(states: States) -> jax.Array:
+    """All their numbers, one after the other, float32[n]."""
+    values = [value for _, node in states for value in _numbers(node).values()]
+    return _norms.concatenate([value.astype(jnp.float32) for value in values])
+
+
+def _columns(states: States, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """What :func:`_row` has put into rows, by key; the last axis is time."""
+    taken, at = [], 0
+    for _, node in states:
+        own = {}
+        for key, value in jax.eval_shape(lambda node=node: _numbers(node)).items():
+            own[key] = rows[:, at : at + value.size].T.reshape(*value.shape, -1)
+            at += value.size
+        taken.append(own)
+    return taken
+
+
+def history(state: Any) -> dict[str, np.ndarray]:
+    """Unrolls what :func:`record_history` has kept, oldest step first.
+
+    Fetches the rows from the device, once.
+
+    **Guarantees**
+
+    * Every metric that was kept, under the name that ``metrics(state, params=params)``
+      gives it, vectors by leaf.
+    * The steps are consecutive and end with the last; so they do after any number of
+      turns of the ring, and after a restart from a checkpoint.
+
+    **Edge cases**: before the first step all arrays are empty. Without a loss there is
+      no ``loss``. Of several recorders the outermost is read.
+
+    Args:
+      state: any optimizer state, or an object that holds one.
+
+    Returns:
+      ``step``, int64[n], counted from 0 by calls of ``record_history``; ``loss`` and
+      the metrics, float32[n].
+
+    Raises:
+      ValueError: there is no recorder in ``state``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_stability import record
+      >>> tx = record_history(record("grad"), length=2)
+      >>> params = {"w": jnp.ones(2)}
+      >>> state = tx.init(params)
+      >>> for g in (1.0, 2.0, 3.0):
+      ...     _, state = tx.update({"w": jnp.array([g, 0.0])}, state, value=g * g)
+      >>> kept = history(state)
+      >>> print(kept["step"], kept["loss"], kept["grad/norm/w"])
+      [1 2] [4. 9.] [2. 3.]
+    """
+    found = _metrics.find(state, RecordHistoryState)
+    if not found:
+        raise ValueError(
+            f"state={type(state).__name__} holds no history; put record_history(...) "
+            "around the chain."
+        )
+    recorded = found[0]
+    # Not the whole state: it holds the moments.
+    step, kept, has_loss = jax.device_get(recorded[:3])
+    step = int(step)
+    quick, slow = _by_cost(recorded.inner_state)
+    steps = np.arange(max(0, step - len(kept)), step)
+    rows = kept[steps % len(kept)]
+    columns = _metrics.by_leaf(quick + slow, _columns(quick + slow, rows[:, 1:]))
+    loss = {"loss": rows[:, 0]} if has_loss else {}
+    return {"step": steps} | loss | columns
+
+
+def record_history(
+    inner: optax.GradientTransformation,
+    *,
+    length: int = 256,
+    slow_every: int = 50,
+    axis_name: _mesh_axes.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps loss and metrics of the last steps in the state, to be read after a crash.
+
+    Updates are those of ``inner``. What is kept is read by :func:`history`, explained
+    by :func:`diagnose` and shown by :func:`write_report`; it lies in the checkpoint.
+
+    **Rule**: after every step of ``inner`` one row is written, over the oldest: the
+    loss and all metrics of all states within that are numbers, or vectors with one per
+    leaf.
+
+    **Guarantees**
+
+    * Updates and state of ``inner`` are what they would be without, bit for bit.
+    * Nothing is sent to the host, and no step is left out: a step that
+      :func:`skip_spikes` skips has its row, with what was measured.
+    * What does not change in a step, as metrics of an ``inner`` that was skipped, is
+      written as it is.
+    * The norms of the gradient are measured once, for all ``record``, ``skip_…`` and
+      ``clip_…`` within that look at this same gradient.
+
+    **Edge cases**: counts are kept in float32, exact up to 2²⁴. A loss that is not
+    given is NaN. Histograms are not kept. Under ``shard_map`` each device measures
+    ``adam/…`` on its shard; the mean over devices is kept.
+
+    Args:
+      inner: what is watched: the whole chain.
+      length: steps to keep, ≥ 1.
+      slow_every: steps between readings of metrics that take passes over the moments
+        (``adam/…``); in between they keep their value. Where the model takes most of
+        the time they may be read more often, and what reacts to them is sooner.
+      axis_name: under ``shard_map``, the mesh axes that shard the gradient. Leave it
+        None under ``jit``.
+
+    Returns:
+      A transformation with state :class:`RecordHistoryState`. Its ``update`` takes the
+      loss as ``value=`` or ``loss=`` and passes all extra arguments on. Metrics: those
+      of ``inner``, and ``history/steps``.
+
+    Raises:
+      TypeError: ``inner`` is no transformation.
+      ValueError: ``length`` or ``slow_every`` is below 1.
+
+    Example:
+      >>> import optax
+      >>> from optax_stability import record, safe_adamw, spike_guard
+      >>> tx = record_history(
+      ...     optax.chain(record("grad"), spike_guard(safe_adamw(1e-3))), length=1000
+      ... )
+    """
+    _validate.check_transformation("inner", inner)
+    _validate.check_count("length", length, 1, "256 is the default")
+    _validate.check_count("slow_every", slow_every, 1, "50 is the default")
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        inner_state = inner.init(params)
+        shape = jax.eval_shape(lambda: _row(_metrics.reporting_states(inner_state)))
+        return RecordHistoryState(
+            step=jnp.zeros((), jnp.int32),
+            rows=jnp.full((length, 1 + shape.size), jnp.nan, jnp.float32),
+            has_loss=jnp.zeros((), bool),
+            inner_state=inner_state,
+        )
+
+    def next_row(state, loss, inner_state):
+        quick, slow = _by_cost(inner_state)
+        head = jnp.concatenate([loss[None], _row(quick)])
+        before = state.rows[(state.step - 1) % length, len(head) :]
+
+        def read(_):
+            return _mesh_axes.made_alike(_row(slow), axis_name)
+
+        tail = run_if(state.step % slow_every == 0, read, before)
+        return jnp.concatenate([head, tail])
+
+    def update_fn(updates, state, params=None, **extra_args):
+        given = any(extra_args.get(name) is not None for name in ("value", "loss"))
+        loss = loss_of(extra_args, needed=False, axis_name=axis_name)
+        norms = _norms.measure(updates, axis_name)
+        with _norms.known_norms(updates, norms, axis_name):
+            updates, inner_state = inner.update(
+                updates, state.inner_state, params, **extra_args
+            )
+        row = next_row(
+            state, loss if given else jnp.full_like(loss, jnp.nan), inner_state
+        )
+        return updates, RecordHistoryState(
+            step=_numerics.increment(state.step),
+            rows=state.rows.at[state.step % length].set(row),
+            has_loss=state.has_loss | given,
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,176 @@
+"""The look of axes: colours, scales, and marks at their edges."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from optax_stability._diagnosis._finding import Finding
+from optax_stability._report._drawing import _curves
+
+BLUE, ORANGE, GREY, INK = "#0062a8", "#d55e00", "#8a949e", "#22303c"
+RULE = "#e3e8ec"
+STYLE = {
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.edgecolor": "#b5bec6",
+    "axes.linewidth": 0.7,
+    "axes.labelcolor": INK,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "xtick.color": "#b5bec6",
+    "ytick.color": "#b5bec6",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.handlelength": 1.6,
+    "legend.labelspacing": 0.55,
+    "legend.borderpad": 0,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "optax_stability",
+}
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SMALLEST = 1e-100  # below it, arithmetic on axes underflows
+_NEAREST = 0.022  # of the width of the axes, for two numbers to be told apart
+
+
+def plural(number: int, noun: str) -> str:
+    """The noun for so many."""
+    return noun if number == 1 else noun + "s"
+
+
+def short(value: float, *, trim: bool = False) -> str:
+    """A number in few characters: 2.00 (or 2), 0.0123, 41,300, 1.2·10⁻⁷."""
+    if not np.isfinite(value):
+        return "NaN" if np.isnan(value) else ("∞" if value > 0 else "−∞")
+    if value == 0 or 1e-4 <= abs(value) < 1e6:
+        whole = trim or value == int(value) or abs(value) >= 100
+        text = f"{float(f'{value:.3g}'):,.10g}" if whole else f"{value:#.3g}"
+        return text.replace("-", "−")
+    digits, exponent = f"{value:.2e}".split("e")
+    power = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
+    digits = f"{float(digits):g}".replace("-", "−")
+    return power if digits == "1" else f"{digits}·{power}"
+
+
+def _tick(value: float, position: int | None = None) -> str:
+    del position
+    return short(value, trim=True)
+
+
+def dress(axes: Axes) -> None:
+    """What all panels have in common; their limits are set, never found."""
+    axes.autoscale(False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=RULE, lw=0.7)
+    axes.tick_params(length=3, width=0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+
+
+def explain(axes: Axes) -> None:
+    """The legend, beside the axes, where it covers nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        place = {"loc": "upper left", "bbox_to_anchor": (1.015, 1), "borderaxespad": 0}
+        axes.legend(handles, labels, **place)
+
+
+def lift(axes: Axes, *, numbered: bool) -> None:
+    """Makes room for numbers between the axes and a legend above them."""
+    legend = axes.get_legend()
+    if legend is not None:
+        legend.borderaxespad = 2.3 if numbered else 0.8
+
+
+def linear(axes: Axes, span: tuple[float, float] | None) -> None:
+    """A linear scale around ``span``."""
+    low, high = span or (0.0, 1.0)
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    axes.set_ylim(low - room if low else 0.0, high + room)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+
+
+def logarithmic(axes: Axes, values: np.ndarray) -> None:
+    """A logarithmic scale around the finite values above 0, at least a factor of 4."""
+    values = _curves.finite(values)
+    values = np.log10(values[values > _SMALLEST])
+    low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
+    room = max(0.05 * (high - low), 0.06, 0.3 - (high - low) / 2)
+    axes.set_ylim(10 ** (low - room), 10 ** (high + room))
+    axes.set_yscale("log")
+    decades = high - low
+    subs = (1,) if decades > 2.5 else (1, 2, 5) if decades > 0.9 else (1, 2, 3, 5, 7)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def at_edge(
+    axes: Axes, steps: np.ndarray, flags: np.ndarray, edge: float, style: dict
+) -> None:
+    """Marks flagged steps at the upper (1) or lower (0) end of the axes."""
+    if not flags.any():
+        return
+    rows = _curves.marked(flags, np.zeros(len(flags)))
+    style = {"ls": "", "clip_on": False, "zorder": 5, "ms": 5, "mew": 0} | style
+    place = np.full(len(rows), edge)
+    axes.plot(steps[rows], place, transform=axes.get_xaxis_transform(), **style)
+
+
+def not_finite(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+    """Marks steps with NaN or Inf."""
+    flags = _curves.broken(values)
+    label = f"not finite, {flags.sum():,} {plural(int(flags.sum()), 'step')}"
+    at_edge(axes, steps, flags, 1, {"marker": "v", "color": INK, "label": label})
+
+
+def zero(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+    """Marks steps at which a norm is 0, which a logarithm cannot show."""
+    style = {"marker": "d", "color": INK, "label": "exactly 0"}
+    at_edge(axes, steps, values == 0, 0, style)
+
+
+def off_scale(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+    """Marks what lies beyond the axes."""
+    low, high = axes.get_ylim()
+    for beyond, edge, marker, word, most in (
+        (values > high, 1, "^", "above", np.max),
+        (values < low, 0, "v", "below", np.min),
+    ):
+        if beyond.any():
+            extreme = short(float(most(values[beyond])))
+            label = f"{word} the axis, at most {extreme}"
+            if edge == 0:
+                label = label.replace("most", "least")
+            style = {"marker": marker, "color": ORANGE, "label": label}
+            at_edge(axes, steps, beyond, edge, style)
+
+
+def number(axes: Axes, findings: list[Finding], *, labelled: bool) -> None:
+    """A numbered line at the first step of each finding, in the order of the list."""
+    low, high = axes.get_xlim()
+    places: list[tuple[float, list[int]]] = []
+    for i, step in sorted(enumerate((f.step for f in findings), 1), key=lambda x: x[1]):
+        axes.axvline(step, color=INK, lw=0.8, ls=(0, (1, 2)), zorder=1.5)
+        if places and step - places[-1][0] < _NEAREST * (high - low):
+            places[-1][1].append(i)
+        else:
+            places.append((step, [i]))
+    for step, numbers in places if labelled else []:
+        axes.annotate(
+            " ".join(map(str, sorted(numbers))),
+            (step, 1),
+            (0, 7),
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            color="white",
+            weight="bold",
+            fontsize=7,
+            bbox={"boxstyle": "round,pad=0.25,rounding_size=0.6", "fc": INK, "lw": 0},
+        )

@@ -1,0 +1,129 @@
+"""Puts panels on a figure, all on the same steps and with the same margins."""
+
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
+
+from optax_stability._diagnosis._finding import Finding
+from optax_stability._report._drawing import _axes
+from optax_stability._report._drawing._curves import Run
+from optax_stability._report._drawing._panels import Panel
+
+_WIDTH, _LEFT, _RIGHT = 10.0, 0.72, 2.15
+_TITLE, _NUMBERS, _BETWEEN, _BOTTOM = 0.22, 0.24, 0.14, 0.42
+
+
+def _span(run: Run) -> tuple[float, float]:
+    """The steps that the axes show."""
+    steps = np.concatenate([run.train.columns["step"], run.held_out_steps])
+    steps = steps[np.isfinite(steps)]
+    first, last = (steps.min(), steps.max()) if len(steps) else (0.0, 1.0)
+    room = 0.01 * (last - first) or 1.0
+    return float(first - room), float(last + room)
+
+
+def _blank() -> Figure:
+    """A figure that says that there is nothing to see."""
+    figure = Figure((_WIDTH, 1.2))
+    figure.text(0.03, 0.5, "Nothing that could be drawn was recorded.", va="center")
+    return figure
+
+
+def compose(
+    run: Run, panels: Sequence[Panel], findings: list[Finding], *, titled: bool
+) -> Figure:
+    """One figure of some panels; numbers stand over the first."""
+    if not panels:
+        return _blank()
+    above = [each.head + (_TITLE + 0.13 if titled else 0.1) for each in panels]
+    above[0] += _NUMBERS if findings else 0.0
+    heights = [each.height(run) for each in panels]
+    total = sum(above) + sum(heights) + _BETWEEN * (len(panels) - 1) + _BOTTOM
+    figure = Figure((_WIDTH, total))
+    top = total
+    for i, panel in enumerate(panels):
+        top -= above[i]
+        axes = figure.add_axes(
+            (
+                _LEFT / _WIDTH,
+                (top - heights[i]) / total,
+                (_WIDTH - _LEFT - _RIGHT) / _WIDTH,
+                heights[i] / total,
+            )
+        )
+        _axes.dress(axes)
+        panel.draw(axes, run)
+        axes.set_xlim(_span(run))
+        if axes.get_legend() is None:
+            _axes.explain(axes)
+        else:
+            _axes.lift(axes, numbered=bool(findings) and i == 0)
+        _axes.number(axes, findings, labelled=i == 0)
+        if titled:
+            lift = top + above[i] - _TITLE
+            style: dict[str, Any] = {"weight": "bold", "fontsize": 10}
+            figure.text(0.1 / _WIDTH, lift / total, panel.title, **style)
+        if i < len(panels) - 1:
+            axes.tick_params(axis="x", labelbottom=False)
+        else:
+            axes.set_xlabel("step")
+        top -= heights[i] + _BETWEEN
+    return figure
+
+
+class Picture(NamedTuple):
+    """A picture, and what can be said of it.
+
+    Attributes:
+      content: of a file.
+      legend: the texts of all legends, with last values and counts.
+    """
+
+    content: bytes
+    legend: list[str]
+
+
+def _legend(figure: Figure) -> list[str]:
+    return [
+        text.get_text().replace("\n", " ")
+        for axes in figure.axes
+        if (legend := axes.get_legend()) is not None
+        for text in legend.get_texts()
+    ]
+
+
+def render(
+    run: Run,
+    panels: Sequence[Panel],
+    findings: list[Finding],
+    kind: str,
+    *,
+    titled: bool = True,
+    salt: str = "optax_stability",
+) -> Picture:
+    """The picture in a format of matplotlib's, the same whatever its settings are.
+
+    Args:
+      run: what is shown.
+      panels: from top to bottom.
+      findings: numbered from 1.
+      kind: ``"png"``, ``"svg"`` or ``"pdf"``.
+      titled: whether panels have a title.
+      salt: tells the ids inside of an SVG apart from those of another.
+
+    Returns:
+      The content of a file, and its legends.
+    """
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    style = _axes.STYLE | {"svg.hashsalt": salt}
+    with matplotlib.style.context(["default", style]):
+        figure = compose(run, panels, findings, titled=titled)
+        file = io.BytesIO()
+        clear = kind == "svg" and not titled
+        look = {"transparent": clear, "metadata": dates.get(kind)}
+        figure.savefig(file, format=kind, dpi=150, **look)
+        return Picture(file.getvalue(), _legend(figure))

@@ -1,0 +1,194 @@
+"""Layers × steps as a picture: who left their own level, and when.
+
+*Rule*: each cell is log₁₀ of the norm over the median of its layer. Where there are
+more steps or layers than pixels, a pixel shows the cell furthest from that median, and
+a value that is not finite before all others.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.patches import Patch
+
+from optax_stability._diagnosis._series import History
+from optax_stability._diagnosis._trend import median
+from optax_stability._report._drawing import _axes, _curves
+
+_COLUMNS, _ROWS, _LABELS = 720, 360, 40
+# Colours end at ÷100 and ×100, in steps of an eighth of a decade.
+_DECADES, _SHADES = 2.0, 33
+_BROKEN = (0.0, 0.0, 0.0)
+# Lighter below than above: on grey paper, dark means large.
+_COLOURS = LinearSegmentedColormap.from_list(
+    "relative",
+    [
+        (0.00, "#3f93d1"),
+        (0.25, "#9ccbea"),
+        (0.42, "#f3f5f6"),
+        (0.58, "#f3f5f6"),
+        (0.72, "#f2a65a"),
+        (0.85, "#c4560c"),
+        (1.00, "#772403"),
+    ],
+    N=_SHADES,
+)
+
+
+class Cells(NamedTuple):
+    """A heat map.
+
+    Attributes:
+      names: of the rows; of several layers in a row the first.
+      level: float64[n, m] – log₁₀ of the ratio to the layer's median; NaN if unknown.
+      broken: bool[n, m] – whether something there was not finite.
+      edges: (first, last) step.
+    """
+
+    names: list[str]
+    level: np.ndarray
+    broken: np.ndarray
+    edges: tuple[float, float]
+
+
+def furthest(values: np.ndarray, starts: np.ndarray, axis: int) -> np.ndarray:
+    """Of each group the value furthest from 0; NaN of nothing."""
+    known = ~np.isnan(values)
+    high = np.maximum.reduceat(np.where(known, values, -np.inf), starts, axis=axis)
+    low = np.minimum.reduceat(np.where(known, values, np.inf), starts, axis=axis)
+    far = np.where(high >= -low, high, low)
+    return np.where(np.logical_or.reduceat(known, starts, axis=axis), far, np.nan)
+
+
+def relative(norms: np.ndarray) -> np.ndarray:
+    """log₁₀(norm/median of its layer) of ``norms[T, n]``; 0 is as low as it gets."""
+    own = median(np.where((norms > 0) & np.isfinite(norms), norms, np.nan))
+    with np.errstate(all="ignore"):
+        level = np.log10(norms) - np.log10(own)
+    return np.clip(level, -_DECADES, _DECADES)
+
+
+def _measured_rows(history: History, norms: np.ndarray) -> np.ndarray:
+    """bool[T]: leaves out rows in which the layers were not looked at."""
+    missing = np.isnan(norms).all(axis=1)
+    whole = _curves.norm_of(history)
+    if whole is None:
+        return ~missing | _curves.broken(norms[:, 0])
+    return ~missing | _curves.broken(whole)
+
+
+def cells(history: History) -> Cells | None:
+    """The heat map of the gradient norms; None where no layer was measured."""
+    if not measured(history):
+        return None
+    layers = history.layers("grad/norm", "clip/norm")
+    order = np.argsort(history.columns["step"], kind="stable")
+    rows = order[_measured_rows(history, layers.values)[order]]
+    steps, norms = history.columns["step"][rows], layers.values[rows]
+    groups = np.unique(np.linspace(0, len(layers.names), _ROWS + 1).astype(int)[:-1])
+    level = furthest(relative(norms), groups, axis=1)
+    bad = ~np.isfinite(norms) & ~np.isnan(norms).all(axis=0)
+    bad = np.logical_or.reduceat(bad, groups, axis=1)
+    at, edges = _columns(steps)
+    starts = np.flatnonzero(np.diff(at, prepend=-1))
+    level = furthest(level, starts, axis=0)
+    bad = np.logical_or.reduceat(bad, starts, axis=0)
+    picked = _filled(at[starts])
+    names = [layers.names[group] for group in groups]
+    blank = (picked < 0)[:, None]
+    return Cells(
+        names,
+        np.where(blank, np.nan, level[picked]).T,
+        np.where(blank, False, bad[picked]).T,
+        edges,
+    )
+
+
+def _columns(steps: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+    """Column of each row, all of the same width in steps, and the outer edges."""
+    first, last = float(np.nanmin(steps)), float(np.nanmax(steps))
+    gap = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+    gap = gap if gap > 0 else 1.0
+    edges = (first - gap / 2, last + gap / 2)
+    number = max(1, min(_COLUMNS, round((last - first) / gap) + 1))
+    at = (steps - edges[0]) / (edges[1] - edges[0]) * number
+    return np.clip(at, 0, number - 1).astype(int), edges
+
+
+def _filled(taken: np.ndarray) -> np.ndarray:
+    """For each column the group that it shows: its own or the one before; −1 if far."""
+    number = int(taken[-1]) + 1
+    own = np.full(number, -1)
+    own[taken] = np.arange(len(taken))
+    last = np.maximum.accumulate(own)
+    recent = np.arange(number) - taken[np.maximum(last, 0)] <= 1
+    return np.where(recent, last, -1)
+
+
+def _shorten(name: str, most: int = 30) -> str:
+    """A name without its middle, if it is too long."""
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
+
+
+def measured(history: History) -> bool:
+    """Whether there is anything to draw."""
+    values = history.layers("grad/norm", "clip/norm").values
+    return values.size > 0 and not np.isnan(values).all()
+
+
+def height(history: History) -> float:
+    """Inches for the number of layers."""
+    number = len(history.layers("grad/norm", "clip/norm").names)
+    return float(np.clip(0.115 * number, 0.9, 5.0))
+
+
+def draw(axes: Axes, history: History) -> None:
+    """Draws the layers from the first, on top, to the last."""
+    found = cells(history)
+    if found is None:
+        return
+    shade = (np.nan_to_num(found.level) + _DECADES) / (2 * _DECADES)
+    picture = _COLOURS(shade, bytes=True)
+    picture[np.isnan(found.level)] = 0
+    picture[found.broken] = (*_BROKEN, 255)
+    number, width = found.level.shape
+    axes.grid(visible=False)
+    axes.set_ylim(number - 0.5, -0.5)
+    axes.imshow(
+        picture,
+        extent=(*found.edges, number - 0.5, -0.5),
+        aspect="auto",
+        interpolation="none",
+    )
+    rows = np.arange(0, number, -(-number // _LABELS))
+    names = [_shorten(found.names[row]) for row in rows]
+    axes.set_yticks(rows, names, fontsize=6.5 if number > 12 else 7.5, parse_math=False)
+    axes.yaxis.tick_right()
+    axes.tick_params(axis="y", length=0, pad=5)
+    ends = np.linspace(*found.edges, width + 1)
+    middles = (ends[:-1] + ends[1:]) / 2
+    style = {"marker": "v", "color": _BROKEN}
+    flags = np.asarray(found.broken.any(axis=0))
+    _axes.at_edge(axes, middles, flags, 1, style)
+    _explain(axes, bool(found.broken.any()))
+
+
+def _explain(axes: Axes, broken: bool) -> None:
+    """A row of swatches above the map, from small to large."""
+    texts = "÷100 and below", "÷10", "median of the layer", "×10", "×100 and above"
+    swatches = [
+        Patch(facecolor=_COLOURS(i / 4), edgecolor="#8a949e", lw=0.4, label=text)
+        for i, text in enumerate(texts)
+    ]
+    if broken:
+        swatches.append(
+            Patch(facecolor=_BROKEN, edgecolor=_BROKEN, label="not finite (▼)")
+        )
+    axes.legend(
+        handles=swatches,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(swatches),
+    )

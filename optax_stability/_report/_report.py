@@ -1,0 +1,171 @@
+"""Writes what an engineer needs after a run into one page: findings, charts, numbers.
+
+*Problem*: a run that dies leaves thousands of numbers, and nobody who was watching.
+
+*Where*: on the host, after the run or its crash. Needs matplotlib, which is imported
+when it is needed.
+
+*Cost*: a second or two for the page, whatever the length, and that of :func:`diagnose`,
+which grows with it; a file of a few hundred kilobytes.
+"""
+
+import os
+
+import numpy as np
+
+from optax_stability._core import _atomic_file
+from optax_stability._diagnosis._diagnose import diagnose
+from optax_stability._diagnosis._finding import Finding
+from optax_stability._report import _page as html
+from optax_stability._report import _plotting
+from optax_stability._report._drawing import _curves
+from optax_stability._report._drawing._curves import Run
+
+
+def _number(value: float) -> str:
+    from optax_stability._report._drawing import _axes
+
+    return _axes.short(float(value))
+
+
+def _steps(history: dict[str, np.ndarray]) -> str:
+    """Which steps a history covers, in words."""
+    steps = np.asarray(history["step"], float)
+    steps = steps[np.isfinite(steps)]
+    if not len(steps):
+        return "no steps"
+    first, last = steps.min(), steps.max()
+    return f"step {first:,.0f}" if first == last else f"steps {first:,.0f}–{last:,.0f}"
+
+
+def _figures(run: Run, findings: list[Finding], steps: str) -> str:
+    from optax_stability._report._drawing import _figures, _panels
+
+    parts = []
+    for panel in _panels.shown(run):
+        drawn = _figures.render(
+            run, [panel], findings, "svg", titled=False, salt=panel.name
+        )
+        told = f"Over {steps}: {'; '.join(drawn.legend)}."
+        svg = drawn.content.decode()
+        parts.append(html.figure(panel.title, panel.note, told, svg))
+    nothing = '<p class="soft">Nothing that could be drawn was recorded.</p>'
+    return "\n".join(parts) or nothing
+
+
+def _last(values: np.ndarray | None) -> str:
+    """The last value that was measured."""
+    known = np.array([]) if values is None else values[~np.isnan(values)]
+    return _number(known[-1]) if len(known) else "–"
+
+
+def _tiles(run: Run, findings: list[Finding]) -> str:
+    train = run.train
+    found = [("Findings", str(len(findings)), "see below" if findings else "none")]
+    loss = _curves.loss_of(train)
+    if loss is not None:
+        known = _curves.finite(loss)
+        known = known[~np.isnan(known)]
+        least = _number(known.min()) if len(known) else "–"
+        found.append(("Loss", _last(loss), f"last; smallest {least}"))
+    if np.isfinite(run.held_out).any():
+        best = f"last; smallest {_number(np.nanmin(run.held_out))}"
+        found.append(("Held-out loss", _last(run.held_out), best))
+    for name, flags in (("Clipped", _clipped(run)), ("Skipped", _skipped(run))):
+        if flags is not None and len(flags):
+            share = f"{flags.mean():.1%} of {len(flags):,} steps"
+            found.append((name, f"{flags.sum():,}", share))
+    if run.branches is not None:
+        back, in_vain = run.branches.taken_back.sum(), run.branches.in_vain.sum()
+        found.append(("Taken back", f"{back:,}", f"{in_vain:,} probed in vain"))
+    return html.tiles(found)
+
+
+def _clipped(run: Run) -> np.ndarray | None:
+    norm = _curves.column(run.train, "clip/norm", "grad/norm")
+    limit = _curves.column(run.train, "clip/limit")
+    if norm is None or limit is None:
+        return None
+    skipped = _skipped(run)
+    above = (norm > limit) & (limit > 0)
+    return above if skipped is None else above & ~skipped
+
+
+def _skipped(run: Run) -> np.ndarray | None:
+    skipped = _curves.column(run.train, "skip/skipped")
+    return None if skipped is None else skipped == 1
+
+
+def _table(history: dict[str, np.ndarray]) -> str:
+    rows = []
+    for key in html.SCALARS:
+        values = np.asarray(history.get(key, []), float)
+        measured = values[~np.isnan(values)]
+        if not len(measured):
+            continue
+        known = measured[np.isfinite(measured)]
+        ends = (known.min(), known.max()) if len(known) else (np.nan, np.nan)
+        numbers = [_number(each) for each in (measured[-1], *ends)]
+        infinite = len(measured) - len(known)
+        rows.append((key, [*numbers, f"{len(measured):,}", f"{infinite or '–'}"]))
+    return html.table(rows)
+
+
+def write_report(
+    history: dict[str, np.ndarray],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Training report",
+) -> None:
+    """Writes a report on a history as one HTML file that needs nothing else.
+
+    On top the findings of :func:`diagnose`, with evidence, likely causes and what
+    helps; then the panels of :func:`plot_history`, with the findings by number; then
+    the most useful numbers, and the names of all metrics. Readable on a phone, in the
+    dark, on paper, and without seeing colours.
+
+    **Guarantees**
+
+    * The file loads nothing, from nowhere, and runs no script.
+    * Whatever stands in names of layers or in the title is shown as it is.
+    * Whatever the numbers are, a report is written: NaN, Inf, 0 and no rows at all.
+    * The file is whole, or is not there: a report that was there before remains until
+      the new one is complete.
+
+    **Edge cases**: without a finding it says so, and what was looked at.
+
+    Args:
+      history: what :func:`history` returns, or any log of the form that
+        :func:`diagnose` and :func:`plot_history` read.
+      path: ends with ``.html`` or ``.htm``. Folders are made.
+      title: heading and title of the page.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      TypeError: ``history`` is no dict of numbers, or ``path`` no path.
+      ValueError: ``history`` has no ``step``, lengths differ, or the suffix is unknown.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> steps = np.arange(100)
+      >>> history = {"step": steps, "loss": 2.0 + np.exp(-steps / 30)}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "report.html"
+      ...     write_report(history, path, title="A quiet run")
+      ...     print("No finding" in path.read_text(encoding="utf-8"))
+      True
+    """
+    target = _plotting.check_path(path, (".html", ".htm"))
+    _plotting.check_matplotlib("write_report")
+    run, found = _curves.read(history), diagnose(history)
+    steps, rows = _steps(history), len(history["step"])
+    subtitle = f"{steps} · {rows:,} rows · {len(history) - 1:,} metrics".capitalize()
+    parts = (
+        _tiles(run, found),
+        html.findings(found, steps, len(history) - 1),
+        html.section("run", "The run", _figures(run, found, steps)),
+        html.section("numbers", "Numbers", _table(history)),
+        html.section("metrics", "All metrics", html.keys(history)),
+    )
+    page = html.page(title, subtitle, parts)
+    _atomic_file.write(target, page.encode("utf-8", "replace"))

@@ -1,0 +1,165 @@
+"""Is this step abnormal? Judged by the gradient norm and the loss together.
+
+*Problem*: norms alone cry wolf in the early descent, and a loss alone sees an exploded
+gradient only after it was applied.
+
+*Cost*: a few scalars; the norm is measured by the caller.
+
+*Source*: ours; "norm or loss far above its recent past" is the rule of OLMo-core and
+its ports.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_stability import thresholds
+from optax_stability._core import _mesh_axes
+from optax_stability.thresholds import Threshold
+
+# What a step can be abnormal by, in the order of `Reading.kinds`.
+KINDS = ("nan", "inf", "norm", "value")
+
+# What we recommend to watch: five times the trend; half a nat above it; and, to confirm
+# a norm, above the usual scatter.
+FAR_ABOVE_THE_TREND = thresholds.detrended_mad(5.0, floor=5.0)
+HALF_A_NAT_ABOVE = thresholds.detrended_mad(7.0, floor=0.5, log=False)
+ABOVE_THE_SCATTER = thresholds.detrended_mad(4.0, floor=0.3, log=False)
+
+_ANYTHING = thresholds.constant(float("inf"))
+# A limit below every loss: each norm above its limit is confirmed.
+_CONFIRMED = Threshold(
+    init=lambda: (),
+    update=lambda x, state: (jnp.float32(-jnp.inf), state),
+    rebase=lambda x, state: state,
+)
+
+
+class DetectorState(NamedTuple):
+    """What the detector remembers.
+
+    Attributes:
+      grad_norm: state of the threshold on the gradient norm.
+      value: state of the threshold on the loss.
+      confirm: state of the lower threshold on the loss.
+    """
+
+    grad_norm: Any
+    value: Any
+    confirm: Any
+
+
+class Reading(NamedTuple):
+    """What the detector found at one step.
+
+    Attributes:
+      norm: float32[] – L2 norm of the gradient.
+      value: float32[] – the loss, 0 if none was given.
+      norm_limit: float32[] – greatest normal norm.
+      value_limit: float32[] – greatest normal loss.
+      kinds: bool[4] – what was found, in the order of ``KINDS``.
+    """
+
+    norm: jax.Array
+    value: jax.Array
+    norm_limit: jax.Array
+    value_limit: jax.Array
+    kinds: jax.Array
+
+    @property
+    def nonfinite(self) -> jax.Array:
+        """Whether norm or loss is NaN or Inf."""
+        return self.kinds[0] | self.kinds[1]
+
+    @property
+    def spike(self) -> jax.Array:
+        """Whether the step is finite and abnormal."""
+        return self.kinds[2] | self.kinds[3]
+
+
+class Detector(NamedTuple):
+    """Watches the gradient norm and the loss; None watches nothing.
+
+    Attributes:
+      grad_norm: threshold on the L2 norm of the gradient.
+      value: threshold on the loss.
+      confirm: threshold on the loss which a norm needs to count as a spike.
+    """
+
+    grad_norm: Threshold | None
+    value: Threshold | None
+    confirm: Threshold | None
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether a step without a loss cannot be judged."""
+        return self.value is not None or self.confirm is not None
+
+    def _thresholds(self) -> tuple[Threshold, Threshold, Threshold]:
+        return (
+            self.grad_norm or _ANYTHING,
+            self.value or _ANYTHING,
+            self.confirm or _CONFIRMED,
+        )
+
+    def init(self) -> DetectorState:
+        """Knows nothing yet: nothing finite is abnormal."""
+        return DetectorState(*(each.init() for each in self._thresholds()))
+
+    def judge(self, norm, value, state) -> tuple[Reading, DetectorState]:
+        """Reads one step by the past; the second result has learned it."""
+        grad_norm, by_value, confirm = self._thresholds()
+        norm_limit, norm_state = grad_norm.update(norm, state.grad_norm)
+        value_limit, value_state = by_value.update(value, state.value)
+        confirm_limit, confirm_state = confirm.update(value, state.confirm)
+        learned = DetectorState(norm_state, value_state, confirm_state)
+        nan = jnp.isnan(norm) | jnp.isnan(value)
+        inf = ~nan & (jnp.isinf(norm) | jnp.isinf(value))
+        finite = ~(nan | inf)
+        kinds = [
+            nan,
+            inf,
+            finite & (norm > norm_limit) & (value > confirm_limit),
+            finite & (value > value_limit),
+        ]
+        return Reading(norm, value, norm_limit, value_limit, jnp.stack(kinds)), learned
+
+    def is_usual(self, value, state) -> jax.Array:
+        """Whether a loss is normal by the past."""
+        _, by_value, _ = self._thresholds()
+        return value <= by_value.update(value, state.value)[0]
+
+    def rebase(self, norm, value, state) -> DetectorState:
+        """Starts again from the present norm and loss."""
+        streams = zip(self._thresholds(), (norm, value, value), state, strict=True)
+        return DetectorState(*(each.rebase(x, old) for each, x, old in streams))
+
+
+def loss_of(
+    extra_args: Mapping[str, Any], *, needed: bool, axis_name: _mesh_axes.AxisName
+) -> jax.Array:
+    """The loss among the extra arguments, float32[]; 0 if there is none.
+
+    Under ``shard_map`` the mean over ``axis_name``: all devices decide alike.
+    """
+    value = extra_args.get("value")
+    value = extra_args.get("loss") if value is None else value
+    if value is None:
+        if needed:
+            raise ValueError(
+                "the loss is watched, but none was given: call tx.update(grads, state, "
+                "params, value=loss); with NNX optimizer.update(model, grads, "
+                "value=loss); with Linen take optax_stability.flax.TrainState and call "
+                "apply_gradients(grads=grads, extra_args={'value': loss}). To watch "
+                "the gradient norm alone, give value=None and confirm=None."
+            )
+        return jnp.zeros((), jnp.float32)
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"value must be one number, got shape {jnp.shape(value)}; give the mean "
+            "loss of the batch."
+        )
+    value = jnp.asarray(value, jnp.float32)
+    return _mesh_axes.mean(value, axis_name)

@@ -1,0 +1,182 @@
+"""What ``skip_spikes`` remembers, decides and reports.
+
+*Cost*: a few dozen scalars.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_stability._core._numerics import increment
+from optax_stability._spikes._detection import KINDS, DetectorState, Reading
+from optax_stability._spikes._guarded_step import Sight
+
+_NEVER = -1
+
+
+class SkipSpikesState(NamedTuple):
+    """State of :func:`skip_spikes`.
+
+    Attributes:
+      step: int32[] – calls of ``update``.
+      skipped: bool[] – whether the last step was skipped.
+      total: int32[] – steps skipped.
+      consecutive: int32[] – steps skipped in a row, for whatever reason.
+      spikes_in_row: int32[] – finite spikes skipped since a step was taken.
+      credit: int32[] – skips of finite spikes saved up, in units of 1/``budget``.
+      accepted_total: int32[] – finite spikes taken because the row was full.
+      last_step: int32[] – last step skipped, counted from 0; −1 if none was.
+      kind_total: int32[4] – steps found abnormal by NaN, Inf, norm, loss, skipped or
+        not.
+      kind_step: int32[4] – the last of each, counted from 0; −1 if there was none.
+      norm: float32[] – last L2 norm of the gradient.
+      norm_limit: float32[] – last limit of it, ∞ where none is set.
+      value: float32[] – last loss, 0 if none was given.
+      value_limit: float32[] – last limit of it, ∞ where none is set.
+      detector: what the thresholds have learned.
+      inner_state: state of ``inner``.
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    total: jax.Array
+    consecutive: jax.Array
+    spikes_in_row: jax.Array
+    credit: jax.Array
+    accepted_total: jax.Array
+    last_step: jax.Array
+    kind_total: jax.Array
+    kind_step: jax.Array
+    norm: jax.Array
+    norm_limit: jax.Array
+    value: jax.Array
+    value_limit: jax.Array
+    detector: DetectorState
+    inner_state: Any
+
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """``skip/…``: the last decision, what it rests on, and counts by kind."""
+        by_kind = {}
+        for i, kind in enumerate(KINDS):
+            by_kind[f"skip/{kind}_total"] = self.kind_total[i]
+            by_kind[f"skip/{kind}_last_step"] = self.kind_step[i]
+        return {
+            "skip/skipped": self.skipped,
+            "skip/total": self.total,
+            "skip/nonfinite_total": self.kind_total[0] + self.kind_total[1],
+            "skip/accepted_total": self.accepted_total,
+            "skip/consecutive": self.consecutive,
+            "skip/last_step": self.last_step,
+            "skip/norm": self.norm,
+            "skip/norm_limit": self.norm_limit,
+            "skip/value": self.value,
+            "skip/value_limit": self.value_limit,
+            **by_kind,
+        }
+
+
+class Decision(NamedTuple):
+    """What is done with a step: skipped, or taken, or taken as the new normal."""
+
+    skip: jax.Array
+    accept: jax.Array
+
+
+def decide(
+    reading: Reading, state: SkipSpikesState, max_consecutive: int, budget: int
+) -> Decision:
+    """The rule of ``skip_spikes``."""
+    full = state.spikes_in_row >= max_consecutive
+    affordable = state.credit >= budget
+    return Decision(
+        skip=reading.nonfinite | (reading.spike & ~full & affordable),
+        accept=reading.spike & full,
+    )
+
+
+def _next_credit(reading: Reading, decision: Decision, credit, budget):
+    """A skipped spike costs ``budget`` units, a normal step earns one."""
+    spent = jnp.where(decision.skip & reading.spike, budget, 0)
+    earned = jnp.where(reading.spike | reading.nonfinite, 0, 1)
+    return jnp.minimum(credit - spent + earned, budget * budget)
+
+
+def _next_row(reading: Reading, decision: Decision, spikes_in_row):
+    """A taken step ends the row; a non-finite one neither counts nor ends it."""
+    row = jnp.where(decision.skip, spikes_in_row + 1, 0)
+    return jnp.where(reading.nonfinite, spikes_in_row, row)
+
+
+def count(total, event):
+    """The total, one more where something happened."""
+    return jnp.where(event, increment(total), total)
+
+
+def begin(detector: DetectorState, inner_state: Any, budget: int) -> SkipSpikesState:
+    """The state before the first step: nothing skipped, the bucket full."""
+    return SkipSpikesState(
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), bool),
+        total=jnp.zeros((), jnp.int32),
+        consecutive=jnp.zeros((), jnp.int32),
+        spikes_in_row=jnp.zeros((), jnp.int32),
+        credit=jnp.full((), budget * budget, jnp.int32),
+        accepted_total=jnp.zeros((), jnp.int32),
+        last_step=jnp.full((), _NEVER, jnp.int32),
+        kind_total=jnp.zeros((len(KINDS),), jnp.int32),
+        kind_step=jnp.full((len(KINDS),), _NEVER, jnp.int32),
+        norm=jnp.zeros((), jnp.float32),
+        norm_limit=jnp.zeros((), jnp.float32),
+        value=jnp.zeros((), jnp.float32),
+        value_limit=jnp.zeros((), jnp.float32),
+        detector=detector,
+        inner_state=inner_state,
+    )
+
+
+def watch(state: SkipSpikesState, reading: Reading) -> SkipSpikesState:
+    """The state after a step that was read, and neither taken nor skipped."""
+    bad = reading.kinds & reading.nonfinite
+    return state._replace(
+        step=increment(state.step),
+        skipped=jnp.zeros((), bool),
+        kind_total=count(state.kind_total, bad),
+        kind_step=jnp.where(bad, state.step, state.kind_step),
+        norm=reading.norm,
+        norm_limit=reading.norm_limit,
+        value=reading.value,
+        value_limit=reading.value_limit,
+    )
+
+
+def advance(
+    state: SkipSpikesState,
+    sight: Sight,
+    decision: Decision,
+    budget: int,
+    inner_state: Any,
+) -> SkipSpikesState:
+    """The state after a step; what was skipped is counted and not learned."""
+    reading, skip = sight.reading, decision.skip
+    learned = optax.tree.where(decision.accept, sight.rebased, sight.learned)
+    return SkipSpikesState(
+        step=increment(state.step),
+        skipped=skip,
+        total=count(state.total, skip),
+        consecutive=jnp.where(skip, increment(state.consecutive), 0),
+        spikes_in_row=_next_row(reading, decision, state.spikes_in_row),
+        credit=_next_credit(reading, decision, state.credit, budget),
+        accepted_total=count(state.accepted_total, decision.accept),
+        last_step=jnp.where(skip, state.step, state.last_step),
+        kind_total=count(state.kind_total, reading.kinds),
+        kind_step=jnp.where(reading.kinds, state.step, state.kind_step),
+        norm=reading.norm,
+        norm_limit=reading.norm_limit,
+        value=reading.value,
+        value_limit=reading.value_limit,
+        detector=optax.tree.where(skip, state.detector, learned),
+        inner_state=inner_state,
+    )

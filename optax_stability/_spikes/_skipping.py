@@ -1,0 +1,201 @@
+"""Leaves out the steps that would do harm, and never more than it may.
+
+*Problem*: one bad batch or one NaN undoes hours. Rules that skip what is unusual are
+poisoned by the NaN they should stop, or skip for ever once the level has moved.
+
+*Where in the chain*: outermost, around everything that learns from the gradient.
+
+*Cost*: one norm, a few scalars, and a conditional around ``inner``; no buffer the size
+of a parameter beside the gradient.
+
+*Source*: the skip rules of OLMo-core, MaxText and Levanter, with bounds of our own.
+"""
+
+from typing import Any
+
+import optax
+
+from optax_stability._core import _mesh_axes, _validate
+from optax_stability._core._in_place import apply_if
+from optax_stability._spikes import _guarded_step
+from optax_stability._spikes._detection import (
+    ABOVE_THE_SCATTER,
+    FAR_ABOVE_THE_TREND,
+    HALF_A_NAT_ABOVE,
+)
+from optax_stability._spikes._skip_state import advance, begin, decide
+from optax_stability.thresholds import Threshold
+
+
+def skip_spikes(
+    inner: optax.GradientTransformation,
+    *,
+    grad_norm: Threshold | None = FAR_ABOVE_THE_TREND,
+    value: Threshold | None = None,
+    confirm: Threshold | None = None,
+    max_consecutive: int = 5,
+    budget: int = 16,
+    axis_name: _mesh_axes.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Leaves out steps whose gradient norm or loss is far above the recent past.
+
+    A skipped step gives zero updates, and ``inner`` does not see it. For the setting we
+    recommend, which watches the loss as well, see :func:`spike_guard`.
+
+    **Rule**, n = ‖g‖₂ and l = the loss; limits from the steps before::
+
+      non-finite  if n or l is NaN or Inf
+      spike       if l > limit of value
+                  or n > limit of grad_norm, and l > limit of confirm if that is given
+
+      non-finite                                    skip
+      spike, the max_consecutive before it skipped  step, and rebase the thresholds
+      spike, no skip left in the bucket             step
+      any other spike                               skip
+      all else                                      step
+
+    A step whose norm is above its limit is taken at the limit, g·limit/n. What is
+    skipped is not learned. Rebasing takes the present loss for the new normal, and the
+    present norm up to ten times its limit. The bucket holds ``budget`` skips at first
+    and at most; a skipped spike takes one, a normal step gives 1/``budget`` back.
+
+    **Guarantees**
+
+    * A non-finite gradient never reaches ``inner``, nor a non-finite loss, at any step,
+      however many there are. Such steps cost nothing from the bucket.
+    * On a skipped step the state of ``inner`` is untouched, bit for bit.
+    * On a normal step the gradient passes bit for bit.
+    * Nothing freezes: of finite steps at most ``max_consecutive`` in a row are skipped,
+      and of any T at most ``budget`` + T/(``budget`` + 1).
+    * All devices decide alike.
+
+    **Edge cases**
+
+    * ``max_consecutive`` is a trade: the length of a corrupted stretch that is left out
+      whole, and the delay after a lasting change of the data, both in steps. Beyond it,
+      what is there is taken for the new normal. The bucket bounds what a *mixture*
+      loses: every second batch of another kind 17 steps in all, alternating blocks of
+      ten 35 (``python benchmarks/fault_table.py``). A kind rarer than one in
+      ``budget`` + 1 is never learned.
+    * Until the thresholds are armed only what they say in that time is a spike: see
+      :func:`thresholds.detrended_mad`. A finite spike in the very first gradient has
+      nothing to be compared with, and Adam's second moment remembers it: 1e30 would
+      hold the update near 0 for thousands of steps. If that can happen, put
+      ``clip_by_threshold(thresholds.constant(1.0))`` around or before.
+    * A norm jump with a normal loss is for clipping: with ``confirm`` it is not
+      skipped, but the step is shortened to the limit.
+    * To accumulate gradients, put :func:`accumulate_moments` around: it averages the
+      loss as well. In the accumulator of ``optax.MultiSteps`` a NaN microbatch stays,
+      and every later mean is skipped.
+    * Skipping does not cure a divergence: the parameters are bad by then. Rewind.
+    * Reverse-mode differentiation does not pass.
+
+    Args:
+      inner: what is protected: the whole chain from clipping to the learning rate.
+      grad_norm: threshold on the L2 norm of the gradient; None watches non-finite
+        values only.
+      value: threshold on the loss, or None.
+      confirm: lower threshold on the loss, above which a norm counts as a spike; None
+        believes the norm alone.
+      max_consecutive: finite spikes skipped in a row before one is taken, ≥ 1.
+      budget: finite spikes that may be skipped before normal steps have to earn more,
+        from 1 to 10,000.
+      axis_name: under ``shard_map``, the mesh axes that shard gradient and batch: norms
+        are summed, as in :func:`clip_by_threshold`, and the loss is averaged over them.
+        Leave it None under ``jit``.
+
+    Returns:
+      A transformation with state :class:`SkipSpikesState`. Its ``update`` takes the
+      loss as the extra argument ``value=`` (or ``loss=``), which it needs if ``value``
+      or ``confirm`` is given, and passes all extra arguments on. Metrics:
+      ``skip/skipped`` (this step), ``skip/total``, ``skip/nonfinite_total``,
+      ``skip/accepted_total`` (spikes taken for the new normal), ``skip/consecutive``,
+      ``skip/last_step``, ``skip/norm``, ``skip/norm_limit``, ``skip/value``,
+      ``skip/value_limit``; and ``skip/<kind>_total``, ``skip/<kind>_last_step`` with
+      the kinds nan, inf, norm, value. Steps are counted from 0; −1 is never.
+
+    Raises:
+      TypeError: ``inner`` is not a transformation, a threshold not a ``Threshold``.
+      ValueError: an argument is outside its range; at ``update``, the loss is needed
+        and missing, or not a scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"w": jnp.ones(2)}
+      >>> tx = skip_spikes(optax.adam(0.1))
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"w": jnp.array([jnp.nan, 1.0])}, state, params)
+      >>> print(updates["w"], state.metrics["skip/nan_total"])
+      [0. 0.] 1
+
+    References:
+      ``SkipStepOptimizer`` of OLMo-core and its ports skip what is 6 deviations above a
+      window's mean. Deviations: the threshold is a matter of its own; non-finite values
+      are told apart and never learned; the two bounds on skipping.
+    """
+    _validate.check_transformation("inner", inner)
+    guard = _guarded_step.make_guard(
+        grad_norm, value, confirm, max_consecutive, budget, axis_name
+    )
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        return begin(guard.detector.init(), inner.init(params), budget)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        sight = _guarded_step.look(guard, updates, state.detector, extra_args)
+        decision = decide(sight.reading, state, max_consecutive, budget)
+        take = ~decision.skip
+        updates, step = _guarded_step.prepare(
+            guard, inner, take, sight, updates, params, extra_args
+        )
+        updates, _, inner_state = apply_if(take, step, updates, state.inner_state)
+        return updates, advance(state, sight, decision, budget, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def spike_guard(
+    inner: optax.GradientTransformation, **overrides: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Skips what is abnormal by loss, or by norm and loss together: recommended.
+
+    :func:`skip_spikes` with all three thresholds::
+
+      grad_norm = detrended_mad(5.0, floor=5.0)             five times the trend
+      value     = detrended_mad(7.0, floor=0.5, log=False)  half a nat above it
+      confirm   = detrended_mad(4.0, floor=0.3, log=False)
+
+    A norm alone cries wolf in the early descent and with small batches. Rules that
+    compare with a window of raw losses miss everything there. Figures for both, over
+    seeds, sizes and learning rates: ``python benchmarks/spike_detection.py``.
+
+    Guarantees and edge cases are those of :func:`skip_spikes`.
+
+    **Edge cases**: corruption is told from clean data by how surprising it is: within
+    the first 30 or so steps, when the model knows nothing, random bytes are not. What
+    stays within the spread of the batches is no spike. Batches of very few sequences
+    from mixed sources do differ by more than the floor; expect a skip now and then.
+
+    Args:
+      inner: what is protected: the whole chain from clipping to the learning rate.
+      overrides: any argument of :func:`skip_spikes`, such as ``max_consecutive=25``.
+
+    Returns:
+      A transformation with state :class:`SkipSpikesState`, whose ``update`` needs the
+      loss as ``value=`` (or ``loss=``).
+
+    Raises:
+      TypeError: an override is no argument of :func:`skip_spikes`.
+      ValueError: as :func:`skip_spikes`.
+
+    Example:
+      >>> import optax
+      >>> from optax_stability import clip_by_zscore, safe_adamw
+      >>> tx = spike_guard(optax.chain(clip_by_zscore(), safe_adamw(1e-3)))
+    """
+    settings: dict[str, Any] = {
+        "value": HALF_A_NAT_ABOVE,
+        "confirm": ABOVE_THE_SCATTER,
+    }
+    return skip_spikes(inner, **settings | overrides)

@@ -1,0 +1,105 @@
+"""The README shows what the last full runs have measured, and says where it is from."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reporting
+import run
+import tables
+import trainer_step
+
+BENCHMARKS = Path(tables.__file__).parent
+README = tables.README.read_text()
+
+
+def test_the_readme_shows_the_last_full_runs():
+    assert tables.render(README) == README
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_every_table_has_one_place_in_the_readme(name):
+    assert README.count(f"<!-- table {name} -->") == 1
+
+
+def test_a_number_that_changes_is_written_into_its_table(monkeypatch):
+    report = reporting.read("low_precision")
+    (row, *_) = report["runs"].values()
+    row["mean"] = 9.123
+    monkeypatch.setattr(tables, "read", lambda suite: report)
+    text = "before\n<!-- table low_precision -->\nold\n<!-- end -->\nafter\n"
+    rendered = tables.render(text)
+    assert "9.123" in rendered
+    assert "old" not in rendered
+    assert rendered.startswith("before\n<!-- table low_precision -->\n")
+    assert rendered.endswith("<!-- end -->\nafter\n")
+    assert tables.render(rendered) == rendered
+
+
+def stored():
+    return sorted(reporting.RESULTS.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", stored(), ids=lambda path: path.stem)
+def test_every_report_says_where_it_is_from(path):
+    for suite, report in reporting.read_all(path).items():
+        assert reporting.path_of(report["device"]) == path
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", report["date"])
+        assert report["cores"] > 0
+        script = report["command"].split()[1]
+        assert (BENCHMARKS.parent / script).is_file(), suite
+        assert {"python", "jax", "optax", "version", "platform"} <= report.keys()
+        assert reporting.hardware(report) in reporting.caption(report)
+        assert report["command"] in reporting.caption(report)
+
+
+@pytest.mark.parametrize("path", stored(), ids=lambda path: path.stem)
+def test_the_page_of_a_device_shows_all_its_reports(path):
+    assert path.with_suffix(".md").read_text() == tables.page(path)
+
+
+def test_every_suite_is_a_script_whose_help_says_what_it_does():
+    for suite in (*run.ON_EVERY_DEVICE, *run.ANYWHERE):
+        text = (BENCHMARKS / f"{suite}.py").read_text()
+        assert f"python benchmarks/{suite}.py --quick" in text
+    modules = {path.stem for path in BENCHMARKS.glob("*.py")}
+    helpers = {"run", "tables", "reporting", "peers", "norm_taps"}
+    helpers |= {"faulty_streams", "contenders", "grids"}
+    assert modules - helpers == {*run.ON_EVERY_DEVICE, *run.ANYWHERE}
+
+
+def test_a_report_goes_into_the_file_of_its_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(reporting, "RESULTS", tmp_path)
+    reporting.save("a", {"device": "Some GPU, 80GB", "numbers": [1, 2]})
+    reporting.save("b", {"device": "Some GPU, 80GB"})
+    reporting.save("b", {"device": "cpu", "x": "σ"})
+    reporting.save("a", {"device": "Some GPU, 80GB", "numbers": [3, 4]})
+    gpu = json.loads((tmp_path / "some_gpu_80gb.json").read_text())
+    assert gpu["a"]["numbers"] == [3, 4]
+    assert list(gpu) == ["a", "b"]
+    assert reporting.devices_with("b") == {
+        "cpu": {"device": "cpu", "x": "σ"},
+        "some_gpu_80gb": {"device": "Some GPU, 80GB"},
+    }
+    assert "[3, 4]" not in (tmp_path / "cpu.json").read_text()
+
+
+def test_an_unknown_suite_is_an_error_that_names_the_others():
+    command = [sys.executable, str(BENCHMARKS / "run.py"), "--only", "stabilty"]
+    ended = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert ended.returncode == 2
+    assert "stability" in ended.stderr
+
+
+def test_the_chain_costs_little_of_a_step_on_cpu():
+    (rows,) = reporting.read("trainer_step")["cases"].values()
+    assert rows[trainer_step.OURS]["time_ratio"]["median"] <= 1.03
+
+
+def test_a_suite_that_fails_is_named(capfd):
+    assert run.run("nothing", []) == "nothing ended with 2"
+    assert "can't open file" in capfd.readouterr().err
+    assert not run.run("reporting", [])  # A script that does nothing ends well.

@@ -1,0 +1,962 @@
+"""Every kind is found where it was put, and nothing is found in health."""
+
+import inspect
+import re
+
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import optax_stability as ost
+from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis._advice import ADVICE
+from optax_stability._diagnosis._diagnose import diagnose
+from optax_stability._diagnosis._finding import KINDS, Finding
+from optax_stability._diagnosis._series import History, depth
+from optax_stability._diagnosis._trend import median, stretches, trend
+
+LAYERS = ("tokens/embedding", "blocks/0/qkv/kernel", "blocks/1/mlp/kernel", "head/bias")
+QKV, MLP = LAYERS[1:3]
+ROWS, EVERY, FAULT = 400, 4, 200
+
+
+def held(values, every=EVERY):
+    """As ``record`` has it: measured now and then, repeated in between."""
+    return values[np.arange(len(values)) // every * every]
+
+
+def healthy(seed=0, rows=ROWS, first=0, noise=0.1, decays=True, **levels):
+    """A run as those of benchmarks/diagnosis.py look: descent, warm-up, decay."""
+    rng = np.random.default_rng(seed)
+    t = first + np.arange(rows)
+
+    def around(level, spread):
+        return level * np.exp(spread * rng.standard_normal(rows))
+
+    end = first + rows if decays else np.inf
+    rate = 3e-3 * np.minimum(1, (t + 1) / 30) * (0.55 + 0.45 * np.cos(np.pi * t / end))
+    descent = np.exp(-t / 30)
+    history = {
+        "step": t,
+        "loss": 2.2 + 3.3 * descent + noise * rng.standard_normal(rows),
+        "learning_rate": rate,
+        "grad/norm": around(0.5 + 3 * descent, 0.25),
+        "update/param_ratio": held(around(rate, 0.1)),
+        "update/bimodality": held(around(0.37 + 0.6 * descent, 0.05)),
+        "update/correlation": held(around(0.8, 0.05)),
+        "grad/zero_fraction": held(np.abs(rng.normal(0, 1e-4, rows))),
+        "grad/nonfinite": np.zeros(rows),
+        "adam/correlation": held(around(0.3 + 0.69 * descent, 0.1)),
+        "adam/eps_share": held(around(1e-3, 0.1)),
+        "adam/zero_fraction": held(around(1e-3, 0.1)),
+        "clip/norm": np.zeros(rows),
+        "clip/limit": np.full(rows, 5.0),
+        "skip/skipped": np.zeros(rows),
+        "skip/nonfinite_total": np.zeros(rows),
+        "noise_scale/low": around(10.0, 0.3),
+        "noise_scale/batch_size": np.full(rows, 8.0),
+    }
+    history["clip/norm"] = history["grad/norm"]
+    growth = 1 - np.exp(-t / 100)
+    for i, layer in enumerate(LAYERS):
+        history |= {
+            f"grad/norm/{layer}": around(0.2 + descent, 0.3),
+            f"grad/nonfinite/{layer}": np.zeros(rows),
+            f"grad/zero_fraction/{layer}": held(np.full(rows, 0.8 * (i == 0))),
+            f"update/param_ratio/{layer}": held(around(3 * rate, 0.2)),
+            f"update/bimodality/{layer}": held(around(0.37 + 0.6 * descent, 0.1)),
+            f"adam/correlation/{layer}": held(rng.normal(0.0, 0.3, rows)),
+            f"adam/eps_share/{layer}": held(around(1e-3, 0.1)),
+            f"params/spectral_norm/{layer}": held(around(1 + 3 * growth, 0.01), 8),
+        }
+    return history | levels
+
+
+def scaled(history, key, factor, start=FAULT, stop=None):
+    history[key] = history[key].copy()
+    history[key][start:stop] *= factor
+
+
+def put(history, key, value, start=FAULT, stop=None):
+    history[key] = history[key].copy()
+    history[key][start:stop] = value
+
+
+def wobbling(level, rows=ROWS, seed=5):
+    """Measured every few steps, and never twice the same."""
+    return held(level * (1 + 1e-3 * np.random.default_rng(seed).standard_normal(rows)))
+
+
+# --- One fault each: (kind, first step, layer, history). ------------------------------
+
+
+def loss_spike():
+    history = healthy()
+    scaled(history, "loss", 2.5, stop=FAULT + 3)
+    put(history, f"grad/norm/{QKV}", 30.0, FAULT - 1, FAULT + 2)
+    put(history, f"grad/norm/{MLP}", 300.0, FAULT, FAULT + 2)
+    return "loss_spike", FAULT, QKV, history
+
+
+def divergence():
+    history = healthy()
+    history["loss"][FAULT:] += np.linspace(0.7, 3, ROWS - FAULT)
+    scaled(history, "grad/norm", 50, FAULT + 5)
+    return "divergence", FAULT, None, history
+
+
+def divergence_to_the_death():
+    history = healthy()
+    for key in ("loss", "grad/norm"):
+        put(history, key, np.nan, FAULT + 3)
+    put(history, "loss", 9.0, FAULT, FAULT + 3)
+    return "divergence", FAULT, None, history
+
+
+def nonfinite_once():
+    history = healthy()
+    put(history, "grad/norm", np.nan, stop=FAULT + 1)
+    put(history, "grad/nonfinite", 0.01, stop=FAULT + 1)
+    put(history, f"grad/nonfinite/{MLP}", 0.2, stop=FAULT + 1)
+    return "nonfinite", FAULT, MLP, history
+
+
+def nonfinite_for_good():
+    history = healthy()
+    for key in history:
+        if key.startswith(("loss", "grad/norm", "update")):
+            put(history, key, np.nan)
+        if key.startswith("grad/nonfinite"):
+            put(history, key, 1.0)
+    return "nonfinite", FAULT, None, history
+
+
+def nonfinite_by_a_counter():
+    history = healthy()
+    put(history, "skip/nonfinite_total", 1)
+    return "nonfinite", FAULT, None, history
+
+
+def infinite_loss():
+    history = {"step": np.arange(3), "loss": np.array([np.inf, 1, 1])}
+    return "nonfinite", 0, None, history
+
+
+def underflow():
+    history = healthy()
+    for layer in LAYERS[1:3]:
+        history[f"grad/zero_fraction/{layer}"] = wobbling(0.6)
+    put(history, f"grad/zero_fraction/{QKV}", 0.0, 0, FAULT)
+    put(history, f"grad/zero_fraction/{MLP}", 0.0, 0, FAULT - 8)
+    return "underflow", FAULT, MLP, history
+
+
+def underflow_without_layers():
+    history = healthy()
+    for key in list(history):
+        if key.startswith("grad/zero_fraction/"):
+            del history[key]
+    history["grad/zero_fraction"] = wobbling(0.9)
+    put(history, "grad/zero_fraction", 0.5, 0, FAULT)
+    return "underflow", FAULT, None, history
+
+
+def underflow_of_everything():
+    history = healthy()
+    put(history, "grad/norm", 0.0)
+    return "underflow", FAULT, None, history
+
+
+def vanishing_then_surge():
+    history = healthy()
+    scaled(history, f"grad/norm/{LAYERS[0]}", 1e-4, FAULT, FAULT + 40)
+    return "vanishing_then_surge", FAULT, LAYERS[0], history
+
+
+def exploding_gradient():
+    history = healthy()
+    scaled(history, "grad/norm", 40, FAULT, FAULT + 4)
+    scaled(history, f"grad/norm/{MLP}", 60, FAULT - 2, FAULT + 4)
+    scaled(history, f"grad/norm/{QKV}", 600, FAULT, FAULT + 4)
+    return "exploding_gradient", FAULT, MLP, history
+
+
+def exploding_with_the_loss():
+    """A jump of one step, which the loss confirms without being a spike itself."""
+    history = healthy(noise=0.02)
+    scaled(history, "grad/norm", 40, FAULT, FAULT + 1)
+    history["loss"][FAULT + 1] += 0.45
+    return "exploding_gradient", FAULT, None, history
+
+
+def learning_rate_too_high():
+    history = healthy()
+    history["adam/correlation"] = wobbling(-0.2)
+    return "learning_rate_too_high", 32, None, history
+
+
+def update_too_large():
+    history = healthy(decays=False)
+    history[f"update/param_ratio/{MLP}"] = wobbling(0.5)
+    put(history, f"update/param_ratio/{MLP}", 0.01, 0, FAULT)
+    return "update_too_large", FAULT, MLP, history
+
+
+def update_too_large_as_a_whole():
+    history = healthy(decays=False)
+    history["update/param_ratio"] = wobbling(0.2)
+    return "update_too_large", 50, None, history
+
+
+def growing_spectral_norm():
+    history = healthy()
+    grown = np.exp(np.maximum(0, np.arange(ROWS) - 100) / 60)
+    history[f"params/spectral_norm/{QKV}"] = held(grown, 8)
+    return "growing_spectral_norm", None, QKV, history
+
+
+def vanishing_gradient():
+    history = healthy()
+    scaled(history, f"grad/norm/{MLP}", 1e-4)
+    return "vanishing_gradient", FAULT, MLP, history
+
+
+def vanishing_slowly():
+    history = healthy()
+    fall = np.exp(-np.maximum(0, np.arange(ROWS) - 100) / 30)
+    history["grad/norm"] = history["grad/norm"] * fall
+    return "vanishing_gradient", None, None, history
+
+
+def eps_dominated():
+    history = healthy()
+    history[f"adam/eps_share/{QKV}"] = wobbling(0.7)
+    put(history, f"adam/eps_share/{QKV}", 0.01, 0, FAULT)
+    return "eps_dominated", FAULT, QKV, history
+
+
+def frequent_skips():
+    history = healthy()
+    put(history, "skip/skipped", np.arange(ROWS - FAULT) % 5 == 0)
+    return "frequent_skips", FAULT, None, history
+
+
+def frequent_skips_by_total():
+    history = healthy()
+    history["skip/total"] = np.cumsum(
+        (np.arange(ROWS) % 5 == 0) * (history["step"] >= FAULT)
+    )
+    del history["skip/skipped"]
+    return "frequent_skips", FAULT, None, history
+
+
+def clipping_too_often():
+    history = healthy()
+    put(history, "clip/limit", 0.01)
+    return "clipping_too_often", None, None, history
+
+
+def clipping_too_often_by_fraction():
+    history = healthy()
+    del history["clip/norm"]
+    clipped = np.cumsum(history["step"] >= FAULT)
+    history["clip/fraction"] = clipped / (history["step"] + 1)
+    return "clipping_too_often", None, None, history
+
+
+def bimodal_updates():
+    history = healthy()
+    history["update/bimodality"] = wobbling(0.8)
+    put(
+        history, "update/bimodality", 0.4 + 0.01 * (np.arange(FAULT) // 4 % 2), 0, FAULT
+    )
+    put(history, f"update/bimodality/{MLP}", history["update/bimodality"][FAULT:])
+    return "bimodal_updates", FAULT, MLP, history
+
+
+def correlated_updates():
+    history = healthy()
+    history["adam/correlation"] = wobbling(0.97)
+    put(history, "adam/correlation", 0.4, 0, FAULT)
+    return "correlated_updates", FAULT, None, history
+
+
+def correlated_updates_without_adam():
+    history = healthy()
+    for key in list(history):
+        if key.startswith("adam/correlation"):
+            del history[key]
+    history["update/correlation"] = wobbling(0.998)
+    put(history, "update/correlation", 0.9, 0, FAULT)
+    return "correlated_updates", FAULT, None, history
+
+
+def noise_too_high():
+    history = healthy()
+    scaled(history, "noise_scale/low", 1000)
+    return "noise_too_high", FAULT, None, history
+
+
+def update_too_small():
+    history = healthy(decays=False)
+    history["update/param_ratio"] = wobbling(1e-8)
+    return "update_too_small", 50, None, history
+
+
+def plateau():
+    history = healthy(decays=False)
+    history["loss"] = 5.5 + 0.02 * np.random.default_rng(1).standard_normal(ROWS)
+    return "plateau", 50, None, history
+
+
+def plateau_half_way():
+    history = healthy(decays=False, first=5000)
+    history["adam/correlation"] = wobbling(0.7)
+    return "plateau", 5000, None, history
+
+
+FAULTS = (
+    loss_spike,
+    divergence,
+    divergence_to_the_death,
+    nonfinite_once,
+    nonfinite_for_good,
+    nonfinite_by_a_counter,
+    infinite_loss,
+    underflow,
+    underflow_without_layers,
+    underflow_of_everything,
+    vanishing_then_surge,
+    exploding_gradient,
+    exploding_with_the_loss,
+    learning_rate_too_high,
+    update_too_large,
+    update_too_large_as_a_whole,
+    growing_spectral_norm,
+    vanishing_gradient,
+    vanishing_slowly,
+    eps_dominated,
+    frequent_skips,
+    frequent_skips_by_total,
+    clipping_too_often,
+    clipping_too_often_by_fraction,
+    bimodal_updates,
+    correlated_updates,
+    correlated_updates_without_adam,
+    noise_too_high,
+    update_too_small,
+    plateau,
+    plateau_half_way,
+)
+
+
+def kinds(history):
+    return [each.kind for each in diagnose(history)]
+
+
+def test_the_loss_of_a_probe_is_no_finding():
+    """It is one of parameters that are not in use."""
+    history = healthy()
+    history["loss"][FAULT] += 9
+    assert kinds(history) == ["loss_spike"]
+    history["branch/probed"] = np.zeros(ROWS)
+    history["branch/probed"][FAULT] = 1
+    assert kinds(history) == []
+    history["vector/branch/probed"] = np.zeros(ROWS)
+    assert kinds(history) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_each_fault_is_found_where_it_was_put(fault):
+    kind, step, layer, history = fault()
+    found = {each.kind: each for each in diagnose(history)}
+    assert kind in found
+    assert found[kind].metric in history
+    if step is not None:
+        assert found[kind].step == step
+        assert type(found[kind].step) is int
+    if layer is not ...:
+        assert found[kind].layer == layer
+    # What else is found must be true of the fault too: a death is also NaN.
+    brings = {"nonfinite"} if fault is divergence_to_the_death else set()
+    assert set(found) == {kind} | brings
+
+
+def test_every_kind_has_a_fault_and_advice():
+    assert {fault()[0] for fault in FAULTS} == set(KINDS) == set(ADVICE)
+
+
+# --- Health. --------------------------------------------------------------------------
+
+
+def one_clipped_step():
+    history = healthy()
+    scaled(history, "grad/norm", 30, FAULT, FAULT + 1)
+    history["clip/norm"] = history["grad/norm"]
+    return history
+
+
+def a_fixed_clip_that_often_acts():
+    history = healthy()
+    return history | {"clip/limit": np.full(ROWS, 0.5)}
+
+
+def sign_updates():
+    """Of Lion, say: plus or minus the same from beginning to end."""
+    return healthy() | {"update/bimodality": wobbling(0.99)}
+
+
+def rare_tokens():
+    """Rows without a gradient for long: zeros, and no √v̂ to speak of."""
+    history = healthy()
+    for key in ("grad/zero_fraction", "adam/eps_share", "adam/zero_fraction"):
+        history[f"{key}/{LAYERS[0]}"] = wobbling(0.95)
+    history["grad/zero_fraction"] = wobbling(0.9)
+    history[f"adam/zero_fraction/{LAYERS[0]}"] = wobbling(0.5)
+    return history
+
+
+def a_bias_without_a_gradient():
+    """That of keys: attention does not see it."""
+    return healthy() | {"adam/eps_share/head/bias": wobbling(0.9)}
+
+
+def coordinates_that_never_had_a_gradient():
+    """Of them ε is all there is."""
+    history = healthy()
+    history[f"adam/eps_share/{QKV}"] = wobbling(0.9)
+    history[f"adam/zero_fraction/{QKV}"] = wobbling(0.9)
+    return history
+
+
+def frozen_layers():
+    history = healthy()
+    for layer in (QKV, MLP):
+        history[f"grad/norm/{layer}"] = np.zeros(ROWS)
+        history[f"grad/zero_fraction/{layer}"] = np.ones(ROWS)
+    return history
+
+
+def zeros_at_the_first_step():
+    """A head that starts at zero lets nothing through to the layers below."""
+    history = healthy()
+    for key in history:
+        if key.startswith("grad/zero_fraction"):
+            put(history, key, 1.0, 0, EVERY)
+        if key.startswith("grad/norm/"):
+            put(history, key, 0.0, 0, 1)
+    return history
+
+
+def one_high_measurement():
+    """Repeated between measurements, it is still one."""
+    history = healthy()
+    put(history, "update/bimodality", 0.9, FAULT, FAULT + EVERY)
+    put(history, f"adam/eps_share/{QKV}", 0.9, FAULT, FAULT + EVERY)
+    put(history, f"update/param_ratio/{QKV}", 0.9, FAULT, FAULT + EVERY)
+    put(history, "adam/correlation", 0.99, FAULT, FAULT + EVERY)
+    return history
+
+
+def thawed():
+    """Frozen for a hundred steps."""
+    history = healthy(decays=False)
+    put(history, "update/param_ratio", wobbling(1e-9)[:120], 50, 170)
+    return history
+
+
+def much_growth_that_slows_down():
+    history = healthy()
+    history[f"params/spectral_norm/{QKV}"] = held(
+        0.1 + np.clip(np.arange(ROWS) - 55, 0, None) ** 0.5, 8
+    )
+    return history
+
+
+def large_updates_for_a_moment():
+    """Measured three times, but over fewer steps than matter."""
+    history = healthy(decays=False)
+    put(history, "update/param_ratio", wobbling(0.2)[:12], FAULT, FAULT + 12)
+    return history
+
+
+def a_measurement_every_64_steps():
+    history = healthy()
+    for key in history:
+        if key.startswith(("update", "adam", "params")):
+            history[key] = held(history[key], 64)
+    return history
+
+
+def gradient_falls_with_the_loss():
+    """A regression without noise: both go to zero."""
+    history = healthy()
+    fall = np.exp(-np.arange(ROWS) / 20)
+    history["loss"] = 1e-12 + 3 * fall**2
+    for key in history:
+        if key.startswith("grad/norm"):
+            history[key] = history[key] * fall
+    history["clip/norm"] = history["grad/norm"]
+    return history
+
+
+def converged():
+    """Flat, because it is done."""
+    return healthy(first=5000, decays=False)
+
+
+def vectors_that_start_at_zero():
+    history = healthy()
+    history["update/param_ratio/head/bias"] = held(1 / np.arange(1, ROWS + 1) ** 0.25)
+    return history
+
+
+def a_learning_rate_that_is_not_known():
+    history = healthy()
+    del history["learning_rate"]
+    return history
+
+
+def five_skips_in_a_row():
+    history = healthy()
+    put(history, "skip/skipped", 1, FAULT, FAULT + 5)
+    return history
+
+
+def sparse_loss():
+    history = healthy()
+    history["loss"] = np.where(np.arange(ROWS) % 10 == 0, history["loss"], np.nan)
+    return history
+
+
+def one_row_in_ten():
+    """Of a log that has every step, but numbers now and then."""
+    history = healthy(rows=2000)
+    for key in history:
+        if key != "step":
+            history[key] = np.where(np.arange(2000) % 10 == 0, history[key], np.nan)
+    return history
+
+
+def a_low_first_value():
+    history = healthy()
+    history["loss"][0] = 0.1
+    return history
+
+
+def loss_not_given_now_and_then():
+    history = healthy()
+    put(history, "loss", np.nan, FAULT, FAULT + 1)
+    return history
+
+
+def old_counters():
+    """The history begins after a restart; what was counted before is old."""
+    history = healthy(first=5000)
+    return history | {
+        "skip/nonfinite_total": np.full(ROWS, 3),
+        "skip/total": np.full(ROWS, 90),
+        "clip/fraction": np.full(ROWS, 0.04),
+    }
+
+
+def only_steps():
+    return {"step": np.arange(ROWS)}
+
+
+def other_metrics():
+    return {"step": np.arange(ROWS), "accuracy": np.linspace(0, 1, ROWS) * 1e9}
+
+
+def nothing_measured():
+    return {key: np.full(ROWS, np.nan) for key in healthy()} | only_steps()
+
+
+HEALTHY = (
+    healthy,
+    lambda: healthy(noise=0.5),
+    lambda: healthy(rows=40),
+    lambda: healthy(first=100_000),
+    lambda: healthy(decays=False),
+    one_clipped_step,
+    a_fixed_clip_that_often_acts,
+    sign_updates,
+    rare_tokens,
+    a_bias_without_a_gradient,
+    coordinates_that_never_had_a_gradient,
+    frozen_layers,
+    zeros_at_the_first_step,
+    one_high_measurement,
+    thawed,
+    much_growth_that_slows_down,
+    large_updates_for_a_moment,
+    a_measurement_every_64_steps,
+    gradient_falls_with_the_loss,
+    converged,
+    vectors_that_start_at_zero,
+    a_learning_rate_that_is_not_known,
+    five_skips_in_a_row,
+    sparse_loss,
+    a_low_first_value,
+    one_row_in_ten,
+    loss_not_given_now_and_then,
+    old_counters,
+    only_steps,
+    other_metrics,
+    nothing_measured,
+)
+
+
+@pytest.mark.parametrize("make", HEALTHY)
+def test_health_has_no_findings(make):
+    assert [str(each) for each in diagnose(make())] == []
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(0, 500),
+    first=st.sampled_from([0, 7, 300, 10**6]),
+    noise=st.floats(0.0, 0.5),
+    decays=st.booleans(),
+)
+def test_no_healthy_run_has_a_finding(seed, rows, first, noise, decays):
+    assert kinds(healthy(seed, rows, first, noise, decays)) == []
+
+
+VALUES = st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -1.0, 1e-320, 1e308, 0.5, 1.0])
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from([0, 1, 2, 3, 30, 130, 260]))
+def test_garbage_never_raises(data, rows):
+    history = {"step": np.arange(rows)}
+    for key in healthy(rows=1):
+        pool = data.draw(st.lists(VALUES, min_size=1, max_size=5), label=key)
+        history.setdefault(key, np.resize(pool, rows))
+    for each in diagnose(history):
+        assert each.step in history["step"]
+        assert each.metric in history
+        assert str(each)
+
+
+# --- What a finding says. -------------------------------------------------------------
+
+
+def test_a_nan_step_does_not_blind_what_comes_later():
+    _, _, _, history = loss_spike()
+    for key in history:
+        if key.startswith(("loss", "grad/norm")):
+            put(history, key, np.nan, FAULT - 20, FAULT - 15)
+    assert {"nonfinite", "loss_spike"} == set(kinds(history))
+
+
+def test_a_gradient_that_was_left_out_is_no_underflow():
+    history = healthy()
+    # Every microbatch overflowed, until the loss scale fitted.
+    put(history, "grad/norm", 0.0, 0, 12)
+    put(history, "loss", np.nan, 0, 12)
+    assert "underflow" not in [each.kind for each in diagnose(history)]
+    put(history, "loss", 3.0, 0, 12)
+    assert "underflow" in [each.kind for each in diagnose(history)]
+
+
+def test_neighbouring_steps_are_one_event_with_its_worst():
+    _, _, _, history = loss_spike()
+    history["loss"][FAULT : FAULT + 4] += [0, 7, -4, 3]
+    history["loss"][FAULT + 100] += 3
+    (found,) = diagnose(history)
+    worst = re.search(
+        rf"steps above: 4, events: 2, worst \+(\S+) at step {FAULT + 1}", found.evidence
+    )
+    assert worst is not None
+    assert 10 < float(worst[1]) < 11
+
+
+def test_what_a_divergence_brings_with_it_is_left_out():
+    _, _, _, history = divergence()
+    scaled(history, "loss", 2, FAULT + 50, FAULT + 52)
+    scaled(history, "loss", 2, FAULT - 7, FAULT - 6)
+    assert kinds(history) == ["divergence"]
+
+
+def test_what_came_before_a_divergence_is_kept():
+    _, _, _, history = divergence()
+    scaled(history, "loss", 3, FAULT - 80, FAULT - 78)
+    assert kinds(history) == ["divergence", "loss_spike"]
+
+
+def test_a_gradient_that_jumps_with_the_loss_is_one_finding():
+    _, _, _, history = loss_spike()
+    scaled(history, "grad/norm", 50, FAULT, FAULT + 3)
+    assert kinds(history) == ["loss_spike"]
+
+
+def test_a_gradient_that_jumps_before_the_loss_is_another():
+    _, _, _, history = loss_spike()
+    scaled(history, "grad/norm", 50, FAULT - 1, FAULT + 3)
+    assert kinds(history) == ["exploding_gradient", "loss_spike"]
+
+
+def test_the_last_rows_of_a_sparse_log_are_no_death():
+    history = one_row_in_ten()
+    history["loss"][[-20, -10]] += 3
+    assert kinds(history) == ["loss_spike"]
+
+
+def test_of_layers_at_the_same_step_the_furthest_for_its_own_scale_is_named():
+    history = healthy()
+    calm = np.random.default_rng(1).standard_normal(ROWS)
+    history[f"grad/norm/{QKV}"] = np.exp(0.02 * calm)
+    history["loss"][FAULT] += 3
+    scaled(history, f"grad/norm/{QKV}", 20, FAULT, FAULT + 1)
+    scaled(history, f"grad/norm/{MLP}", 60, FAULT, FAULT + 1)
+    (found,) = diagnose(history)
+    assert found.layer == QKV
+
+
+def test_a_gradient_that_comes_back_slowly_is_no_surge():
+    history = healthy()
+    away = np.clip((np.arange(ROWS) - FAULT) / 20, 0, None)
+    back = np.clip((np.arange(ROWS) - FAULT - 100) / 20, 0, None)
+    fall = np.exp(np.minimum(back - np.minimum(away, 7), 0))
+    history[f"grad/norm/{LAYERS[0]}"] = history[f"grad/norm/{LAYERS[0]}"] * fall
+    assert kinds(history) == ["vanishing_gradient"]
+
+
+def test_a_surge_of_a_deep_layer_is_no_sign():
+    history = healthy()
+    scaled(history, f"grad/norm/{MLP}", 1e-4, FAULT, FAULT + 40)
+    assert kinds(history) == ["vanishing_gradient"]
+
+
+def test_findings_are_sorted_by_severity():
+    _, _, _, history = nonfinite_once()
+    for fault in (eps_dominated, noise_too_high, loss_spike, frequent_skips):
+        other = fault()[-1]
+        changed = [
+            key
+            for key, values in other.items()
+            if not np.array_equal(values, healthy()[key], equal_nan=True)
+        ]
+        history |= {key: other[key] for key in changed}
+    found = kinds(history)
+    assert len(found) == 5
+    assert found == sorted(found, key=KINDS.index)
+
+
+def test_steps_may_have_gaps_and_start_anywhere():
+    _, _, _, history = eps_dominated()
+    history["step"] = 1000 + 10 * np.arange(ROWS)
+    (found,) = diagnose(history)
+    assert found.step == 1000 + 10 * FAULT
+
+
+@pytest.mark.parametrize("fault", [loss_spike, exploding_gradient, eps_dominated])
+def test_a_prefix_may_stand_before_a_name(fault):
+    kind, step, layer, history = fault()
+    history = {
+        f"decayed/{key}" if key.startswith(("adam", "grad")) else key: values
+        for key, values in history.items()
+    }
+    (found,) = diagnose(history)
+    assert (found.kind, found.step, found.layer) == (kind, step, layer)
+
+
+def test_after_a_short_warmup_the_first_steps_are_left_alone():
+    steps = np.arange(100)
+    rate = 1e-3 * np.minimum(1, (steps + 1) / 5)
+    late = np.where(steps < 30, 0.3, -0.5)
+    late = late + 1e-3 * np.sin(steps)  # Each step is a measurement of its own.
+    history = {"step": steps, "learning_rate": rate, "adam/correlation": late}
+    (found,) = diagnose(history)
+    assert (found.kind, found.step) == ("learning_rate_too_high", 30)
+    assert diagnose(history | {"adam/correlation": -late}) == []
+
+
+def test_groups_of_parameters_must_agree_on_the_learning_rate():
+    history = healthy()
+    del history["adam/correlation"]
+    for key in [key for key in history if key.startswith("adam/correlation/")]:
+        del history[key]
+    history["decayed/adam/correlation"] = wobbling(-0.5)
+    history["rest/adam/correlation"] = wobbling(-0.4, seed=6)
+    assert kinds(history) == ["learning_rate_too_high"]
+    history["rest/adam/correlation"] = wobbling(0.1)
+    assert kinds(history) == []
+
+
+@pytest.mark.parametrize(
+    ("present", "missing"),
+    [("skip/value", ["loss"]), ("skip/norm", ["grad/norm"])],
+)
+def test_what_the_guard_saw_stands_in(present, missing):
+    fault = loss_spike if present == "skip/value" else exploding_gradient
+    kind, step, _, history = fault()
+    history[present] = history.pop(missing[0])
+    (found,) = diagnose(history)
+    assert (found.kind, found.step, found.metric) == (kind, step, present)
+
+
+def test_an_evidence_names_value_past_and_limit():
+    history = {"step": np.arange(100), "loss": np.full(100, 2.31)}
+    history["loss"][60] = 5.81
+    (found,) = diagnose(history)
+    assert found.evidence.startswith(
+        "loss 5.81 at step 60, 2.31 before (median of 8): +3.50, limit +0.50"
+    )
+    assert str(found).startswith("loss_spike at step 60 (loss)\n  evidence: loss 5.81")
+    assert "\n  likely:   " in str(found)
+    assert "\n  try:      " in str(found)
+
+
+def test_a_finding_prints_its_layer():
+    found = Finding("plateau", "loss", 3, "w", "flat", ("a",), ("b", "c"))
+    assert str(found) == (
+        "plateau at step 3, first in w (loss)\n  evidence: flat\n  likely:   a\n"
+        "  try:      b\n  try:      c"
+    )
+
+
+NAMES = re.compile(r"([A-Za-z_.0-9]+)(\((?:[^()]|\([^()]*\))*\))?")
+
+
+def function_of(name):
+    """The function of that name, here or in optax."""
+    for place in (ost, optax):
+        found = place
+        for part in name.removeprefix("optax.").split("."):
+            found = getattr(found, part, None)
+        if found is not None:
+            return found
+    return None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_remedy_names_functions_and_arguments_that_exist(kind):
+    advice = ADVICE[kind]
+    assert advice.causes
+    quoted = [each for text in advice.remedies for each in re.findall("`(.*?)`", text)]
+    assert quoted
+    for call in quoted:
+        name, _ = NAMES.match(call).groups()
+        function = function_of(name)
+        assert callable(function), call
+        for keyword in re.findall(r"(\w+)=", call):
+            parameters = inspect.signature(function).parameters
+            variadic = any(
+                each.kind == each.VAR_KEYWORD for each in parameters.values()
+            )
+            assert keyword in parameters or variadic, call
+    assert not re.search(r"\w\(", re.sub("`.*?`|jax.debug_nans", "", str(advice[1])))
+
+
+def test_the_real_runs_on_record_have_what_they_should():
+    import diagnosis
+    import reporting
+
+    report = reporting.read("diagnosis")
+    assert list(report["runs"]) == list(diagnosis.RUNS)
+    for name, run in diagnosis.RUNS.items():
+        assert set(run.expected) | set(run.allowed) <= set(KINDS)
+        findings = [Finding(**each) for each in report["runs"][name]["findings"]]
+        assert diagnosis.judge(run, findings) == []
+
+
+# --- Bad input. -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("history", "error", "message"),
+    [
+        (None, TypeError, "history must be a dict of arrays, got NoneType; pass"),
+        ({"loss": np.ones(3)}, ValueError, "history has no 'step' among its 1 keys"),
+        (
+            {"step": np.arange(3), "loss": np.ones(2)},
+            ValueError,
+            r"history\['loss'\] has shape \(2,\), but history\['step'\] has \(3,\)",
+        ),
+        (
+            {"step": np.ones((2, 2))},
+            ValueError,
+            r"history\['step'\] has shape \(2, 2\)",
+        ),
+        (
+            {"step": np.array([0, np.nan])},
+            ValueError,
+            r"history\['step'\] = array\(\[ 0., nan\]\) holds what is not finite",
+        ),
+        (
+            {"step": np.arange(1), "loss": ["high"]},
+            TypeError,
+            r"history\['loss'\] must be an array of numbers, got \['high'\]; leave",
+        ),
+    ],
+)
+def test_bad_input_is_explained(history, error, message):
+    with pytest.raises(error, match=message):
+        diagnose(history)
+
+
+def test_the_history_is_not_changed():
+    history = nonfinite_for_good()[-1]
+    before = {key: values.copy() for key, values in history.items()}
+    diagnose(history)
+    for key, values in before.items():
+        np.testing.assert_array_equal(history[key], values)
+
+
+# --- Parts. ---------------------------------------------------------------------------
+
+
+def test_the_trend_is_that_of_the_threshold():
+    values = np.exp(np.random.default_rng(0).standard_normal(120)).astype(np.float32)
+    values[70:75], values[90:94] = 500.0, np.nan
+    rule = ost.thresholds.detrended_mad(7.0, floor=0.5, log=False)
+    state, expected = rule.init(), []
+    for value in values:
+        limit, state = rule.update(value, state)
+        expected.append(limit)
+    found = trend(values.astype(np.float64), 7.0, 0.5)
+    limit = found.centre + found.bound
+    np.testing.assert_allclose(limit[1:], expected[1:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_median_leaves_out_nan(axis):
+    values = np.random.default_rng(0).standard_normal((7, 6))
+    values[values > 0.7] = np.nan
+    np.testing.assert_allclose(median(values, axis), np.nanmedian(values, axis))
+    assert np.isnan(median(np.full(3, np.nan)))
+
+
+def test_stretches_that_are_close_are_one():
+    flags = np.array([0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1], bool)
+    assert stretches(flags) == [(1, 3), (5, 6), (10, 11)]
+    assert stretches(flags, 3) == [(1, 6), (10, 11)]
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        ("tokens/embedding", -1),
+        ("wte", -1),
+        ("blocks/3/attn/qkv/kernel", 3),
+        ("layers_12/kernel", 12),
+        ("blocks/kernel/5", 5),
+        ("conv2d/kernel", np.inf),
+        ("unembed/kernel", np.inf),
+    ],
+)
+def test_the_depth_of_a_layer_is_in_its_name(layer, expected):
+    assert depth(layer) == expected
+
+
+def test_the_warm_up_ends_where_the_learning_rate_peaks():
+    history = healthy(rows=100)
+    assert History(history).settled() == limits.EARLY_STEPS
+    history["learning_rate"] = np.minimum(np.arange(100), 70)
+    assert History(history).settled() == 70
+    assert History(healthy(rows=20)).settled() == 20
