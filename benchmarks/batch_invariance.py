@@ -20,7 +20,7 @@ not depend on the parameters here, so only that order exists.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def ours(k: jax.Array, b2: float) -> Any:
     return ost.accumulate_moments(tx, k)
 
 
-def plain_adam(k: jax.Array, b2: float, rule: str) -> Any:
+def plain_adam(k: jax.Array, b2: float, rule: Literal["linear", "sqrt"]) -> Any:
     """Adam as everyone runs it under accumulation."""
     rate = ost.scale_learning_rate(LEARNING_RATE, k, rule)
     adam = optax.scale_by_adam(B1, b2)

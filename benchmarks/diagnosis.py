@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from low_precision import corpus, windows
+from corpus import corpus, windows
 from numpy.lib.stride_tricks import sliding_window_view
 from reporting import Report, finish, markdown, parser
 
@@ -39,6 +39,8 @@ from optax_stability._diagnosis._location import gradient_layers
 from optax_stability._diagnosis._series import History, is_vector
 from optax_stability._diagnosis._trend import smooth, trend
 from optax_stability._diagnosis._updates import whole_and_layers
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gpt"))
 
 STEPS, WARMUP, MICROBATCHES = 300, 30, 4
 # Steps between measurements of what takes passes of its own.

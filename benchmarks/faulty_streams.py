@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import numpy as np
-from low_precision import corpus, windows
+from corpus import corpus, windows
 from spike_detection import other_data
 
 WINDOWS = 512  # of held-out text

@@ -12,7 +12,6 @@ same seed. The spread over seeds is the noise that a difference must beat. For c
 import functools
 import statistics
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from corpus import corpus, windows
 from reporting import Report, markdown, run_suite
 
 import optax_stability as ost
@@ -55,25 +55,6 @@ OPTIMIZERS = {
     "√v in float16": functools.partial(stored_in, jnp.float16),
     "v in float16": functools.partial(scale_by_adam_in_float16, 0.9, 0.999),
 }
-
-
-def join(files: list[Path]) -> np.ndarray:
-    """All bytes of some files."""
-    return np.frombuffer(b"".join(f.read_bytes() for f in files), np.uint8)
-
-
-def corpus() -> tuple[np.ndarray, np.ndarray]:
-    """Bytes to train on and bytes held out: the top folder of the standard library."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(folder.glob("*.py"))
-    held_out, train = files[::10], [f for i, f in enumerate(files) if i % 10]
-    return join(train), join(held_out)
-
-
-def windows(stream: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Random windows of 65 bytes."""
-    starts = rng.integers(0, len(stream) - 65, count)
-    return stream[starts[:, None] + np.arange(65)].astype(np.int32)
 
 
 def train_once(make: Any, seed: int, steps: int) -> dict[str, float]:

@@ -29,6 +29,13 @@ Report = dict[str, Any]
 Tables = Callable[[Report], dict[str, str]]
 
 
+def command() -> str:
+    """What was called: a file, or a folder, which is called by its ``__main__.py``."""
+    script = Path(sys.argv[0]).resolve()
+    suite = script.parent if script.name == "__main__.py" else script
+    return " ".join(["python", f"benchmarks/{suite.name}", *sys.argv[1:]])
+
+
 def machine() -> Report:
     """What the numbers are measured on, with what, when and how."""
     return {
@@ -40,9 +47,7 @@ def machine() -> Report:
         "optax": optax.__version__,
         "version": ost.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(
-            ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
-        ),
+        "command": command(),
     }
 
 
@@ -128,6 +133,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table whose first column is text and whose others are numbers."""
     rules = ["---"] + ["--:"] * (len(head) - 1)
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rules, *rows])
+
+
+def share(counts: list[int]) -> str:
+    """So many of so many."""
+    return f"{counts[0]} of {counts[1]}" if counts[1] else "–"
 
 
 def quartiles(row: dict[str, float], digits: int) -> str:

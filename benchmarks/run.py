@@ -51,13 +51,17 @@ def device() -> str:
     ).stdout.strip()
 
 
+def script_of(suite: str) -> Path:
+    """A suite is a file, or a folder with a ``__main__.py``."""
+    folder = Path(__file__).with_name(suite)
+    return folder if folder.is_dir() else folder.with_suffix(".py")
+
+
 def run(suite: str, flags: list[str]) -> str:
     """Runs one suite: what went wrong, or nothing."""
     start = time.perf_counter()
-    script = str(Path(__file__).with_name(f"{suite}.py"))
-    ended = subprocess.run(
-        [sys.executable, script, *flags], check=False, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, str(script_of(suite)), *flags]
+    ended = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - start
     # Whole, or what runs beside it would write in between.
     sys.stdout.write(f"\n== {suite}, {seconds:.0f} s\n{ended.stdout}")

@@ -24,16 +24,19 @@ skips in a row are accepted as the new level.
 import base64
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from low_precision import corpus, windows
+from corpus import corpus, windows
 from reporting import Report, markdown, run_suite
 
 from optax_stability import thresholds
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gpt"))
 
 STEPS, QUICK_STEPS = 240, 120
 # A probe every so many steps from the one on at which our rule is armed; phases begin

@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,8 @@ from grids import GRIDS, QUICK, Fault, Grid
 from reporting import Report, finish, markdown, on_cpu, parser
 
 import optax_stability as ost
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gpt"))
 
 AFTER = 40  # clean steps after a fault over which its excess loss is averaged
 FEW, BEHIND = 5, 0.2  # a mean over so many calls so far above the base is behind

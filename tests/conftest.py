@@ -1,21 +1,56 @@
-"""Eight CPU devices, so that every test can shard; the examples are importable."""
+"""Eight CPU devices, two tiers of tests, and one cache of compiled programs."""
 
 import collections
+import os
+import time
+from pathlib import Path
 
 import jax
 import pytest
 import survival
 
+# Most of the time of a test is compilation: programs are kept between runs, and shared
+# by all workers and by the processes that tests start.
+CACHE = Path(__file__).parents[1] / ".cache" / "xla"
+CACHE_OPTIONS = {
+    "jax_compilation_cache_dir": str(CACHE),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+DAYS_KEPT = 30
+
 jax.config.update("jax_num_cpu_devices", 8)
+for name, value in CACHE_OPTIONS.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def programs_are_compiled_once(tmp_path_factory, worker_id):
-    """What takes more than a second to compile is shared by all workers of this run."""
-    folder = tmp_path_factory.getbasetemp()
-    if worker_id != "master":
-        folder = folder.parent
-    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full", action="store_true", help="run all tests, not the quick tier alone"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: left out unless --full is given")
+    if not hasattr(config, "workerinput"):
+        forget_old_programs()
+
+
+def forget_old_programs():
+    """The cache does not grow for ever."""
+    for program in CACHE.glob("*"):
+        if time.time() - program.stat().st_mtime > DAYS_KEPT * 24 * 3600:
+            program.unlink(missing_ok=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    """The quick tier, unless all is asked for, or a test by its name."""
+    if config.getoption("full") or any("::" in argument for argument in config.args):
+        return
+    chosen = [item for item in items if not item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=[x for x in items if x not in set(chosen)])
+    items[:] = chosen
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,7 +11,7 @@ window is full. State: a float32 buffer like the parameters for the mean and, wi
 ``mean_square``, one for the mean square; no other memory.
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +19,24 @@ import optax
 
 from optax_stability._accumulation._state import (
     AccumulateMomentsState,
-    advance,
-    begin,
-    checked,
+    check_state,
+    init_state,
+    step_if_full,
     window_of,
 )
 from optax_stability._core import _mesh_axes, _numerics, _tree, _validate
+from optax_stability._core._losses import given_losses
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Aggregate, Moments
-from optax_stability._noise._batch_size import BatchSizeSchedule
 
 
-def _losses(extra_args: dict[str, Any]) -> dict[str, Any]:
-    """The loss among the extra arguments, by the names it was given."""
-    names = [name for name in ("value", "loss") if extra_args.get(name) is not None]
-    return {name: extra_args[name] for name in names}
+@runtime_checkable
+class ChoosesMicrobatches(Protocol):
+    """Chooses the length of a window by the state of what is accumulated for."""
+
+    def num_microbatches(self, inner_opt_state: Any) -> jax.Array:
+        """Calls in the next window, int32[], ≥ 1."""
+        ...
 
 
 def _check_moments(moments: Moments, weight: Any, mean_square: bool) -> None:
@@ -66,7 +69,7 @@ def _incoming(
 
 def _calls_per_step(every_k: Any, state: AccumulateMomentsState):
     """How many calls the present window has."""
-    if isinstance(every_k, BatchSizeSchedule):
+    if isinstance(every_k, ChoosesMicrobatches):
         return every_k.num_microbatches(state.inner_opt_state)
     return every_k(state.gradient_step) if callable(every_k) else every_k
 
@@ -109,9 +112,9 @@ def flush(
       [-0.1  0.3]
     """
     _validate.check_transformation("inner", inner)
-    state, params = checked(state), _tree.pure(params)
+    state, params = check_state(state), _tree.pure(params)
     window = window_of(state)
-    return advance(
+    return step_if_full(
         optax.with_extra_args_support(inner),
         state,
         window,
@@ -124,7 +127,7 @@ def flush(
 
 def accumulate_moments(
     inner: optax.GradientTransformation,
-    every_k: int | jax.Array | optax.Schedule | BatchSizeSchedule,
+    every_k: int | jax.Array | optax.Schedule | ChoosesMicrobatches,
     *,
     mean_square: bool = True,
     reject_nonfinite: bool = True,
@@ -213,13 +216,13 @@ def accumulate_moments(
       eq. 2.1, with weights, for the deviation.
     """
     _validate.check_transformation("inner", inner)
-    if not (callable(every_k) or isinstance(every_k, BatchSizeSchedule)):
+    if not (callable(every_k) or isinstance(every_k, ChoosesMicrobatches)):
         _validate.check_count("every_k", every_k, 1, "1 takes a step on every call")
     _validate.check_float_dtype("accumulator_dtype", accumulator_dtype)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        return begin(
+        return init_state(
             inner.init(params),
             params,
             mean_square=mean_square,
@@ -227,7 +230,7 @@ def accumulate_moments(
         )
 
     def update_fn(updates, state, params=None, *, weight=None, moments=None, **extra):
-        losses = _losses(extra)
+        losses = given_losses(extra)
         loss = _mesh_axes.mean(next(iter(losses.values()), 0.0), axis_name)
         incoming = _incoming(
             updates,
@@ -252,7 +255,7 @@ def accumulate_moments(
             rejected_total=_numerics.increment(state.rejected_total, rejected)
         )
         k = _calls_per_step(every_k, state)
-        return advance(
+        return step_if_full(
             inner,
             state,
             window,

@@ -4,6 +4,7 @@
 """
 
 import math
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,13 @@ import optax
 
 from optax_stability._core import _validate
 
+Rule = Literal["linear", "sqrt"]
+
 
 def scale_learning_rate(
     lr: optax.ScalarOrSchedule,
     num_microbatches: int | jax.Array | optax.Schedule,
-    rule: str = "linear",
+    rule: Rule = "linear",
 ) -> optax.ScalarOrSchedule:
     """Scales a learning rate that suits one microbatch to K of them per step.
 
@@ -55,7 +58,7 @@ def scale_learning_rate(
       Algorithms", 2022, arXiv:2205.10287 (square root, for Adam under noise). Wang &
       Aitchison, 2024, arXiv:2402.18824 (linear, for the mean of squares).
     """
-    _validate.check_choice("rule", rule, ("linear", "sqrt"))
+    _validate.check_choice("rule", rule, get_args(Rule))
     if not callable(num_microbatches):
         remedy = "1 changes nothing"
         _validate.check_count("num_microbatches", num_microbatches, 1, remedy)
@@ -72,7 +75,7 @@ def scale_learning_rate(
     return schedule
 
 
-def _scaled(lr, k, rule: str):
+def _scaled(lr, k, rule: Rule):
     if rule == "linear":
         return lr * k
     return lr * (math.sqrt(k) if _validate.is_concrete(k) else jnp.sqrt(k))

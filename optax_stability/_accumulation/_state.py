@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _norms, _tree
-from optax_stability._core._in_place import after, apply_if
+from optax_stability._core._in_place import apply_if, depends_on
 from optax_stability._core._numerics import increment
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Aggregate, Moments
@@ -51,11 +51,11 @@ class AccumulateMomentsState(NamedTuple):
         }
 
 
-def begin(
+def init_state(
     inner_opt_state: Any, params: Any, *, mean_square: bool, dtype: Any
 ) -> AccumulateMomentsState:
     """The state before the first microbatch; ``dtype`` is that of the mean."""
-    empty = _moments.nothing(params, mean_square=mean_square, dtype=dtype)
+    empty = _moments.empty(params, mean_square=mean_square, dtype=dtype)
     return AccumulateMomentsState(
         mini_step=jnp.zeros((), jnp.int32),
         gradient_step=jnp.zeros((), jnp.int32),
@@ -84,7 +84,7 @@ def window_of(state: AccumulateMomentsState) -> Aggregate:
     return Aggregate(mean=state.acc_grads, value=state.value, moments=moments)
 
 
-def advance(
+def step_if_full(
     inner: optax.GradientTransformationExtraArgs,
     state: AccumulateMomentsState,
     window: Aggregate,
@@ -115,7 +115,10 @@ def advance(
 
     run = full & (window.moments.num_microbatches > 0)
     updates, acc_grads, inner_opt_state = apply_if(
-        after(run, window.moments.deviation), update, window.mean, state.inner_opt_state
+        depends_on(run, window.moments.deviation),
+        update,
+        window.mean,
+        state.inner_opt_state,
     )
     return updates, AccumulateMomentsState(
         mini_step=jnp.where(full, 0, increment(state.mini_step)),
@@ -131,7 +134,7 @@ def advance(
     )
 
 
-def checked(state: Any) -> AccumulateMomentsState:
+def check_state(state: Any) -> AccumulateMomentsState:
     """The state, without variables of NNX."""
     if not isinstance(state, AccumulateMomentsState):
         raise TypeError(
@@ -162,4 +165,4 @@ def has_updated(state: Any) -> jax.Array:
       >>> print(has_updated(state))
       False
     """
-    return checked(state).updated
+    return check_state(state).updated

@@ -16,7 +16,7 @@ reduction per leaf with ``update_rms_max``, else none; no collectives.
 import functools
 import math
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from optax_stability._adam._state import SafeAdamState, absorbed, update_bound
 from optax_stability._core import _numerics, _validate
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Moments
+
+EpsMode = Literal["add", "max", "atan2"]
+SecondMoment = Literal["mean", "microbatch"]
 
 # 1.27·atan2(m, m) ≈ 1 (4/π = 1.273): the same step as m/r where m = r.
 _ATAN2_SLOPE = 1.27
@@ -93,7 +96,7 @@ def _next_rms_unit(unit, total, b2, decay: _Decay):
     return _numerics.hypot(_root(decay.kept) * unit, _root(decay.learned))
 
 
-def _divide(mu, rms, eps, bound, eps_mode: str):
+def _divide(mu, rms, eps, bound, eps_mode: EpsMode):
     """The update from m and r on a common scale; 0/0 is 0."""
     if eps_mode == "atan2":
         return _ATAN2_SLOPE * lax.atan2(mu, rms)
@@ -126,7 +129,7 @@ def _check_decays(b1, b2):
 
 
 def _check_eps(eps, eps_mode):
-    _validate.check_choice("eps_mode", eps_mode, ("add", "max", "atan2"))
+    _validate.check_choice("eps_mode", eps_mode, get_args(EpsMode))
     if callable(eps):
         return
     _validate.check_interval("eps", eps, "[0, inf)", "0 is safe here")
@@ -166,8 +169,8 @@ def scale_by_safe_adam(
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array | optax.Schedule = 0.0,
     *,
-    eps_mode: str = "add",
-    second_moment: str = "mean",
+    eps_mode: EpsMode = "add",
+    second_moment: SecondMoment = "mean",
     update_rms_max: float | jax.Array | None = None,
     spike_ratio: float | jax.Array | None = None,
     mu_dtype: Any = None,
@@ -282,7 +285,7 @@ def scale_by_safe_adam(
     _check_decays(b1, b2)
     _check_eps(eps, eps_mode)
     _check_limits(update_rms_max, spike_ratio)
-    _validate.check_choice("second_moment", second_moment, ("mean", "microbatch"))
+    _validate.check_choice("second_moment", second_moment, get_args(SecondMoment))
     _validate.check_float_dtype("rms_dtype", rms_dtype)
     if mu_dtype is not None:
         _validate.check_float_dtype("mu_dtype", mu_dtype)

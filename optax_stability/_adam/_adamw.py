@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_stability._adam._adam import scale_by_safe_adam
+from optax_stability._adam._adam import EpsMode, SecondMoment, scale_by_safe_adam
 from optax_stability._core import _numerics
 
 
@@ -23,8 +23,8 @@ def safe_adamw(
     *,
     weight_decay: float | jax.Array = 1e-4,
     mask: Any | Callable[[Any], Any] | None = None,
-    eps_mode: str = "add",
-    second_moment: str = "mean",
+    eps_mode: EpsMode = "add",
+    second_moment: SecondMoment = "mean",
     update_rms_max: float | jax.Array | None = None,
     spike_ratio: float | jax.Array | None = None,
     mu_dtype: Any = None,

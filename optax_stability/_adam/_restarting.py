@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability import thresholds
-from optax_stability._core import _mesh_axes, _norms, _validate
+from optax_stability._core import _known_norms, _mesh_axes, _validate
 from optax_stability._core._in_place import run_if
 from optax_stability._core._numerics import increment, scale
 from optax_stability.thresholds import Threshold
@@ -160,7 +160,7 @@ def restart_moments(
         age = increment(state.age)
         restart, learned = jnp.zeros((), bool), state.threshold
         if on_spike is not None:
-            norm = _norms.global_norm(updates, axis_name)
+            norm = _known_norms.global_norm(updates, axis_name)
             limit, learned = watch.update(norm, state.threshold)
             restart = jnp.isfinite(norm) & (norm > limit)
         if every is not None:

@@ -13,6 +13,7 @@ from optax_stability._clipping._clipping import clip_by_threshold
 from optax_stability._core import _mesh_axes, _validate
 from optax_stability._core._scopes import Scope
 from optax_stability.thresholds import Threshold
+from optax_stability.thresholds._zscore import Mode
 
 
 def _relearn(threshold: Threshold, after: int | None) -> Threshold:
@@ -27,7 +28,7 @@ def clip_by_zscore(
     *,
     decay: float | jax.Array = 0.97,
     warmup: int | jax.Array = 25,
-    mode: str = "adaptive",
+    mode: Mode = "adaptive",
     relearn_after: int | None = 25,
     scope: Scope = "global",
     stacked: Any = None,

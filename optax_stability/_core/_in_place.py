@@ -9,7 +9,7 @@ only temporary memory is then the gradient itself.
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +17,25 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_stability._core._memory_space import beside, on_device
+from optax_stability._core._memory_space import to_device, to_memory_of
 
 Carry = TypeVar("Carry")
 
 
-def branching_is_cheap() -> bool:
-    """Whether it costs less to ask than to do something that may not be needed.
+def cond_is_cheap() -> bool:
+    """Whether a conditional costs less than doing the work unconditionally.
 
-    On a GPU the host must read what decides, and everything stands still meanwhile: a
-    pass over the parameters costs less. Asked while a program is traced.
+    Not on a GPU: there the host must read the condition, and the device waits for it; a
+    pass over the parameters costs less. Evaluated while a program is traced.
     """
     return jax.default_backend() == "cpu"
 
 
-def after(run, *measured):
-    """The bool[] ``run``, known only once other things are.
+def depends_on(run, *measured):
+    """Returns ``run`` with a data dependency on ``measured``.
 
-    XLA then reads what those are made from before it is written over. Without it, it
-    would keep a copy.
+    XLA then computes those, and reads what they are made from, before it overwrites the
+    buffers that a step under ``run`` changes. Without the dependency it keeps a copy.
 
     Args:
       run: bool[].
@@ -46,8 +46,11 @@ def after(run, *measured):
     return run
 
 
-def held(tree):
-    """The tree as it is, which JAX cannot take out of the loop that it passes."""
+def no_hoist(tree):
+    """Applies ``optimization_barrier``, so that the tree stays in the loop's carry.
+
+    JAX would otherwise move a value that the loop does not change out of the loop.
+    """
     # Around all at once, a barrier would give all the type of the most sharded under
     # ``shard_map``.
     return jax.tree.map(lax.optimization_barrier, tree)
@@ -76,38 +79,38 @@ def _no_tangent(x):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _observe(look, run, seen, beside, found):
+def _measure(measure, run, tree, extra, last):
     def step(carry):
-        seen, found = carry
-        return held(seen), look(seen, beside, found)
+        tree, last = carry
+        return no_hoist(tree), measure(tree, extra, last)
 
-    return run_if(run, step, (seen, found))
-
-
-@_observe.defjvp
-def _observe_jvp(look, primals, tangents):
-    """What is seen passes, and its derivative with it; what is found has none."""
-    passed, found = _observe(look, *primals)
-    return (passed, found), (tangents[1], jax.tree.map(_no_tangent, found))
+    return run_if(run, step, (tree, last))
 
 
-def observe_if(run, look, seen, beside, found):
-    """``look(seen, beside, found)`` if ``run`` holds, and ``found`` if not.
+@_measure.defjvp
+def _measure_jvp(measure, primals, tangents):
+    """The tree passes with its derivative; measurements have none."""
+    passed, measured = _measure(measure, *primals)
+    return (passed, measured), (tangents[1], jax.tree.map(_no_tangent, measured))
 
-    What is seen comes back as it was, in the same buffers, and only once the look is
-    over: what is written into them later needs no copy. Derivatives pass.
+
+def measure_if(run, measure, tree, extra, last):
+    """``measure(tree, extra, last)`` if ``run`` holds, and ``last`` if not.
+
+    The tree is returned unchanged, in the same buffers, with a data dependency on the
+    measurement: what overwrites it later needs no copy. Derivatives pass.
 
     Args:
       run: bool[].
-      look: returns the new ``found``, with the same types.
-      seen: a tree of arrays to hand on.
-      beside: what else is looked at.
-      found: what is known so far.
+      measure: returns the new measurements, with the types of ``last``.
+      tree: the arrays to measure and to hand on.
+      extra: what else ``measure`` reads.
+      last: the measurements so far.
 
     Returns:
-      ``seen`` and what is now found.
+      ``tree`` and the measurements.
     """
-    return _observe(look, run, seen, beside, found)
+    return _measure(measure, run, tree, extra, last)
 
 
 def _as_before(new, old):
@@ -121,23 +124,44 @@ def _fits(output, buffer) -> bool:
     return jnp.promote_types(output.dtype, buffer.dtype) == buffer.dtype
 
 
-def apply_if(run, inner_update, buffers, inner_state, *, then=None):
-    """``inner_update(buffers, inner_state)`` if ``run`` holds, zeros if it does not.
+class Written(NamedTuple):
+    """An update that may have been written over what it was made from.
 
-    The update is written over what it is made from, where the dtype allows.
+    Attributes:
+      targets: tree of arrays – the update if there was one. A target is the buffer it
+        was made from wherever that is wide enough, else an array of its own.
+      outputs: tree of shapes and dtypes – of the update.
+    """
+
+    targets: Any
+    outputs: Any
+
+    def updates(self, run) -> Any:
+        """The update if the bool[] ``run`` holds, else zeros."""
+        chosen = jax.tree.map(lambda target: jnp.where(run, target, 0), self.targets)
+        return optax.tree.cast_like(chosen, self.outputs)
+
+    def buffers(self, buffers: Any) -> Any:
+        """The buffers, after what was written over them."""
+
+        def latest(buffer, output, target):
+            return target if _fits(output, buffer) else buffer
+
+        return jax.tree.map(latest, buffers, self.outputs, self.targets)
+
+
+def write_if(run, inner_update, buffers, inner_state) -> tuple[Written, Any]:
+    """Writes an update over the buffers it is made from, if ``run`` holds.
 
     Args:
       run: bool[].
       inner_update: from a tree of arrays and a state to a tree of updates, of the same
         shapes, and the next state.
       buffers: what ``inner_update`` reads.
-      inner_state: is kept as it is where ``run`` does not hold.
-      then: a bool[], and a function that makes of update and state other ones if that
-        holds, and gives them back as they are if not.
+      inner_state: is returned unchanged where ``run`` does not hold.
 
     Returns:
-      Updates, buffers and state. The buffers hold the update if there was one, wherever
-      it fits; elsewhere, and if there was none, they are as they were.
+      The update, and the state.
     """
     outputs, _ = jax.eval_shape(inner_update, buffers, inner_state)
 
@@ -145,12 +169,9 @@ def apply_if(run, inner_update, buffers, inner_state, *, then=None):
         fits = _fits(output, buffer)
         return buffer if fits else jnp.zeros_like(buffer, dtype=output.dtype)
 
-    def given(buffer, output, target):
-        return target if _fits(output, buffer) else buffer
-
     def step(carry):
         targets, inner_state = carry
-        inputs = jax.tree.map(given, buffers, outputs, targets)
+        inputs = Written(targets, outputs).buffers(buffers)
         updates, new_state = inner_update(inputs, inner_state)
         # As optax.MultiSteps does: some states take the dtype of the gradient.
         new_state = jax.tree.map(_as_before, new_state, inner_state)
@@ -158,16 +179,26 @@ def apply_if(run, inner_update, buffers, inner_state, *, then=None):
 
     targets = jax.tree.map(start, buffers, outputs)
     targets, inner_state = run_if(run, step, (targets, inner_state))
-    if then is not None:
-        runs_then, remake = then
-        targets, inner_state = remake(targets, inner_state)
-        run |= runs_then
-    updates = jax.tree.map(lambda target: jnp.where(run, target, 0), targets)
-    return (
-        optax.tree.cast_like(updates, outputs),
-        jax.tree.map(given, buffers, outputs, targets),
-        inner_state,
-    )
+    return Written(targets, outputs), inner_state
+
+
+def apply_if(run, inner_update, buffers, inner_state):
+    """``inner_update(buffers, inner_state)`` if ``run`` holds, zeros if it does not.
+
+    The update is written over what it is made from, where the dtype allows.
+
+    Args:
+      run: bool[].
+      inner_update: as :func:`write_if` takes it.
+      buffers: what ``inner_update`` reads.
+      inner_state: is returned unchanged where ``run`` does not hold.
+
+    Returns:
+      Updates, buffers and state. The buffers hold the update if there was one, wherever
+      it fits; elsewhere, and if there was none, they are unchanged.
+    """
+    written, inner_state = write_if(run, inner_update, buffers, inner_state)
+    return written.updates(run), written.buffers(buffers), inner_state
 
 
 def _has_bits(x) -> bool:
@@ -185,9 +216,9 @@ def _as_bits(x):
 
 def _mix(x, y):
     """Exclusive or, bit by bit: ``_mix(_mix(x, y), y)`` is x, and lies where x does."""
-    bits = _as_bits(on_device(x)) ^ _as_bits(on_device(y))
+    bits = _as_bits(to_device(x)) ^ _as_bits(to_device(y))
     mixed = bits if bits.dtype == x.dtype else lax.bitcast_convert_type(bits, x.dtype)
-    return beside(mixed, x)
+    return to_memory_of(mixed, x)
 
 
 def exchange_if(run, first, second):
@@ -202,7 +233,7 @@ def exchange_if(run, first, second):
       second: another, with the same shapes and dtypes.
     """
     if not all(map(_has_bits, jax.tree.leaves(first))):
-        swapped = functools.partial(jax.tree.map, beside)
+        swapped = functools.partial(jax.tree.map, to_memory_of)
         return run_if(
             run,
             lambda pair: (swapped(pair[1], pair[0]), swapped(*pair)),
@@ -212,7 +243,7 @@ def exchange_if(run, first, second):
     def mixed(pair):
         # What is read passes, so that it is not written over before.
         into, other = pair
-        return jax.tree.map(_mix, into, other), held(other)
+        return jax.tree.map(_mix, into, other), no_hoist(other)
 
     first, second = run_if(run, mixed, (first, second))
     second, first = run_if(run, mixed, (second, first))

@@ -10,7 +10,7 @@ import jax
 Place = Literal["device", "host"]
 
 
-def _move(x, space):
+def _transfer(x, space):
     return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
@@ -19,11 +19,11 @@ def put(tree: Any, place: Place) -> Any:
     return jax.device_put(tree, jax.memory.Space.Host) if place == "host" else tree
 
 
-def on_device(x):
-    """An array where it can be worked on."""
-    return _move(x, jax.memory.Space.Device)
+def to_device(x):
+    """The array in the memory of the device, where it can be computed with."""
+    return _transfer(x, jax.memory.Space.Device)
 
 
-def beside(x, other):
-    """An array in the kind of memory that the other is in."""
-    return _move(x, jax.typeof(other).memory_space)
+def to_memory_of(x, other):
+    """The array in the kind of memory that ``other`` is in."""
+    return _transfer(x, jax.typeof(other).memory_space)

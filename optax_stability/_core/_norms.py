@@ -5,9 +5,7 @@ pass runs only when a norm is above 4e9, elsewhere the same pass makes two reduc
 No buffer the size of a parameter.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
 from optax_stability._core import _mesh_axes, _numerics
-from optax_stability._core._in_place import branching_is_cheap
+from optax_stability._core._in_place import cond_is_cheap
 from optax_stability._core._mesh_axes import AxisName
 
 Join = Callable[[list], jax.Array]
@@ -71,7 +69,7 @@ def _sums_of_squares(leaves, scales, join: Join, layered: Layered, axis_name: Ax
 
 def _measure_norms(leaves, join: Join, layered: Layered, axis_name: AxisName):
     """Measures at one scale and, where a square overflowed, at the other."""
-    measure = _measure_twice if branching_is_cheap() else _measure_at_once
+    measure = _measure_twice if cond_is_cheap() else _measure_at_once
     return measure(leaves, join, layered, axis_name)
 
 
@@ -186,8 +184,6 @@ def global_norm(tree: Any, axis_name: AxisName = None) -> jax.Array:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return jnp.zeros((), jnp.float32)
-    if (known := _recall(leaves, axis_name)) is not None:
-        return known.whole
     return _norms(leaves, sum, (False,) * len(leaves), axis_name)
 
 
@@ -203,59 +199,8 @@ class Norms(NamedTuple):
     whole: jax.Array
 
 
-class _Known(NamedTuple):
-    """Norms that were measured already, and of what: lists of leaves."""
-
-    trees: list[list]
-    axis_name: AxisName
-    norms: Norms
-
-    def are_of(self, leaves: list) -> bool:
-        """Whether they are the norms of these very arrays, not of equal ones."""
-        return any(
-            len(leaves) == len(known)
-            and all(a is b for a, b in zip(leaves, known, strict=True))
-            for known in self.trees
-        )
-
-
-_known: ContextVar[_Known | None] = ContextVar("known", default=None)
-
-
-@contextmanager
-def known_norms(tree: Any, norms: Norms, axis_name: AxisName) -> Iterator[None]:
-    """While this tree is traced, its norms are not measured again.
-
-    XLA does not see that a norm inside a loop is the one measured before it, and would
-    read the gradient twice. Arrays are told by identity: what was changed on the way is
-    measured.
-    """
-    token = _known.set(_Known([jax.tree.leaves(tree)], axis_name, norms))
-    try:
-        yield
-    finally:
-        _known.reset(token)
-
-
-def _recall(leaves: list, axis_name: AxisName) -> Norms | None:
-    known = _known.get()
-    if known is None or known.axis_name != axis_name or not known.are_of(leaves):
-        return None
-    return known.norms
-
-
-def still_known(tree: Any, passed: Any) -> None:
-    """What is known of a tree holds for what came of it unchanged, as other arrays."""
-    known = _known.get()
-    if known is not None and known.are_of(jax.tree.leaves(tree)):
-        known.trees.append(jax.tree.leaves(passed))
-
-
 def measure(tree: Any, axis_name: AxisName = None) -> Norms:
     """The norms of each leaf and of the whole, in one pass."""
-    leaves = jax.tree.leaves(tree)
-    if (known := _recall(leaves, axis_name)) is not None:
-        return known
     norms = leaf_norms(tree, axis_name)
     return Norms(norms, join_norms(norms))
 

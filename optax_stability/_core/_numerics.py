@@ -40,6 +40,12 @@ def scale(leaf, factor):
     return (leaf.astype(wide) * factor).astype(leaf.dtype)
 
 
+def ratio(part, whole):
+    """Part / whole; 0 where the whole is not above 0."""
+    known = whole > 0
+    return jnp.where(known, part / jnp.where(known, whole, 1.0), 0.0)
+
+
 def relative_to(values, largest):
     """Values / largest over the whole range of float32; values where largest is 0.
 

@@ -1,17 +1,17 @@
 """Which parts of a tree share one norm: all, a leaf, a layer of a leaf, a group.
 
-*Cost*: numbers of scopes are worked out while tracing; norms are those of ``_tree``.
+*Cost*: numbers of scopes are worked out while tracing; norms are those of ``_norms``.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from optax_stability._core import _norms, _tree
+from optax_stability._core import _known_norms, _norms, _tree
 
-Scope = str | Callable[[Any], Any]
+Scope = Literal["global", "leaf"] | Callable[[Any], Any]
 
 
 class Parts(NamedTuple):
@@ -74,7 +74,7 @@ def _check_layers(tree, layered):
 def scope_norms(tree, parts: Parts, axis_name):
     """The norm of each scope, float32[n_scopes]."""
     if parts.num_scopes == 1:
-        return _norms.global_norm(tree, axis_name)[None]
+        return _known_norms.global_norm(tree, axis_name)[None]
     norms = _norms.leaf_norms(tree, axis_name, parts.layered)
     if parts.num_scopes == len(parts.scope):
         return norms

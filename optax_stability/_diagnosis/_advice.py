@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from optax_stability._diagnosis._finding import Finding
+from optax_stability._diagnosis._finding import Finding, Kind
 from optax_stability._diagnosis._series import History
 
 
@@ -226,7 +226,12 @@ ADVICE = {
 
 
 def finding(
-    kind: str, history: History, row: int, metric: str, layer: str | None, evidence: str
+    kind: Kind,
+    history: History,
+    row: int,
+    metric: str,
+    layer: str | None,
+    evidence: str,
 ) -> Finding:
     """A finding with the advice for its kind."""
     return Finding(

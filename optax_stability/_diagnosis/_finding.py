@@ -1,9 +1,9 @@
 """What a diagnosis says, and in which order."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 # From what ends a run to what only makes it slow.
-KINDS = (
+Kind = Literal[
     "nonfinite",
     "divergence",
     "underflow",
@@ -22,14 +22,15 @@ KINDS = (
     "noise_too_high",
     "update_too_small",
     "plateau",
-)
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Finding(NamedTuple):
     """One thing that is wrong; prints as a short note.
 
     Attributes:
-      kind: str – what is wrong, one of the names in the table of :func:`diagnose`.
+      kind: Kind – what is wrong, one of the names in the table of :func:`diagnose`.
       metric: str – the key of the history that shows it.
       step: int – the first abnormal step, a value of ``history["step"]``.
       layer: str or None – the layer that was affected first; None where no layer stands
@@ -39,7 +40,7 @@ class Finding(NamedTuple):
       remedies: tuple of str – what to do, naming functions of this library or of optax.
     """
 
-    kind: str
+    kind: Kind
     metric: str
     step: int
     layer: str | None

@@ -49,7 +49,7 @@ CORRELATED = 0.9
 # (β₁ + ρ)/(1 + β₁ρ), already 0.9 for independent ones. Theory: AR(2). At β₁ = ρ = 0.9:
 CORRELATED_COSINE = (0.9 + CORRELATED) / (1 + 0.9 * CORRELATED)
 # Median ρ̂ of the first ten measurements after the warm-up. Source:
-# ``benchmarks/early_warning.py``, 17 settings of model, data, batch, warm-up and β.
+# ``benchmarks/early_warning``, 17 settings of model, data, batch, warm-up and β.
 # Below 0 right after the warm-up, the rule that was found on another one, 85 of 96 bad
 # runs and 4 of 96 good ones are flagged; below −0.2 and not before step 30, chosen from
 # all of them for few false alarms, 81 and 2.

@@ -14,13 +14,17 @@ Generalization in Deep Learning", arXiv 2202.03599.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from optax_stability._core import _norms, _validate
+
+P = ParamSpec("P")
+Params = TypeVar("Params")
+Value = TypeVar("Value")
 
 
 def _direction(grads: Any) -> Any:
@@ -33,8 +37,11 @@ def _direction(grads: Any) -> Any:
 
 
 def penalize_gradient_norm(
-    loss_fn: Callable[..., Any], weight: Any, *, has_aux: bool = False
-) -> Callable[..., Any]:
+    loss_fn: Callable[Concatenate[Params, P], Value],
+    weight: Any,
+    *,
+    has_aux: bool = False,
+) -> Callable[Concatenate[Params, P], Value]:
     """A loss to which the norm of its gradient is added.
 
     **Rule**, for parameters θ::
@@ -92,7 +99,7 @@ def penalize_gradient_norm(
     if _validate.is_concrete(weight) and weight == 0:
         return loss_fn
 
-    def penalized(params, *args, **kwargs):
+    def penalized(params: Params, *args: P.args, **kwargs: P.kwargs) -> Any:
         def loss_of(params):
             return loss_fn(params, *args, **kwargs)
 

@@ -12,7 +12,7 @@ a multiplication wherever a part's gradient is read, and no memory.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,28 @@ from optax_stability._core._mesh_axes import (
 )
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Aggregate, Moments
+
+Params = TypeVar("Params")
+Batch = TypeVar("Batch")
+Value = TypeVar("Value")
+Takes = TypeVar("Takes", contravariant=True)
+Reads = TypeVar("Reads", contravariant=True)
+Gives = TypeVar("Gives", covariant=True)
+Grads = TypeVar("Grads", covariant=True)
+
+
+class ValueAndGrad(Protocol[Takes, Reads, Gives, Grads]):
+    """What :func:`microbatch_gradients` returns, with the types of its loss function.
+
+    From parameters (or a module) and a batch to the value, the gradient and its
+    :class:`Moments`.
+    """
+
+    def __call__(
+        self, params: Takes, batch: Reads, /, *, loss_scale: Any = None
+    ) -> tuple[Gives, Grads, Moments]:
+        """Evaluates one batch."""
+        ...
 
 
 def check_batch(batch: Any, num_microbatches: int) -> None:
@@ -120,16 +142,16 @@ def _value_and_grad(loss_fn: Callable[..., Any], has_aux: bool, loss_scale: Any)
 
 
 def microbatch_gradients(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[[Params, Batch], Value],
     num_microbatches: int,
     *,
     vmap_size: int | None = None,
     has_aux: bool = False,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: Callable[[Batch], Any] | None = None,
     mean_square: bool = False,
     reject_nonfinite: bool = True,
     spmd_axis_name: Any = None,
-) -> Callable[..., tuple[Any, Any, Moments]]:
+) -> ValueAndGrad[Params, Batch, Value, Params]:
     """``jax.value_and_grad`` over K microbatches, with their :class:`Moments`.
 
     **Rule**, for the losses lₖ and gradients mₖ of K equal parts of the batch, of
@@ -231,14 +253,14 @@ def microbatch_gradients(
             f"{num_microbatches}; give a divisor, or None for all at once."
         )
     groups = num_microbatches // vmap_size
-    weight_fn = count_examples if weight_fn is None else weight_fn
+    weigh = count_examples if weight_fn is None else weight_fn
 
     def evaluate(params, microbatch, loss_scale):
         value_and_grad = _value_and_grad(loss_fn, has_aux, loss_scale)
         value, grads = value_and_grad(params, microbatch)
         loss, aux = value if has_aux else (value, None)
         _check_loss(loss, params)
-        weight = jnp.asarray(weight_fn(microbatch), jnp.float32)
+        weight = jnp.asarray(weigh(microbatch), jnp.float32)
         weight = jnp.where(_moments.usable_weight(weight), weight, 0)
         return grads, loss, weight, aux
 
@@ -276,7 +298,7 @@ def microbatch_gradients(
         if groups == 1:
             only = jax.tree.map(lambda leaf: leaf[0], batch)
             return add(None, params, only, loss_scale)
-        nothing = _moments.nothing(params, mean_square=mean_square)
+        nothing = _moments.empty(params, mean_square=mean_square)
         if all_varying_axes((params, batch)):
             first = jax.tree.map(lambda leaf: leaf[0], batch)
             after_one, _ = jax.eval_shape(add, nothing, params, first, loss_scale)
@@ -286,7 +308,7 @@ def microbatch_gradients(
         )
         return total, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
 
-    def fn(params, batch, *, loss_scale=None):
+    def fn(params, batch, *, loss_scale=None) -> Any:
         check_batch(batch, num_microbatches)
         loss_scale = _usable_scale(loss_scale)
         parts = _split(

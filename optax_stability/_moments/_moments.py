@@ -20,7 +20,7 @@ import optax
 from jax import lax
 
 from optax_stability._core import _mesh_axes, _norms, _numerics, _tree
-from optax_stability._core._in_place import after, branching_is_cheap
+from optax_stability._core._in_place import cond_is_cheap, depends_on
 
 # Two numbers below it can be subtracted without overflow.
 _LARGEST = _numerics.HUGE / 4
@@ -91,12 +91,7 @@ def _square(leaf):
     return jnp.minimum(jnp.square(leaf), _numerics.HUGE)
 
 
-def _share(part, whole):
-    """part/whole, or 0 of nothing."""
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0)
-
-
-def nothing(like: Any, *, mean_square: bool, dtype: Any = None) -> Aggregate:
+def empty(like: Any, *, mean_square: bool, dtype: Any = None) -> Aggregate:
     """The aggregate of no microbatch; ``dtype`` is that of the mean.
 
     Raises:
@@ -150,7 +145,7 @@ def all_finite(
     if apart is None:
         return measured() & jnp.isfinite(value)
     surely = jnp.all(jnp.isfinite(apart))
-    if not branching_is_cheap():
+    if not cond_is_cheap():
         return (surely | measured()) & jnp.isfinite(value)
     return lax.cond(surely, lambda: surely, measured) & jnp.isfinite(value)
 
@@ -236,14 +231,14 @@ def merge(a: Aggregate, b: Aggregate, apart: Any = None) -> Aggregate:
 
     def towards(x, y, measured=()):
         # The mean is written over once it was read for its distance.
-        counts = after(b.moments.weight > 0, *measured)
+        counts = depends_on(b.moments.weight > 0, *measured)
         wide = _wide(x)
-        share = _share(b.moments.weight.astype(wide), weight.astype(wide))
+        share = _numerics.ratio(b.moments.weight.astype(wide), weight.astype(wide))
         old = jnp.where(a.moments.weight > 0, x.astype(wide), 0)
         new = old + share * (y.astype(wide) - old)
         return jnp.where(counts, new, old).astype(x.dtype)
 
-    factor = b.moments.weight * _share(a.moments.weight, weight)
+    factor = b.moments.weight * _numerics.ratio(a.moments.weight, weight)
     spread = jnp.where(factor > 0, factor * apart, 0.0)
     olds, treedef = jax.tree.flatten(a.mean)
     means = [
@@ -279,7 +274,7 @@ def stacked(
     the mesh axes that shard the gradients, under ``shard_map``.
     """
     kept, weight = weights > 0, jnp.sum(weights)
-    shares = _share(weights, weight)
+    shares = _numerics.ratio(weights, weight)
 
     def along(vector, leaf):
         return vector.reshape(-1, *[1] * (leaf.ndim - 1))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_stability._core import _validate
-from optax_stability._noise._lookup import only_estimate, whole
+from optax_stability._noise._lookup import only_estimate, whole_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,8 @@ class BatchSizeSchedule:
         """K for the next step, int32[], from the state of what is accumulated for."""
         estimate = only_estimate(inner_opt_state)
         size = estimate.microbatch
-        share = self.fraction * whole(estimate)["low"] / jnp.where(size > 0, size, 1.0)
+        low = whole_gradient(estimate)["low"]
+        share = self.fraction * low / jnp.where(size > 0, size, 1.0)
         # The exponent of a float is the power of two below it, exactly.
         _, exponent = jnp.frexp(jnp.clip(share, 1.0, self.max_k))
         power = jnp.left_shift(1, exponent - 1)

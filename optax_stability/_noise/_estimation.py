@@ -26,9 +26,9 @@ from optax_stability._moments._moments import Moments
 from optax_stability._noise import _pairs
 from optax_stability._noise._state import (
     EstimateNoiseScaleState,
-    begin,
     by_stream,
-    learn,
+    init_state,
+    update_streams,
 )
 from optax_stability._noise._statistics import Observed
 
@@ -82,7 +82,7 @@ def _pair_up(state: EstimateNoiseScaleState, grads, moments: Moments, axis_name)
     )
     wanted = state.biased | ~jnp.any(averages.total > 0)
     alone = (moments.num_microbatches == 1) & wanted
-    pairs, observed = _pairs.advance(
+    pairs, observed = _pairs.update_pairs(
         state.pairs, grads, jnp.where(alone, moments.weight, 0), axis_name
     )
     biased = jnp.where(better, False, state.biased | (observed.weight > 0))
@@ -224,7 +224,7 @@ def estimate_noise_scale(
         _validate.check_choice("scope", scope, ("global", "leaf"))
 
     def init_fn(params):
-        return begin(_tree.pure(params), scope, confidence, difference=difference)
+        return init_state(_tree.pure(params), scope, confidence, difference=difference)
 
     def decay_of(weight):
         if half_life is None:
@@ -246,7 +246,7 @@ def estimate_noise_scale(
         # What is not finite as a whole is no leaf that one may leave out.
         known = ~jnp.isnan(moments.deviation) | ~jnp.isfinite(norms)
         sizes = _norms.leaf_sizes(updates, axis_name)
-        state = learn(state, observed, known, sizes, decay_of(observed.weight))
+        state = update_streams(state, observed, known, sizes, decay_of(observed.weight))
         if params is not None:
             rms = _param_rms(_tree.pure(params), known, state, axis_name)
             state = state._replace(param_rms=rms)

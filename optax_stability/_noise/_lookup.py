@@ -10,7 +10,7 @@ from optax_stability._noise._estimation import estimate_noise_scale
 from optax_stability._noise._state import EstimateNoiseScaleState, readings
 
 
-def with_default(
+def estimator_or_default(
     estimator: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
     """The estimator, by default one of the whole gradient only.
@@ -24,7 +24,7 @@ def with_default(
     return optax.with_extra_args_support(estimator)
 
 
-def begin(estimator: optax.GradientTransformation, params: Any) -> Any:
+def init_estimator(estimator: optax.GradientTransformation, params: Any) -> Any:
     """The state of an estimator.
 
     Raises:
@@ -35,7 +35,7 @@ def begin(estimator: optax.GradientTransformation, params: Any) -> Any:
     return state
 
 
-def whole(state: Any) -> dict[str, jax.Array]:
+def whole_gradient(state: Any) -> dict[str, jax.Array]:
     """What is known of the whole gradient, by name."""
     each = readings(only_estimate(state))
     return {key: values[0] for key, values in each.items()}

@@ -27,7 +27,7 @@ class Pairs(NamedTuple):
     weight: jax.Array
 
 
-def begin(like: Any) -> Pairs:
+def init_pairs(like: Any) -> Pairs:
     """No gradient waits."""
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), like)
     return Pairs(previous=zeros, weight=jnp.zeros((), jnp.float32))
@@ -44,7 +44,7 @@ def _inner_products(a: Any, b: Any, axis_name: _mesh_axes.AxisName):
     return _mesh_axes.add_up(stacked, jax.tree.leaves(a), axis_name)
 
 
-def advance(
+def update_pairs(
     pairs: Pairs, grads: Any, weight, axis_name: _mesh_axes.AxisName
 ) -> tuple[Pairs, Observed]:
     """Pairs a gradient with the one that waits, or lets it wait.

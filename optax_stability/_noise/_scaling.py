@@ -99,17 +99,17 @@ def scale_by_noise_scale(
         raise ValueError(
             f"min_scale={min_scale!r} is above max_scale={max_scale!r}; lower it."
         )
-    estimator = _lookup.with_default(estimator)
+    estimator = _lookup.estimator_or_default(estimator)
 
     def init_fn(params):
         return ScaleByNoiseScaleState(
             scale=jnp.asarray(max_scale, jnp.float32),
-            estimate=_lookup.begin(estimator, params),
+            estimate=_lookup.init_estimator(estimator, params),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
         _, estimate = estimator.update(updates, state.estimate, params, **extra_args)
-        known = _lookup.whole(estimate)
+        known = _lookup.whole_gradient(estimate)
         size = extra_args["moments"].weight if batch_size is None else batch_size
         size = jnp.maximum(jnp.asarray(size, jnp.float32), _numerics.TINY)
         noise = jnp.where(known["valid"], known["b_simple"], 0.0)

@@ -61,7 +61,7 @@ class EstimateNoiseScaleState(NamedTuple):
 
 def readings(state: EstimateNoiseScaleState) -> dict[str, jax.Array]:
     """All that is known of each stream, by name, [n_streams] each."""
-    averages = _statistics.trusted(state.averages)
+    averages = _statistics.longest_consistent(state.averages)
     scale = _statistics.interval(averages, state.confidence)
     learned = averages.total > 0
     trace = jnp.where(learned, averages.trace, jnp.nan)
@@ -101,20 +101,20 @@ def by_stream(values, state: EstimateNoiseScaleState):
     return sums.at[0].set(jnp.sum(values))
 
 
-def begin(
+def init_state(
     params: Any, scope: _scopes.Scope, confidence: Any, *, difference: bool
 ) -> EstimateNoiseScaleState:
     """The state before the first step."""
     stream, leaves, labels = _streams(params, scope)
     streams = 1 + max(stream, default=0)
     return EstimateNoiseScaleState(
-        averages=_statistics.nothing_learned(streams),
+        averages=_statistics.init_averages(streams),
         size=jnp.zeros((streams,), jnp.float32),
         param_rms=jnp.full((streams,), jnp.nan, jnp.float32),
         batch=jnp.zeros((), jnp.float32),
         microbatch=jnp.zeros((), jnp.float32),
         biased=jnp.zeros((), bool),
-        pairs=_pairs.begin(params) if difference else None,
+        pairs=_pairs.init_pairs(params) if difference else None,
         confidence=jnp.asarray(confidence, jnp.float32),
         stream=jnp.array(stream, jnp.int32),
         leaves=leaves,
@@ -122,7 +122,9 @@ def begin(
     )
 
 
-def learn(state: EstimateNoiseScaleState, observed: Observed, known, sizes, decay):
+def update_streams(
+    state: EstimateNoiseScaleState, observed: Observed, known, sizes, decay
+):
     """The averages of all streams after one more step."""
     size = by_stream(jnp.where(known, sizes, 0.0), state)
 
@@ -133,6 +135,6 @@ def learn(state: EstimateNoiseScaleState, observed: Observed, known, sizes, deca
 
     trace, grad_sq = total(observed.trace), total(observed.grad_sq)
     return state._replace(
-        averages=_statistics.learn(state.averages, trace, grad_sq, decay),
+        averages=_statistics.update_averages(state.averages, trace, grad_sq, decay),
         size=jnp.where(jnp.isfinite(trace), size, state.size),
     )

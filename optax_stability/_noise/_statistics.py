@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
-from optax_stability._core._numerics import hypot
+from optax_stability._core._numerics import hypot, ratio
 
 # From fewer steps no variance is taken: three steps under a decay count for a little
 # less than three.
@@ -97,13 +97,13 @@ class Interval(NamedTuple):
     valid: jax.Array
 
 
-def nothing_learned(streams: int) -> Averages:
+def init_averages(streams: int) -> Averages:
     """The averages of no step, of [memories, streams]."""
     shape = len(_POWERS), streams
     return Averages(*(jnp.zeros(shape, jnp.float32) for _ in Averages._fields))
 
 
-def _rotation(a, b):
+def _givens_rotation(a, b):
     """Cosine and sine that turn (a, b) into (√(a² + b²), 0), for a ≥ 0."""
     length = hypot(a, jnp.abs(b))
     known = length > 0
@@ -111,7 +111,7 @@ def _rotation(a, b):
     return length, jnp.where(known, a / safe, 1.0), jnp.where(known, b / safe, 0.0)
 
 
-def learn(averages: Averages, trace, grad_sq, decay) -> Averages:
+def update_averages(averages: Averages, trace, grad_sq, decay) -> Averages:
     """The averages with one more step, where both numbers are finite, up to 1e36.
 
     Args:
@@ -127,7 +127,7 @@ def learn(averages: Averages, trace, grad_sq, decay) -> Averages:
     # The first step has no distance to a mean.
     weight = jnp.sqrt(decay * old.total / total)
     keep = jnp.sqrt(decay)
-    trace_spread, cos, sin = _rotation(
+    trace_spread, cos, sin = _givens_rotation(
         keep * old.trace_spread, jnp.where(weight > 0, weight * trace_step, 0.0)
     )
     shared, beside = keep * old.shared_spread, weight * grad_sq_step
@@ -163,11 +163,6 @@ def student_quantile(confidence, dof):
     return z + sum(term / dof ** (i + 1) for i, term in enumerate(terms))
 
 
-def _share(part, whole):
-    """part/whole, 0 where the whole is 0."""
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0)
-
-
 def interval(averages: Averages, confidence) -> Interval:
     """Fieller's interval for mean(S)/mean(G²), where both means may be uncertain.
 
@@ -192,27 +187,26 @@ def interval(averages: Averages, confidence) -> Interval:
     # In units of the largest, no square over- or underflows.
     unit_above = jnp.maximum(jnp.abs(above), spreads[0])
     unit_below = jnp.maximum(below, jnp.maximum(jnp.abs(spreads[1]), spreads[2]))
-    a, s = _share(above, unit_above), _share(spreads[0], unit_above)
-    b, c, d = (_share(x, unit_below) for x in (below, spreads[1], spreads[2]))
+    a, s = ratio(above, unit_above), ratio(spreads[0], unit_above)
+    b, c, d = (ratio(x, unit_below) for x in (below, spreads[1], spreads[2]))
 
     # (a − r·b)² ≤ t²·Var(a − r·b) is q₂r² − 2q₁r + q₀ ≤ 0.
     q0, q1, q2 = (a - s) * (a + s), a * b - s * c, b * b - c * c - d * d
     # q₁² − q₀q₂, of which nothing would be left where the interval is narrow.
     root = jnp.sqrt(jnp.maximum(jnp.square(a * c - s * b) + d * d * q0, 0))
     bounded = enough & (q2 > 0)
-    low = jnp.where((q0 > 0) & (q1 + root > 0), _share(q0, q1 + root), 0.0)
-    high = jnp.where(bounded, _share(jnp.maximum(q1 + root, 0), q2), jnp.inf)
-    unit = _share(unit_above, unit_below)
-    ratio = _share(averages.trace, averages.grad_sq)
+    low = jnp.where((q0 > 0) & (q1 + root > 0), ratio(q0, q1 + root), 0.0)
+    high = jnp.where(bounded, ratio(jnp.maximum(q1 + root, 0), q2), jnp.inf)
+    unit = ratio(unit_above, unit_below)
     return Interval(
-        ratio=jnp.where(bounded, ratio, jnp.nan),
+        ratio=jnp.where(bounded, ratio(averages.trace, averages.grad_sq), jnp.nan),
         low=jnp.where(enough & (unit_below > 0), low * unit, 0.0),
         high=jnp.where(bounded, high * unit, jnp.inf),
         valid=bounded,
     )
 
 
-def trusted(averages: Averages) -> Averages:
+def longest_consistent(averages: Averages) -> Averages:
     """The averages of the longest memory that no shorter one contradicts, [n].
 
     A long memory knows best as long as nothing has changed. From the shortest on, each

@@ -9,7 +9,7 @@ which it contains.
 *Cost*: that of both. The inner transformation runs on every step; a select decides.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ import optax
 
 from optax_stability._core import _validate
 from optax_stability._noise import _lookup
+
+Measure = Literal["b_simple", "noise_to_weight"]
 
 
 class WhenNoisyState(NamedTuple):
@@ -38,9 +40,9 @@ class WhenNoisyState(NamedTuple):
         return {"when_noisy/active": self.active}
 
 
-def _range(estimate, measure: str):
+def _range(estimate, measure: Measure):
     """What the measure certainly is above, and what it is certainly below."""
-    known = _lookup.whole(estimate)
+    known = _lookup.whole_gradient(estimate)
     if measure == "b_simple":
         return known["low"], known["high"]
     return known[measure], known[measure]
@@ -51,7 +53,7 @@ def when_noisy(
     *,
     above: float | jax.Array,
     below: float | jax.Array | None = None,
-    measure: str = "b_simple",
+    measure: Measure = "b_simple",
     estimator: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Applies ``inner``, say a clip, while the noise scale is above a level.
@@ -104,7 +106,7 @@ def when_noisy(
     """
     _validate.check_transformation("inner", inner)
     _validate.check_interval("above", above, "[0, inf)", "count examples")
-    _validate.check_choice("measure", measure, ("b_simple", "noise_to_weight"))
+    _validate.check_choice("measure", measure, get_args(Measure))
     if below is None and measure != "b_simple":
         raise ValueError(
             f"measure={measure!r} has no interval that would keep it from switching to "
@@ -117,13 +119,13 @@ def when_noisy(
             f"below={below!r} is above above={above!r}; it switches off at a lower "
             "level, or the same."
         )
-    estimator = _lookup.with_default(estimator)
+    estimator = _lookup.estimator_or_default(estimator)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
         return WhenNoisyState(
             active=jnp.zeros((), bool),
-            estimate=_lookup.begin(estimator, params),
+            estimate=_lookup.init_estimator(estimator, params),
             inner_state=inner.init(params),
         )
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_stability._core import _mesh_axes, _norms, _numerics
-from optax_stability._core._in_place import branching_is_cheap, run_if
+from optax_stability._core._in_place import cond_is_cheap, run_if
 from optax_stability._core._leafwise import leafwise
 
 # Of the whole, and of each part.
@@ -82,7 +82,7 @@ class Entries(NamedTuple):
     fourth: jax.Array
 
 
-def survey(parts: Parts, scale) -> Entries:
+def measure_entries(parts: Parts, scale) -> Entries:
     """Three passes over each part."""
 
     def measure(batch):
@@ -133,7 +133,7 @@ def count_nonfinite(parts: Parts, norms) -> jax.Array:
 
     suspect = ~jnp.all(jnp.isfinite(norms))
     none = jnp.zeros_like(norms)
-    return run_if(suspect, count, none) if branching_is_cheap() else count(none)
+    return run_if(suspect, count, none) if cond_is_cheap() else count(none)
 
 
 def bimodality(entries: Entries, norms, scale) -> Pair:

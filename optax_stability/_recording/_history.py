@@ -19,9 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_stability._core import _mesh_axes, _metrics, _norms, _numerics, _validate
+from optax_stability._core import (
+    _known_norms,
+    _mesh_axes,
+    _metrics,
+    _norms,
+    _numerics,
+    _validate,
+)
 from optax_stability._core._in_place import run_if
-from optax_stability._spikes._detection import loss_of
+from optax_stability._core._losses import given_losses, loss_of
 
 States = list[tuple[tuple, Any]]
 
@@ -222,10 +229,10 @@ def record_history(
         return jnp.concatenate([head, tail])
 
     def update_fn(updates, state, params=None, **extra_args):
-        given = any(extra_args.get(name) is not None for name in ("value", "loss"))
+        given = bool(given_losses(extra_args))
         loss = loss_of(extra_args, needed=False, axis_name=axis_name)
-        norms = _norms.measure(updates, axis_name)
-        with _norms.known_norms(updates, norms, axis_name):
+        norms = _known_norms.measure(updates, axis_name)
+        with _known_norms.reuse_norms(updates, norms, axis_name):
             updates, inner_state = inner.update(
                 updates, state.inner_state, params, **extra_args
             )

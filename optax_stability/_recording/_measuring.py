@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_stability._core import _norms
+from optax_stability._core import _known_norms, _norms, _numerics
 from optax_stability._core._norms import Norms
 from optax_stability._recording import _distribution, _histogram, _similarity, _spectrum
 from optax_stability._recording._distribution import Parts
@@ -38,7 +38,7 @@ class Memory(NamedTuple):
     spectrum: Any
 
 
-def nothing_measured(num_parts: int, options: Options) -> Measured:
+def init_measured(num_parts: int, options: Options) -> Measured:
     """Zeros, for every quantity that will be there."""
     names = ["norm", "rms", "max_abs", "zero_fraction", "nonfinite", "bimodality"]
     names += ["param_ratio"] * options.ratio_to_params
@@ -63,34 +63,32 @@ def _rms(norms: Norms, sizes) -> tuple[jax.Array, jax.Array]:
 
 def _ratio(norms: Norms, others: Norms) -> tuple[jax.Array, jax.Array]:
     """Norm over norm; 0 where there is nothing to compare with."""
-
-    def ratio(norm, other):
-        known = other > 0
-        return jnp.where(known, norm / jnp.where(known, other, 1.0), 0.0)
-
-    return ratio(norms.whole, others.whole), ratio(norms.leaves, others.leaves)
+    return (
+        _numerics.ratio(norms.whole, others.whole),
+        _numerics.ratio(norms.leaves, others.leaves),
+    )
 
 
 def measure_norms(parts: Parts) -> Norms:
     """The norms of the parts; not measured again where they are known."""
     if not any(parts.layered):
-        return _norms.measure(parts.leaves, parts.axis_name)
+        return _known_norms.measure(parts.leaves, parts.axis_name)
     norms = _norms.leaf_norms(parts.leaves, parts.axis_name, parts.layered)
     return Norms(norms, _norms.join_norms(norms))
 
 
-def at_every_step(parts: Parts, norms: Norms) -> Measured:
+def measure_every_step(parts: Parts, norms: Norms) -> Measured:
     """What follows from the norms."""
     return {"norm": (norms.whole, norms.leaves), "rms": _rms(norms, parts.sizes())}
 
 
-def now_and_then(
+def measure_when_due(
     parts: Parts, norms: Norms, params: Parts | None, memory: Memory, options: Options
 ) -> tuple[Measured, Memory]:
     """What takes passes of its own, and what is remembered for the next time."""
     previous, spectrum = memory
     sizes, scale = parts.sizes(), _distribution.scale_of(norms.leaves)
-    entries = _distribution.survey(parts, scale)
+    entries = _distribution.measure_entries(parts, scale)
     # The maximum over devices of numbers and NaN is a number, on some backends.
     largest = jnp.where(jnp.isnan(norms.leaves), jnp.nan, entries.largest)
     nonfinite = _distribution.count_nonfinite(parts, norms.leaves)

@@ -10,13 +10,14 @@ has measured them (``record_history`` does); every ``every`` steps three more fo
 rest, and what the options say. State: scalars, and vectors with one entry per leaf.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_stability._core import (
+    _known_norms,
     _mesh_axes,
     _norms,
     _numerics,
@@ -24,10 +25,12 @@ from optax_stability._core import (
     _tree,
     _validate,
 )
-from optax_stability._core._in_place import observe_if
+from optax_stability._core._in_place import measure_if
 from optax_stability._recording import _measuring, _similarity, _spectrum
 from optax_stability._recording._distribution import Parts
 from optax_stability._recording._measuring import Measured, Memory, Options
+
+Of = Literal["updates", "params"]
 
 
 class RecordState(NamedTuple):
@@ -61,7 +64,7 @@ def _mark_parts(tree: Any, layered: _norms.Layered) -> Any:
 def record(
     name: str,
     *,
-    of: str = "updates",
+    of: Of = "updates",
     per_leaf: bool = True,
     ratio_to_params: bool = False,
     correlation: bool = False,
@@ -148,7 +151,7 @@ def record(
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"name={name!r} must be a non-empty string, such as 'grad'.")
-    _validate.check_choice("of", of, ("updates", "params"))
+    _validate.check_choice("of", of, get_args(Of))
     _validate.check_count("every", every, 1, "1 measures at every step")
     if of == "params" and ratio_to_params:
         raise ValueError(
@@ -163,11 +166,11 @@ def record(
     needs_params = of == "params" or ratio_to_params
 
     def named(measured: Measured) -> dict[str, jax.Array]:
-        found = {f"{name}/{key}": whole for key, (whole, _) in measured.items()}
+        last = {f"{name}/{key}": whole for key, (whole, _) in measured.items()}
         if per_leaf:
             for key, (_, each) in measured.items():
-                found[f"{name}/{key}/per_leaf"] = each
-        return found
+                last[f"{name}/{key}/per_leaf"] = each
+        return last
 
     def layers(tree) -> _norms.Layered:
         return _scopes.split(tree, "global", stacked).layered
@@ -176,14 +179,14 @@ def record(
         tree = _tree.pure(params)
         parts = Parts(jax.tree.leaves(tree), layers(tree))
         memory = Memory(
-            previous=_similarity.begin(params, parts.num_parts)
+            previous=_similarity.init_previous(params, parts.num_parts)
             if correlation
             else None,
-            spectrum=_spectrum.begin(parts) if spectral else None,
+            spectrum=_spectrum.init_spectrum(parts) if spectral else None,
         )
         return RecordState(
             step=jnp.zeros((), jnp.int32),
-            metrics=named(_measuring.nothing_measured(parts.num_parts, options)),
+            metrics=named(_measuring.init_measured(parts.num_parts, options)),
             memory=memory,
             leaves=_mark_parts(tree, parts.layered) if per_leaf else None,
         )
@@ -201,26 +204,26 @@ def record(
             return Parts(jax.tree.leaves(tree), layered, axis_name)
 
         norms = _measuring.measure_norms(parts_of(tree))
-        often = named(_measuring.at_every_step(parts_of(tree), norms))
+        often = named(_measuring.measure_every_step(parts_of(tree), norms))
         seldom = {key: x for key, x in state.metrics.items() if key not in often}
 
-        def look(updates, beside, found):
-            (params, norms), (often, _, memory) = beside, found
+        def measure(updates, extra, last):
+            (params, norms), (often, _, memory) = extra, last
             tree = params if of == "params" else updates
-            measured, memory = _measuring.now_and_then(
+            measured, memory = _measuring.measure_when_due(
                 parts_of(tree), norms, parts_of(params), memory, options
             )
             return often, named(measured), memory
 
         now = (state.step % every == 0) | ~jnp.isfinite(norms.whole)
-        passed, (often, seldom, memory) = observe_if(
+        passed, (often, seldom, memory) = measure_if(
             now,
-            look,
+            measure,
             updates,
             (params, norms),
             (often, seldom, state.memory),
         )
-        _norms.still_known(updates, passed)
+        _known_norms.alias_norms(updates, passed)
         return passed, RecordState(
             step=_numerics.increment(state.step),
             metrics=often | seldom,

@@ -29,7 +29,7 @@ class Previous(NamedTuple):
     norms: jax.Array
 
 
-def begin(tree: Any, num_parts: int) -> Previous:
+def init_previous(tree: Any, num_parts: int) -> Previous:
     """Nothing has passed."""
     return Previous(
         directions=jax.tree.map(jnp.zeros_like, tree),

@@ -40,7 +40,7 @@ def _is_matrix(leaf, layered: bool) -> bool:
     return leaf.ndim == 2 + int(layered) and leaf.size > 0
 
 
-def begin(parts: Parts) -> Spectrum:
+def init_spectrum(parts: Parts) -> Spectrum:
     """Starts from a direction that is orthogonal to nothing in particular."""
 
     def vector(leaf):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_stability._core._numerics import increment
 from optax_stability._spikes._detection import Detector, DetectorState, Reading
-from optax_stability._spikes._skip_state import Decision, SkipSpikesState, count
+from optax_stability._spikes._skip_state import SkipSpikesState, Verdict, count
 
 # What the parameters are that the next gradient will be of: the only ones; those of the
 # branch; those that were kept, put back for one step.
@@ -91,7 +91,7 @@ class BranchOnSpikeState(NamedTuple):
         }
 
 
-class Turn(NamedTuple):
+class Transition(NamedTuple):
     """What a step does to the mode; at most one of them holds.
 
     A step that fails is not taken; with all others that is for the guard to say.
@@ -116,7 +116,7 @@ class Turn(NamedTuple):
         return self.asks | self.fails
 
 
-def begin(kept: Kept, skip: SkipSpikesState, rollback_budget: int):
+def init_state(kept: Kept, skip: SkipSpikesState, rollback_budget: int):
     """The state before the first step: no branch, all rollbacks to be had."""
 
     def number(value: int = 0):
@@ -150,35 +150,35 @@ def _reasons(state: BranchOnSpikeState, reading: Reading, detector: Detector):
     return jnp.stack([familiar & state.trusting, surprising & patient])
 
 
-def turn_of(
+def next_transition(
     state: BranchOnSpikeState,
     reading: Reading,
-    decision: Decision,
+    verdict: Verdict,
     detector: Detector,
     max_length: int,
-) -> tuple[Turn, jax.Array]:
+) -> tuple[Transition, jax.Array]:
     """The rule of ``branch_on_spike``, and the reasons there are to ask."""
     normal, probe = state.mode == NORMAL, state.mode == PROBE
     abnormal = reading.spike | reading.nonfinite
     # A spike that the bucket would not pay for is part of a mixture: it is learned.
-    again = (decision.skip | decision.accept) & (state.skip.spikes_in_row >= 1)
+    again = (verdict.skip | verdict.accept) & (state.skip.spikes_in_row >= 1)
     accepts = (state.mode == BRANCH) & (state.length >= max_length)
     reasons = _reasons(state, reading, detector)
     due = reasons.any() | (increment(state.waited) >= state.gap)
     may_ask = (state.mode == BRANCH) & ~accepts & ~reading.nonfinite
-    turn = Turn(
+    transition = Transition(
         opens=normal & reading.spike & again & (state.credit >= PRICE),
         asks=may_ask & due,
         fails=probe & abnormal,
         rolls_back=probe & ~abnormal,
         accepts=accepts,
     )
-    return turn, reasons
+    return transition, reasons
 
 
-def turned(
+def update_state(
     state: BranchOnSpikeState,
-    turn: Turn,
+    transition: Transition,
     reading: Reading,
     *,
     reasons: jax.Array,
@@ -187,16 +187,16 @@ def turned(
     skip: SkipSpikesState,
 ) -> BranchOnSpikeState:
     """The state after a step."""
-    opens, asks, fails = turn.opens, turn.asks, turn.fails
-    ends = turn.rolls_back | turn.accepts
+    opens, asks, fails = transition.opens, transition.asks, transition.fails
+    ends = transition.rolls_back | transition.accepts
     mode = jnp.where(ends, NORMAL, jnp.where(asks, PROBE, state.mode))
     mode = jnp.where(opens | fails, BRANCH, mode)
     stays = (mode == BRANCH) & ~(opens | fails)
-    in_vain, by_clock = fails & state.reasons, fails & ~state.reasons.any()
-    familiar_in_vain, surprise_in_vain = in_vain
+    failed, by_clock = fails & state.reasons, fails & ~state.reasons.any()
+    familiar_failed, surprise_failed = failed
     patience = jnp.minimum(2 * state.patience, _MOST_PATIENCE)
     earns = (state.mode == NORMAL) & ~reading.spike & ~reading.nonfinite
-    credit = state.credit + earns - PRICE * turn.rolls_back
+    credit = state.credit + earns - PRICE * transition.rolls_back
     return BranchOnSpikeState(
         mode=mode.astype(jnp.int32),
         probed=state.mode == PROBE,
@@ -204,14 +204,14 @@ def turned(
         waited=jnp.where(stays, increment(state.waited), 0),
         gap=jnp.where(opens, _GAP, jnp.where(by_clock, 2 * state.gap, state.gap)),
         patience=jnp.where(
-            opens, _PATIENCE, jnp.where(surprise_in_vain, patience, state.patience)
+            opens, _PATIENCE, jnp.where(surprise_failed, patience, state.patience)
         ),
-        trusting=opens | (state.trusting & ~familiar_in_vain),
+        trusting=opens | (state.trusting & ~familiar_failed),
         reasons=jnp.where(asks, reasons, state.reasons),
         credit=jnp.minimum(credit, rollback_budget * PRICE),
-        rollbacks=count(state.rollbacks, turn.rolls_back),
+        rollbacks=count(state.rollbacks, transition.rolls_back),
         probes=count(state.probes, state.mode == PROBE),
-        accepted=count(state.accepted, turn.accepts),
+        accepted=count(state.accepted, transition.accepts),
         kept=kept,
         skip=skip,
     )

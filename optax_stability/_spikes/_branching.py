@@ -11,28 +11,34 @@ touched only when a branch begins, is probed or is dropped.
 *Source*: ours.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import optax
 
 from optax_stability._core import _mesh_axes, _validate
 from optax_stability._core._memory_space import Place
 from optax_stability._spikes import _exchange, _guarded_step, _skip_state
-from optax_stability._spikes._branch_state import begin, turn_of, turned
+from optax_stability._spikes._branch_state import (
+    init_state,
+    next_transition,
+    update_state,
+)
 from optax_stability._spikes._detection import (
     ABOVE_THE_SCATTER,
     FAR_ABOVE_THE_TREND,
     HALF_A_NAT_ABOVE,
 )
-from optax_stability._spikes._skip_state import Decision
+from optax_stability._spikes._skip_state import Verdict
 from optax_stability.thresholds import Threshold
 from optax_stability.thresholds._threshold import check_threshold
+
+Keep = Literal["params", "all"]
 
 
 def branch_on_spike(
     inner: optax.GradientTransformation,
     *,
-    keep: Literal["params", "all"] = "params",
+    keep: Keep = "params",
     keep_in: Place = "device",
     max_length: int = 256,
     rollback_budget: int = 1,
@@ -142,8 +148,8 @@ def branch_on_spike(
       loses, fault by fault: ``python benchmarks/stability.py --grid branch``.
     """
     _validate.check_transformation("inner", inner)
-    _validate.check_choice("keep", keep, ("params", "all"))
-    _validate.check_choice("keep_in", keep_in, ("device", "host"))
+    _validate.check_choice("keep", keep, get_args(Keep))
+    _validate.check_choice("keep_in", keep_in, get_args(Place))
     _validate.check_count("max_length", max_length, 2, "256 is the default")
     _validate.check_count("rollback_budget", rollback_budget, 1, "1 is the default")
     check_threshold("value", value)
@@ -155,9 +161,9 @@ def branch_on_spike(
     def init_fn(params):
         inner_state, detector = inner.init(params), guard.detector.init()
         kept_state = inner_state if keep == "all" else ()
-        kept = _exchange.room_for(params, detector, kept_state, keep_in)
-        skip = _skip_state.begin(guard.detector.init(), inner_state, budget)
-        return begin(kept, skip, rollback_budget)
+        kept = _exchange.init_kept(params, detector, kept_state, keep_in)
+        skip = _skip_state.init_state(guard.detector.init(), inner_state, budget)
+        return init_state(kept, skip, rollback_budget)
 
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
@@ -166,32 +172,35 @@ def branch_on_spike(
                 "params, value=loss)."
             )
         skip, kept = state.skip, state.kept
-        sight = _guarded_step.look(guard, updates, skip.detector, extra_args)
-        decision = _skip_state.decide(sight.reading, skip, max_consecutive, budget)
-        turn, reasons = turn_of(
-            state, sight.reading, decision, guard.detector, max_length
+        assessment = _guarded_step.assess(guard, updates, skip.detector, extra_args)
+        verdict = _skip_state.decide(assessment.reading, skip, max_consecutive, budget)
+        transition, reasons = next_transition(
+            state, assessment.reading, verdict, guard.detector, max_length
         )
-        decision = Decision(
-            skip=decision.skip & ~turn.opens, accept=decision.accept | turn.opens
+        verdict = Verdict(
+            skip=verdict.skip & ~transition.opens,
+            accept=verdict.accept | transition.opens,
         )
-        take = ~(decision.skip | turn.fails)
-        updates, step = _guarded_step.prepare(
-            guard, inner, take, sight, updates, params, extra_args
+        take = ~(verdict.skip | transition.fails)
+        updates, step = _guarded_step.prepare_step(
+            guard, inner, take, assessment, updates, params, extra_args
         )
-        updates, inner_state, kept = _exchange.move(
-            turn, take, step, updates, params, skip.inner_state, kept
+        updates, inner_state, kept = _exchange.apply_transition(
+            transition, take, step, updates, params, skip.inner_state, kept
         )
         counts = skip._replace(inner_state=())
         counts = optax.tree.where(
-            turn.fails,
-            _skip_state.watch(counts, sight.reading),
-            _skip_state.advance(counts, sight, decision, budget, ()),
+            transition.fails,
+            _skip_state.update_after_failed_probe(counts, assessment.reading),
+            _skip_state.update_state(counts, assessment, verdict, budget, ()),
         )
-        counts, kept = _exchange.move_detectors(turn, skip.detector, counts, kept)
-        return updates, turned(
+        counts, kept = _exchange.exchange_detectors(
+            transition, skip.detector, counts, kept
+        )
+        return updates, update_state(
             state,
-            turn,
-            sight.reading,
+            transition,
+            assessment.reading,
             reasons=reasons,
             rollback_budget=rollback_budget,
             kept=kept,

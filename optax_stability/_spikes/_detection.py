@@ -9,14 +9,12 @@ gradient only after it was applied.
 its ports.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_stability import thresholds
-from optax_stability._core import _mesh_axes
 from optax_stability.thresholds import Threshold
 
 # What a step can be abnormal by, in the order of `Reading.kinds`.
@@ -135,31 +133,3 @@ class Detector(NamedTuple):
         """Starts again from the present norm and loss."""
         streams = zip(self._thresholds(), (norm, value, value), state, strict=True)
         return DetectorState(*(each.rebase(x, old) for each, x, old in streams))
-
-
-def loss_of(
-    extra_args: Mapping[str, Any], *, needed: bool, axis_name: _mesh_axes.AxisName
-) -> jax.Array:
-    """The loss among the extra arguments, float32[]; 0 if there is none.
-
-    Under ``shard_map`` the mean over ``axis_name``: all devices decide alike.
-    """
-    value = extra_args.get("value")
-    value = extra_args.get("loss") if value is None else value
-    if value is None:
-        if needed:
-            raise ValueError(
-                "the loss is watched, but none was given: call tx.update(grads, state, "
-                "params, value=loss); with NNX optimizer.update(model, grads, "
-                "value=loss); with Linen take optax_stability.flax.TrainState and call "
-                "apply_gradients(grads=grads, extra_args={'value': loss}). To watch "
-                "the gradient norm alone, give value=None and confirm=None."
-            )
-        return jnp.zeros((), jnp.float32)
-    if jnp.shape(value) != ():
-        raise ValueError(
-            f"value must be one number, got shape {jnp.shape(value)}; give the mean "
-            "loss of the batch."
-        )
-    value = jnp.asarray(value, jnp.float32)
-    return _mesh_axes.mean(value, axis_name)

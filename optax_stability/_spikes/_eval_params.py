@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _metrics, _tree
-from optax_stability._core._memory_space import on_device
+from optax_stability._core._memory_space import to_device
 from optax_stability._spikes._branch_state import BRANCH, BranchOnSpikeState
 
 
@@ -69,6 +69,6 @@ def eval_params(params: optax.Params, state: Any) -> optax.Params:
                     "pass the parameters that the optimizer state was made for."
                 )
             leaves[path] = jnp.where(
-                branch.mode == BRANCH, on_device(kept), leaves[path]
+                branch.mode == BRANCH, to_device(kept), leaves[path]
             )
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values())

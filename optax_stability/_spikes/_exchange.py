@@ -12,19 +12,19 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core._in_place import (
-    apply_if,
     exchange_if,
-    held,
-    observe_if,
+    measure_if,
+    no_hoist,
     run_if,
+    write_if,
 )
-from optax_stability._core._memory_space import Place, beside, on_device, put
-from optax_stability._spikes._branch_state import Kept, Turn
+from optax_stability._core._memory_space import Place, put, to_device, to_memory_of
+from optax_stability._spikes._branch_state import Kept, Transition
 from optax_stability._spikes._detection import DetectorState
 from optax_stability._spikes._skip_state import SkipSpikesState
 
 
-def room_for(
+def init_kept(
     params: Any, detector: DetectorState, inner_state: Any, keep_in: Place
 ) -> Kept:
     """Room for what is kept, sharded as what it is a copy of; () needs none."""
@@ -53,14 +53,14 @@ def _without_momentum(drop, inner_state: Any) -> Any:
     return jax.tree.map(without, inner_state, is_leaf=lambda x: bool(_momentum_of(x)))
 
 
-def _beside(tree, other):
+def _to_memory_of(tree, other):
     """A tree where the other lies, which may be in the memory of the host."""
-    return jax.tree.map(beside, tree, other)
+    return jax.tree.map(to_memory_of, tree, other)
 
 
-def _minus(kept, params, like):
-    """What to add to the parameters to have the kept ones."""
-    kept, wide = on_device(kept), jnp.promote_types(kept.dtype, jnp.float32)
+def _update_to(kept, params, like):
+    """The update that turns ``params`` into ``kept``."""
+    kept, wide = to_device(kept), jnp.promote_types(kept.dtype, jnp.float32)
     return (kept.astype(wide) - params.astype(wide)).astype(like.dtype)
 
 
@@ -75,14 +75,14 @@ def _swap_params(run, took, updates, params, kept):
     """
 
     def updated(update, p, like):
-        update = jnp.where(took, on_device(update), 0)
-        return beside(optax.apply_updates(p, update), like)
+        update = jnp.where(took, to_device(update), 0)
+        return to_memory_of(optax.apply_updates(p, update), like)
 
     def after(updates, kept):
         return jax.tree.map(updated, updates, params, kept)
 
     def back(kept, updates):
-        return jax.tree.map(_minus, kept, params, updates)
+        return jax.tree.map(_update_to, kept, params, updates)
 
     if _dtypes(updates) != _dtypes(kept):
         return run_if(
@@ -94,15 +94,17 @@ def _swap_params(run, took, updates, params, kept):
     kept = run_if(run, lambda update: after(update, update), update)
     # What is kept passes: all have read the parameters before they are updated.
     return run_if(
-        run, lambda pair: (back(pair[0], pair[0]), held(pair[1])), (old, kept)
+        run, lambda pair: (back(pair[0], pair[0]), no_hoist(pair[1])), (old, kept)
     )
 
 
-def move(turn: Turn, take, step, updates, params, inner_state, kept: Kept):
+def apply_transition(
+    transition: Transition, take, step, updates, params, inner_state, kept: Kept
+):
     """Takes the step, exchanges parameters, and keeps what a branch begins from.
 
     Args:
-      turn: what the step does to the mode.
+      transition: what the step does to the mode.
       take: bool[] – whether the step is taken.
       step: from the gradient and the state of ``inner`` to the update and the next.
       updates: the gradient.
@@ -114,43 +116,44 @@ def move(turn: Turn, take, step, updates, params, inner_state, kept: Kept):
       The update, the state of ``inner``, and what is kept with the old detector.
     """
     whole = bool(jax.tree.leaves(kept.inner_state))
-    kept_params = run_if(turn.opens, lambda old: _beside(params, old), kept.params)
+    kept_params = run_if(
+        transition.opens, lambda old: _to_memory_of(params, old), kept.params
+    )
     kept_state = kept.inner_state
     if whole:
-        inner_state, kept_state = observe_if(
-            turn.opens,
-            lambda now, _, old: _beside(now, old),
+        inner_state, kept_state = measure_if(
+            transition.opens,
+            lambda now, _, old: _to_memory_of(now, old),
             *(inner_state, (), kept_state),
         )
 
-    def go_on(updates, carry):
+    def update_and_keep(updates, carry):
         inner_state, kept_params = carry
         if not whole:
-            inner_state = _without_momentum(turn.rolls_back, inner_state)
+            inner_state = _without_momentum(transition.rolls_back, inner_state)
         updates, inner_state = step(updates, inner_state)
         return updates, (inner_state, kept_params)
 
-    def swap(updates, carry):
-        inner_state, kept_params = carry
-        updates, kept_params = _swap_params(
-            turn.swaps, take, updates, params, kept_params
-        )
-        return updates, (inner_state, kept_params)
-
-    updates, _, (inner_state, kept_params) = apply_if(
-        take, go_on, updates, (inner_state, kept_params), then=(turn.swaps, swap)
+    written, (inner_state, kept_params) = write_if(
+        take, update_and_keep, updates, (inner_state, kept_params)
+    )
+    targets, kept_params = _swap_params(
+        transition.swaps, take, written.targets, params, kept_params
     )
     if whole:
-        inner_state, kept_state = exchange_if(turn.swaps, inner_state, kept_state)
+        inner_state, kept_state = exchange_if(transition.swaps, inner_state, kept_state)
     kept = kept._replace(params=kept_params, inner_state=kept_state)
+    updates = written._replace(targets=targets).updates(take | transition.swaps)
     return updates, inner_state, kept
 
 
-def move_detectors(
-    turn: Turn, before: DetectorState, skip: SkipSpikesState, kept: Kept
+def exchange_detectors(
+    transition: Transition, before: DetectorState, skip: SkipSpikesState, kept: Kept
 ) -> tuple[SkipSpikesState, Kept]:
     """The same with what the thresholds had learned before the step: a few scalars."""
     where = optax.tree.where
-    now = where(turn.swaps, kept.detector, skip.detector)
-    aside = where(turn.swaps, skip.detector, where(turn.opens, before, kept.detector))
+    now = where(transition.swaps, kept.detector, skip.detector)
+    aside = where(
+        transition.swaps, skip.detector, where(transition.opens, before, kept.detector)
+    )
     return skip._replace(detector=now), kept._replace(detector=aside)

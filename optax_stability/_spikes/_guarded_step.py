@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_stability._core import _mesh_axes, _norms, _validate
-from optax_stability._core._in_place import after, run_if
+from optax_stability._core import _known_norms, _mesh_axes, _norms, _validate
+from optax_stability._core._in_place import depends_on, run_if
+from optax_stability._core._losses import loss_of
 from optax_stability._core._numerics import scale
-from optax_stability._spikes._detection import Detector, DetectorState, Reading, loss_of
+from optax_stability._spikes._detection import Detector, DetectorState, Reading
 from optax_stability.thresholds import Threshold
 from optax_stability.thresholds._threshold import check_threshold
 
@@ -37,7 +38,7 @@ class Guard(NamedTuple):
     axis_name: _mesh_axes.AxisName
 
 
-class Sight(NamedTuple):
+class Assessment(NamedTuple):
     """A step before anything is done with it.
 
     Attributes:
@@ -72,14 +73,14 @@ def make_guard(
     return Guard(detector, max_consecutive, budget, axis_name)
 
 
-def look(guard: Guard, updates, state: DetectorState, extra_args) -> Sight:
+def assess(guard: Guard, updates, state: DetectorState, extra_args) -> Assessment:
     """Reads a step by the past."""
     detector, axis_name = guard.detector, guard.axis_name
-    norms = _norms.measure(updates, axis_name)
+    norms = _known_norms.measure(updates, axis_name)
     loss = loss_of(extra_args, needed=detector.needs_loss, axis_name=axis_name)
     reading, learned = detector.judge(norms.whole, loss, state)
     level = jnp.minimum(norms.whole, _MAX_RISE * reading.norm_limit)
-    return Sight(norms, reading, learned, detector.rebase(level, loss, state))
+    return Assessment(norms, reading, learned, detector.rebase(level, loss, state))
 
 
 def _measured(extra_args: dict[str, Any]) -> list:
@@ -89,26 +90,28 @@ def _measured(extra_args: dict[str, Any]) -> list:
     return [each for each in known if each is not None]
 
 
-def prepare(guard: Guard, inner, take, sight: Sight, updates, params, extra_args):
+def prepare_step(
+    guard: Guard, inner, take, assessment: Assessment, updates, params, extra_args
+):
     """The gradient, at its limit if it is taken and above, and a step on it.
 
     Returns:
       The gradient, and a function from it and the state of ``inner`` to the update and
       the next state.
     """
-    reading = sight.reading
+    reading = assessment.reading
     # In place and rarely: a factor of 1 would cost a pass over the gradient.
     above = reading.norm > reading.norm_limit
     factor = reading.norm_limit / reading.norm
     updates = run_if(
-        after(above & take, *_measured(extra_args)),
+        depends_on(above & take, *_measured(extra_args)),
         lambda updates: jax.tree.map(lambda x: scale(x, factor), updates),
         updates,
     )
-    norms = jax.tree.map(lambda x: jnp.where(above, x * factor, x), sight.norms)
+    norms = jax.tree.map(lambda x: jnp.where(above, x * factor, x), assessment.norms)
 
     def step(updates, inner_state):
-        with _norms.known_norms(updates, norms, guard.axis_name):
+        with _known_norms.reuse_norms(updates, norms, guard.axis_name):
             return inner.update(updates, inner_state, params, **extra_args)
 
     return updates, step

@@ -11,7 +11,7 @@ import optax
 
 from optax_stability._core._numerics import increment
 from optax_stability._spikes._detection import KINDS, DetectorState, Reading
-from optax_stability._spikes._guarded_step import Sight
+from optax_stability._spikes._guarded_step import Assessment
 
 _NEVER = -1
 
@@ -58,7 +58,7 @@ class SkipSpikesState(NamedTuple):
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
-        """``skip/…``: the last decision, what it rests on, and counts by kind."""
+        """``skip/…``: the last verdict, what it rests on, and counts by kind."""
         by_kind = {}
         for i, kind in enumerate(KINDS):
             by_kind[f"skip/{kind}_total"] = self.kind_total[i]
@@ -78,7 +78,7 @@ class SkipSpikesState(NamedTuple):
         }
 
 
-class Decision(NamedTuple):
+class Verdict(NamedTuple):
     """What is done with a step: skipped, or taken, or taken as the new normal."""
 
     skip: jax.Array
@@ -87,26 +87,26 @@ class Decision(NamedTuple):
 
 def decide(
     reading: Reading, state: SkipSpikesState, max_consecutive: int, budget: int
-) -> Decision:
+) -> Verdict:
     """The rule of ``skip_spikes``."""
     full = state.spikes_in_row >= max_consecutive
     affordable = state.credit >= budget
-    return Decision(
+    return Verdict(
         skip=reading.nonfinite | (reading.spike & ~full & affordable),
         accept=reading.spike & full,
     )
 
 
-def _next_credit(reading: Reading, decision: Decision, credit, budget):
+def _next_credit(reading: Reading, verdict: Verdict, credit, budget):
     """A skipped spike costs ``budget`` units, a normal step earns one."""
-    spent = jnp.where(decision.skip & reading.spike, budget, 0)
+    spent = jnp.where(verdict.skip & reading.spike, budget, 0)
     earned = jnp.where(reading.spike | reading.nonfinite, 0, 1)
     return jnp.minimum(credit - spent + earned, budget * budget)
 
 
-def _next_row(reading: Reading, decision: Decision, spikes_in_row):
+def _next_row(reading: Reading, verdict: Verdict, spikes_in_row):
     """A taken step ends the row; a non-finite one neither counts nor ends it."""
-    row = jnp.where(decision.skip, spikes_in_row + 1, 0)
+    row = jnp.where(verdict.skip, spikes_in_row + 1, 0)
     return jnp.where(reading.nonfinite, spikes_in_row, row)
 
 
@@ -115,7 +115,9 @@ def count(total, event):
     return jnp.where(event, increment(total), total)
 
 
-def begin(detector: DetectorState, inner_state: Any, budget: int) -> SkipSpikesState:
+def init_state(
+    detector: DetectorState, inner_state: Any, budget: int
+) -> SkipSpikesState:
     """The state before the first step: nothing skipped, the bucket full."""
     return SkipSpikesState(
         step=jnp.zeros((), jnp.int32),
@@ -137,7 +139,9 @@ def begin(detector: DetectorState, inner_state: Any, budget: int) -> SkipSpikesS
     )
 
 
-def watch(state: SkipSpikesState, reading: Reading) -> SkipSpikesState:
+def update_after_failed_probe(
+    state: SkipSpikesState, reading: Reading
+) -> SkipSpikesState:
     """The state after a step that was read, and neither taken nor skipped."""
     bad = reading.kinds & reading.nonfinite
     return state._replace(
@@ -152,24 +156,24 @@ def watch(state: SkipSpikesState, reading: Reading) -> SkipSpikesState:
     )
 
 
-def advance(
+def update_state(
     state: SkipSpikesState,
-    sight: Sight,
-    decision: Decision,
+    assessment: Assessment,
+    verdict: Verdict,
     budget: int,
     inner_state: Any,
 ) -> SkipSpikesState:
     """The state after a step; what was skipped is counted and not learned."""
-    reading, skip = sight.reading, decision.skip
-    learned = optax.tree.where(decision.accept, sight.rebased, sight.learned)
+    reading, skip = assessment.reading, verdict.skip
+    learned = optax.tree.where(verdict.accept, assessment.rebased, assessment.learned)
     return SkipSpikesState(
         step=increment(state.step),
         skipped=skip,
         total=count(state.total, skip),
         consecutive=jnp.where(skip, increment(state.consecutive), 0),
-        spikes_in_row=_next_row(reading, decision, state.spikes_in_row),
-        credit=_next_credit(reading, decision, state.credit, budget),
-        accepted_total=count(state.accepted_total, decision.accept),
+        spikes_in_row=_next_row(reading, verdict, state.spikes_in_row),
+        credit=_next_credit(reading, verdict, state.credit, budget),
+        accepted_total=count(state.accepted_total, verdict.accept),
         last_step=jnp.where(skip, state.step, state.last_step),
         kind_total=count(state.kind_total, reading.kinds),
         kind_step=jnp.where(reading.kinds, state.step, state.kind_step),

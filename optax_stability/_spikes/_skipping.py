@@ -11,8 +11,6 @@ of a parameter beside the gradient.
 *Source*: the skip rules of OLMo-core, MaxText and Levanter, with bounds of our own.
 """
 
-from typing import Any
-
 import optax
 
 from optax_stability._core import _mesh_axes, _validate
@@ -23,7 +21,7 @@ from optax_stability._spikes._detection import (
     FAR_ABOVE_THE_TREND,
     HALF_A_NAT_ABOVE,
 )
-from optax_stability._spikes._skip_state import advance, begin, decide
+from optax_stability._spikes._skip_state import decide, init_state, update_state
 from optax_stability.thresholds import Threshold
 
 
@@ -140,23 +138,30 @@ def skip_spikes(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        return begin(guard.detector.init(), inner.init(params), budget)
+        return init_state(guard.detector.init(), inner.init(params), budget)
 
     def update_fn(updates, state, params=None, **extra_args):
-        sight = _guarded_step.look(guard, updates, state.detector, extra_args)
-        decision = decide(sight.reading, state, max_consecutive, budget)
-        take = ~decision.skip
-        updates, step = _guarded_step.prepare(
-            guard, inner, take, sight, updates, params, extra_args
+        assessment = _guarded_step.assess(guard, updates, state.detector, extra_args)
+        verdict = decide(assessment.reading, state, max_consecutive, budget)
+        take = ~verdict.skip
+        updates, step = _guarded_step.prepare_step(
+            guard, inner, take, assessment, updates, params, extra_args
         )
         updates, _, inner_state = apply_if(take, step, updates, state.inner_state)
-        return updates, advance(state, sight, decision, budget, inner_state)
+        return updates, update_state(state, assessment, verdict, budget, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def spike_guard(
-    inner: optax.GradientTransformation, **overrides: Any
+    inner: optax.GradientTransformation,
+    *,
+    grad_norm: Threshold | None = FAR_ABOVE_THE_TREND,
+    value: Threshold | None = HALF_A_NAT_ABOVE,
+    confirm: Threshold | None = ABOVE_THE_SCATTER,
+    max_consecutive: int = 5,
+    budget: int = 16,
+    axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Skips what is abnormal by loss, or by norm and loss together: recommended.
 
@@ -179,14 +184,22 @@ def spike_guard(
 
     Args:
       inner: what is protected: the whole chain from clipping to the learning rate.
-      overrides: any argument of :func:`skip_spikes`, such as ``max_consecutive=25``.
+      grad_norm: threshold on the L2 norm of the gradient; None watches non-finite
+        values only.
+      value: threshold on the loss, or None.
+      confirm: lower threshold on the loss, above which a norm counts as a spike; None
+        believes the norm alone.
+      max_consecutive: finite spikes skipped in a row before one is taken, ≥ 1.
+      budget: finite spikes that may be skipped before normal steps have to earn more,
+        from 1 to 10,000.
+      axis_name: under ``shard_map``, as in :func:`skip_spikes`.
 
     Returns:
       A transformation with state :class:`SkipSpikesState`, whose ``update`` needs the
       loss as ``value=`` (or ``loss=``).
 
     Raises:
-      TypeError: an override is no argument of :func:`skip_spikes`.
+      TypeError: as :func:`skip_spikes`.
       ValueError: as :func:`skip_spikes`.
 
     Example:
@@ -194,8 +207,12 @@ def spike_guard(
       >>> from optax_stability import clip_by_zscore, safe_adamw
       >>> tx = spike_guard(optax.chain(clip_by_zscore(), safe_adamw(1e-3)))
     """
-    settings: dict[str, Any] = {
-        "value": HALF_A_NAT_ABOVE,
-        "confirm": ABOVE_THE_SCATTER,
-    }
-    return skip_spikes(inner, **settings | overrides)
+    return skip_spikes(
+        inner,
+        grad_norm=grad_norm,
+        value=value,
+        confirm=confirm,
+        max_consecutive=max_consecutive,
+        budget=budget,
+        axis_name=axis_name,
+    )

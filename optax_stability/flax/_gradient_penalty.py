@@ -6,21 +6,23 @@
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate
 
 from flax import nnx
 
 from optax_stability._core import _tree
 from optax_stability._gradients import _penalty
+from optax_stability._gradients._penalty import P, Value
+from optax_stability.flax._microbatching import Module
 
 
 def penalize_gradient_norm(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[Concatenate[Module, P], Value],
     weight: Any,
     *,
     wrt: Any = nnx.Param,
     has_aux: bool = False,
-) -> Callable[..., Any]:
+) -> Callable[Concatenate[Module, P], Value]:
     """:func:`optax_stability.penalize_gradient_norm` for an NNX module.
 
     **Rule**: that of the functional one, with respect to the variables that ``wrt``
@@ -56,13 +58,13 @@ def penalize_gradient_norm(
       True (2, 1)
     """
 
-    def penalized(model, *args, **kwargs):
+    def penalized(model: Module, *args: P.args, **kwargs: P.kwargs) -> Any:
         graphdef, params, others = nnx.split(model, wrt, ...)
         params, others = _tree.pure((params, others))
 
         def pure_loss(params):
             copy = nnx.merge(graphdef, params, others)
-            value = loss_fn(copy, *args, **kwargs)
+            value: Any = loss_fn(copy, *args, **kwargs)
             loss, aux = value if has_aux else (value, None)
             return loss, (aux, _tree.pure(nnx.split(copy, wrt, ...)[2]))
 

@@ -7,7 +7,7 @@ must be split and put together as well.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,9 @@ from flax import nnx
 
 from optax_stability._core import _tree
 from optax_stability._moments import _microbatching
-from optax_stability._moments._moments import Moments
+from optax_stability._moments._microbatching import Batch, Value, ValueAndGrad
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 def _fork(streams: Any, number: int) -> tuple[Any, Any]:
@@ -63,14 +65,17 @@ def _joined(values):
 
 
 def microbatch_gradients(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[[Module, Batch], Value],
     num_microbatches: int,
     *,
     wrt: Any = nnx.Param,
+    vmap_size: int | None = None,
     has_aux: bool = False,
-    weight_fn: Callable[[Any], Any] | None = None,
-    **options: Any,
-) -> Callable[..., tuple[Any, Any, Moments]]:
+    weight_fn: Callable[[Batch], Any] | None = None,
+    mean_square: bool = False,
+    reject_nonfinite: bool = True,
+    spmd_axis_name: Any = None,
+) -> ValueAndGrad[Module, Batch, Value, nnx.State]:
     """:func:`optax_stability.microbatch_gradients` for an NNX module.
 
     In place of ``nnx.value_and_grad(loss_fn)(model, batch)``.
@@ -88,9 +93,14 @@ def microbatch_gradients(
       loss_fn: ``loss_fn(model, microbatch) -> loss``, or ``(loss, aux)``.
       num_microbatches: K, divides axis 0 of every array in the batch.
       wrt: filter of the variables to differentiate by, as in ``nnx.Optimizer``.
+      vmap_size: how many microbatches are evaluated together; None: all.
       has_aux: whether ``loss_fn`` returns something beside the loss.
       weight_fn: from a microbatch to its weight, by default its number of rows.
-      options: the others of :func:`optax_stability.microbatch_gradients`.
+      mean_square: keep the mean square as well, for
+        ``scale_by_safe_adam(second_moment="microbatch")``.
+      reject_nonfinite: False keeps every microbatch, whatever it holds.
+      spmd_axis_name: mesh axis that shards the batch; this and the four before as in
+        :func:`optax_stability.microbatch_gradients`.
 
     Returns:
       ``fn(model, batch, *, loss_scale=None) -> (value, grads, moments)``; grads are an
@@ -113,7 +123,7 @@ def microbatch_gradients(
     """
     weigh = _microbatching.count_examples if weight_fn is None else weight_fn
 
-    def fn(model, batch, *, loss_scale=None):
+    def fn(model, batch, *, loss_scale=None) -> Any:
         _microbatching.check_batch(batch, num_microbatches)
         graphdef, params, streams, others = nnx.split(model, wrt, nnx.RngState, ...)
         # Values only: the variables themselves belong to the model.
@@ -124,7 +134,7 @@ def microbatch_gradients(
             keys, microbatch = part
             keys = jax.tree.map(lambda leaf: leaf[0], keys)
             copy = nnx.merge(graphdef, params, keys, others)
-            value = loss_fn(copy, microbatch)
+            value: Any = loss_fn(copy, microbatch)
             loss, aux = value if has_aux else (value, None)
             written = nnx.split(copy, wrt, nnx.RngState, ...)[3]
             return loss, (aux, _changes(others, written))
@@ -132,9 +142,12 @@ def microbatch_gradients(
         (loss, (aux, written)), grads, moments = _microbatching.microbatch_gradients(
             pure_loss,
             num_microbatches,
+            vmap_size=vmap_size,
             has_aux=True,
             weight_fn=lambda part: weigh(part[1]),
-            **options,
+            mean_square=mean_square,
+            reject_nonfinite=reject_nonfinite,
+            spmd_axis_name=spmd_axis_name,
         )(params, (keys, batch), loss_scale=loss_scale)
 
         values, structure = jax.tree.flatten(others)

@@ -19,7 +19,9 @@ from flax import nnx
 
 from optax_stability._core import _norms, _tree
 from optax_stability._moments import _microbatching, _moments
+from optax_stability._moments._microbatching import Batch, Value
 from optax_stability._moments._moments import Moments
+from optax_stability.flax._microbatching import Module
 from optax_stability.flax._tapped_modules import DROP_INS, NormTap, one_evaluation
 
 # Two sums of squares over the same gradient, each rounded in its own order, differ by
@@ -127,13 +129,13 @@ def _same_variables(before: Any, after: Any) -> None:
 
 
 def per_example_gradients(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[[Module, Batch], Value],
     *,
     wrt: Any = nnx.Param,
     only: tuple[type, ...] | None = None,
     has_aux: bool = False,
-    weight_fn: Callable[[Any], Any] | None = None,
-) -> Callable[[Any, Any], tuple[Any, Any, Moments]]:
+    weight_fn: Callable[[Batch], Any] | None = None,
+) -> Callable[[Module, Batch], tuple[Value, nnx.State, Moments]]:
     """``nnx.value_and_grad``, with the moments of every example's gradient.
 
     In place of ``nnx.value_and_grad(loss_fn)(model, batch)``, in one backward pass, for
@@ -213,7 +215,7 @@ def per_example_gradients(
     """
     kinds = DROP_INS if only is None else only
 
-    def fn(model, batch):
+    def fn(model, batch) -> Any:
         _microbatching.check_batch(batch, 1)
         rows = int(_microbatching.count_examples(batch))
         weights = _weights(weight_fn, batch, rows)
@@ -226,7 +228,7 @@ def per_example_gradients(
         def pure_loss(params, taps):
             merged = nnx.merge(graphdef, taps, params, others)
             with one_evaluation():
-                value = loss_fn(merged, batch)
+                value: Any = loss_fn(merged, batch)
             loss, aux = value if has_aux else (value, None)
             written = _tree.pure(nnx.split(merged, NormTap, wrt, ...)[3])
             _same_variables(others, written)

@@ -32,18 +32,33 @@ Each function names its paper and every deviation from it.
 """
 
 from optax_stability.thresholds._detrended_mad import (
-    DetrendedMadState as DetrendedMadState,
+    DetrendedMadState,
+    detrended_mad,
 )
-from optax_stability.thresholds._detrended_mad import detrended_mad as detrended_mad
-from optax_stability.thresholds._ema_ratio import EmaRatioState as EmaRatioState
-from optax_stability.thresholds._ema_ratio import ema_ratio as ema_ratio
-from optax_stability.thresholds._relearn import RelearnState as RelearnState
-from optax_stability.thresholds._relearn import relearn as relearn
-from optax_stability.thresholds._threshold import Threshold as Threshold
-from optax_stability.thresholds._threshold import constant as constant
-from optax_stability.thresholds._windows import WindowState as WindowState
-from optax_stability.thresholds._windows import window_median as window_median
-from optax_stability.thresholds._windows import window_quantile as window_quantile
-from optax_stability.thresholds._windows import window_zscore as window_zscore
-from optax_stability.thresholds._zscore import ZScoreState as ZScoreState
-from optax_stability.thresholds._zscore import zscore as zscore
+from optax_stability.thresholds._ema_ratio import EmaRatioState, ema_ratio
+from optax_stability.thresholds._relearn import RelearnState, relearn
+from optax_stability.thresholds._threshold import Threshold, constant
+from optax_stability.thresholds._windows import (
+    WindowState,
+    window_median,
+    window_quantile,
+    window_zscore,
+)
+from optax_stability.thresholds._zscore import ZScoreState, zscore
+
+__all__ = [
+    "DetrendedMadState",
+    "EmaRatioState",
+    "RelearnState",
+    "Threshold",
+    "WindowState",
+    "ZScoreState",
+    "constant",
+    "detrended_mad",
+    "ema_ratio",
+    "relearn",
+    "window_median",
+    "window_quantile",
+    "window_zscore",
+    "zscore",
+]

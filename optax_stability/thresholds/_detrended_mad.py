@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
-from optax_stability.thresholds._threshold import Threshold, is_level
+from optax_stability.thresholds._threshold import Threshold, is_level, prints_its_call
 from optax_stability.thresholds._windows import median, push
 
 # The median of |e| of normal noise, times this, is its standard deviation.
@@ -58,6 +58,7 @@ def _log(factor):
     return math.log(factor) if _validate.is_concrete(factor) else jnp.log(factor)
 
 
+@prints_its_call
 def detrended_mad(
     num_mads: float | jax.Array = 6.0,
     *,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
-from optax_stability.thresholds._threshold import Threshold, is_level
+from optax_stability.thresholds._threshold import Threshold, is_level, prints_its_call
 
 
 class EmaRatioState(NamedTuple):
@@ -23,6 +23,7 @@ class EmaRatioState(NamedTuple):
     level: jax.Array
 
 
+@prints_its_call
 def ema_ratio(
     ratio: float | jax.Array = 1.05,
     *,

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
-from optax_stability.thresholds._threshold import Threshold, check_threshold
+from optax_stability.thresholds._threshold import (
+    Threshold,
+    check_threshold,
+    prints_its_call,
+)
 
 
 class RelearnState(NamedTuple):
@@ -24,6 +28,7 @@ class RelearnState(NamedTuple):
     inner: Any
 
 
+@prints_its_call
 def relearn(
     threshold: Threshold, *, after: int, max_rise: float | jax.Array = 10.0
 ) -> Threshold:

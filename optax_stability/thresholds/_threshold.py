@@ -4,17 +4,22 @@
 comparison with what it was before.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
 
 from optax_stability._core import _numerics, _validate
 
+P = ParamSpec("P")
+
 
 class Threshold(NamedTuple):
     """Decides from the past of a stream what is normal.
+
+    Prints as the call that made it: ``detrended_mad(5.0, floor=5.0)``.
 
     Attributes:
       init: ``init() -> state``.
@@ -22,6 +27,7 @@ class Threshold(NamedTuple):
         ``x`` (float32[]), and the state with ``x`` learned. The caller decides whether
         to keep that state.
       rebase: ``rebase(x, state) -> state`` – starts again from the present level ``x``.
+      call: str – how it prints; empty for one that prints its functions.
 
     Example:
       >>> from optax_stability import thresholds
@@ -36,8 +42,28 @@ class Threshold(NamedTuple):
     init: Callable[[], Any]
     update: Callable[[Any, Any], tuple[jax.Array, Any]]
     rebase: Callable[[Any, Any], Any]
+    call: str = ""
+
+    def __repr__(self) -> str:
+        """The call that made it, or else its functions."""
+        functions = f"{self.init!r}, {self.update!r}, {self.rebase!r}"
+        return self.call or f"Threshold({functions})"
 
 
+def prints_its_call(factory: Callable[P, Threshold]) -> Callable[P, Threshold]:
+    """A factory whose thresholds print as the call that made them."""
+
+    @functools.wraps(factory)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Threshold:
+        given = [repr(value) for value in args]
+        given += [f"{name}={value!r}" for name, value in kwargs.items()]
+        threshold = factory(*args, **kwargs)
+        return threshold._replace(call=f"{factory.__name__}({', '.join(given)})")
+
+    return made
+
+
+@prints_its_call
 def constant(limit: float | jax.Array) -> Threshold:
     """A fixed limit, as in ``optax.clip_by_global_norm``.
 

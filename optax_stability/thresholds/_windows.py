@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
-from optax_stability.thresholds._threshold import Threshold, is_level
+from optax_stability.thresholds._threshold import Threshold, is_level, prints_its_call
 
 # Stands in for the spread of a stream that has none, as in zscore.
 _MIN_RELATIVE_STD = 1e-6
@@ -108,6 +108,7 @@ def _window(window: int, limit_of: Callable) -> Threshold:
     return Threshold(init, update, rebase)
 
 
+@prints_its_call
 def window_zscore(
     num_sigmas: float | jax.Array = 6.0, *, window: int = 128
 ) -> Threshold:
@@ -159,6 +160,7 @@ def window_zscore(
     return _window(window, limit_of)
 
 
+@prints_its_call
 def window_quantile(q: float | jax.Array, *, window: int = 128) -> Threshold:
     """A quantile of the last values: AutoClip.
 
@@ -203,6 +205,7 @@ def window_quantile(q: float | jax.Array, *, window: int = 128) -> Threshold:
     return _window(window, lambda values, count: quantile(values, count, q))
 
 
+@prints_its_call
 def window_median(ratio: float | jax.Array, *, window: int = 128) -> Threshold:
     """A multiple of the median of the last values.
 

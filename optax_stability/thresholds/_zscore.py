@@ -1,13 +1,15 @@
 """Exponential mean and deviation of a stream: ZClip."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
-from optax_stability.thresholds._threshold import Threshold, is_level
+from optax_stability.thresholds._threshold import Threshold, is_level, prints_its_call
+
+Mode = Literal["adaptive", "mean", "max"]
 
 # A constant stream has no spread at all; this share of the mean stands in, so that
 # rounding alone is never abnormal.
@@ -28,7 +30,7 @@ class ZScoreState(NamedTuple):
     std: jax.Array
 
 
-def _zscore_limit(x, mean, std, z_max, mode: str):
+def _zscore_limit(x, mean, std, z_max, mode: Mode):
     """The limit of an armed z-score threshold."""
     std = jnp.maximum(std, _MIN_RELATIVE_STD * mean)
     margin = jnp.minimum(z_max * std, _numerics.HUGE)
@@ -55,12 +57,13 @@ def _learn(x, state: ZScoreState, share, shrink) -> tuple[jax.Array, jax.Array]:
     return state.mean + share * distance, jnp.minimum(std, _numerics.HUGE)
 
 
+@prints_its_call
 def zscore(
     z_max: float | jax.Array = 2.5,
     *,
     decay: float | jax.Array = 0.97,
     warmup: int | jax.Array = 25,
-    mode: str = "adaptive",
+    mode: Mode = "adaptive",
 ) -> Threshold:
     """Exponential mean and deviation of the stream: ZClip.
 
@@ -114,7 +117,7 @@ def zscore(
     )
     _validate.check_interval("decay", decay, "[0, 1)", "0.97 averages about 33 values")
     _validate.check_count("warmup", warmup, 1, "25 is the published value")
-    _validate.check_choice("mode", mode, ("adaptive", "mean", "max"))
+    _validate.check_choice("mode", mode, get_args(Mode))
     z_max, decay = _validate.as_float32(z_max), _validate.as_float32(decay)
 
     def init():

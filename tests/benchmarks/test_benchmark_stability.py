@@ -5,11 +5,11 @@ import math
 
 import chex
 import contenders
+import corpus
 import faulty_streams
 import grids
 import jax
 import jax.numpy as jnp
-import low_precision
 import numpy as np
 import pytest
 import reporting
@@ -147,7 +147,7 @@ def test_other_data_come_at_once_or_by_and_by_or_in_turns_or_now_and_then(clean)
 
 def test_the_kinds_of_other_data_are_what_they_are_called():
     for text, wide, back in zip(
-        low_precision.corpus(),
+        corpus.corpus(),
         faulty_streams.wide_characters(),
         faulty_streams.backwards(),
         strict=True,

@@ -50,7 +50,7 @@ def test_every_report_says_where_it_is_from(path):
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", report["date"])
         assert report["cores"] > 0
         script = report["command"].split()[1]
-        assert (BENCHMARKS.parent / script).is_file(), suite
+        assert (BENCHMARKS.parent / script).exists(), suite
         assert {"python", "jax", "optax", "version", "platform"} <= report.keys()
         assert reporting.hardware(report) in reporting.caption(report)
         assert report["command"] in reporting.caption(report)
@@ -63,12 +63,33 @@ def test_the_page_of_a_device_shows_all_its_reports(path):
 
 def test_every_suite_is_a_script_whose_help_says_what_it_does():
     for suite in (*run.ON_EVERY_DEVICE, *run.ANYWHERE):
-        text = (BENCHMARKS / f"{suite}.py").read_text()
-        assert f"python benchmarks/{suite}.py --quick" in text
+        script = run.script_of(suite)
+        source = script / "__init__.py" if script.is_dir() else script
+        assert f"python benchmarks/{script.name} --quick" in source.read_text()
     modules = {path.stem for path in BENCHMARKS.glob("*.py")}
-    helpers = {"run", "tables", "reporting", "peers", "norm_taps"}
+    modules |= {path.parent.name for path in BENCHMARKS.glob("*/__main__.py")}
+    helpers = {"run", "tables", "reporting", "corpus", "peers", "norm_taps"}
     helpers |= {"faulty_streams", "contenders", "grids"}
     assert modules - helpers == {*run.ON_EVERY_DEVICE, *run.ANYWHERE}
+
+
+def test_a_folder_of_studies_is_called_like_a_file():
+    command = [sys.executable, str(run.script_of("early_warning")), "--help"]
+    ended = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert "python benchmarks/early_warning --quick" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("called", "shown"),
+    [
+        ("growth.py", "growth.py"),
+        ("benchmarks/early_warning/", "early_warning"),
+        ("benchmarks/early_warning/__main__.py", "early_warning"),
+    ],
+)
+def test_a_report_says_how_to_make_it_again(called, shown, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [called, "--only", "x"])
+    assert reporting.command() == f"python benchmarks/{shown} --only x"
 
 
 def test_a_report_goes_into_the_file_of_its_device(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import chex
-import early_warning
 import fault_table
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import optax
 import peers
 import pytest
 import reporting
+from early_warning.learning_rate.statistics import RHO, RHO_LATER
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -346,11 +346,11 @@ def test_faults_are_where_they_should_be():
 def test_the_readme_quotes_the_early_warning_benchmark():
     report = reporting.read("early_warning")
     rates, words = report["rates"], " ".join(README.split())
-    shipped = rates["limits"][early_warning.RHO_LATER]["-0.2"]
+    shipped = rates["limits"][RHO_LATER]["-0.2"]
     (bad, all_bad), (good, all_good) = (shipped[x] for x in ("bad", "good"))
     assert f"{bad} of {all_bad} runs that end more than 0.1 nat worse" in words
     assert f"and in {good} of {all_good} good ones" in words
-    found = rates["limits"][early_warning.RHO]["0"]
+    found = rates["limits"][RHO]["0"]
     bad, good = (found[x][0] for x in ("bad", "good"))
     assert f"below 0: {bad} and {good}." in words
     (early, caught), lead = rates["others"]["in_time"], rates["others"]["lead"][1]

@@ -20,7 +20,7 @@ def accelerator(monkeypatch):
 
     def switch():
         for module in FORKS:
-            monkeypatch.setattr(module, "branching_is_cheap", lambda: False)
+            monkeypatch.setattr(module, "cond_is_cheap", lambda: False)
 
     return switch
 

@@ -225,31 +225,3 @@ def test_the_global_norm_is_not_finite_if_one_entry_is_not(bad):
 def test_the_global_norm_of_zeros_has_derivative_zero():
     tree = {"a": np.zeros(3, np.float32), "b": np.zeros(2, np.float32)}
     chex.assert_trees_all_equal(jax.jit(jax.grad(_norms.global_norm))(tree), tree)
-
-
-# --- known norms ---------------------------------------------------------------
-
-
-KNOWN = _norms.Norms(jnp.array([3.0, 4.0]), jnp.float32(5.0))
-
-
-def test_known_norms_are_not_measured_again():
-    tree = {"a": jnp.ones(3), "b": jnp.ones(2)}
-    with _norms.known_norms(tree, KNOWN, None):
-        assert _norms.global_norm(tree) is KNOWN.whole
-        assert _norms.measure(dict(tree)) is KNOWN
-        equal_but_another = jax.tree.map(lambda x: x + 0, tree)
-        for other in (equal_but_another, {"a": tree["a"]}, tree["a"]):
-            assert _norms.global_norm(other) is not KNOWN.whole
-            assert _norms.measure(other) is not KNOWN
-    assert _norms.global_norm(tree) is not KNOWN.whole
-
-
-def test_known_norms_are_forgotten_after_an_error():
-    tree = {"a": jnp.ones(3), "b": jnp.zeros(2)}
-    with (
-        pytest.raises(ZeroDivisionError),
-        _norms.known_norms(tree, KNOWN, None),
-    ):
-        raise ZeroDivisionError
-    assert float(_norms.global_norm(tree)) == pytest.approx(3**0.5)

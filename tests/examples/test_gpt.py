@@ -126,11 +126,7 @@ def test_one_command_trains_and_leaves_a_log_and_a_picture(tmp_path, text):
 def test_a_run_that_is_killed_takes_the_same_course(tmp_path, text):
     flags = "--steps 30 --warmup-steps 2 --eval-batches 1 --sample-tokens 0"
     flags += " --checkpoint-every 4 --eval-every 10 --inject nan@14 scale@20"
-    # What is compiled once is found again by the next process.
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}
-    start = functools.partial(
-        subprocess.Popen, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    start = functools.partial(subprocess.Popen, stdout=subprocess.PIPE, text=True)
 
     def kill_at(step, folder):
         """Kills the process without a warning as soon as it has logged the step."""

@@ -34,7 +34,6 @@ class Job:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "PYTHONPATH": os.pathsep.join(sys.path),  # The examples are on it.
-            "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla"),
         }
         command = [sys.executable, SMALL_GPT, *FLAGS, "--out", folder, "--mesh", mesh]
         port = free_port()

@@ -1,0 +1,1 @@
+"""The second study: does anything say that a spike comes?"""
