@@ -10,7 +10,7 @@ must be found; otherwise the script fails.
 * **first step**: of the first expected finding; **fault**: when it was put in.
 
 The thresholds are from theory, from published rules, or round numbers beyond what the
-healthy runs show (``_diagnosis/_thresholds.py`` says which). Those margins are in the
+healthy runs show (``_diagnosis/_limits.py`` says which). Those margins are in the
 JSON: for each statistic the most extreme value of any healthy run.
 
     python benchmarks/diagnosis.py            # about 7 minutes on two CPU cores
@@ -32,13 +32,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 from reporting import Report, finish, markdown, parser
 
 import optax_stability as ost
-from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._diagnose import diagnose
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._location import gradient_layers
 from optax_stability._diagnosis._series import History, is_vector
 from optax_stability._diagnosis._trend import smooth, trend
-from optax_stability._diagnosis._updates import whole_and_layers
+from optax_stability._diagnosis._updates import global_and_layers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gpt"))
 
@@ -338,10 +338,10 @@ def cells_of(name: str, row: dict[str, Any]) -> list[str]:
 def extremes(history: dict[str, np.ndarray]) -> dict[str, float]:
     """What the rules look at, at its most suspicious, after the early descent."""
     past = History(history)
-    later = slice(past.settled(), None)
+    later = slice(past.settled_row(), None)
 
     def most(name):
-        curves = [key for key, _ in whole_and_layers(past, name)]
+        curves = [key for key, _ in global_and_layers(past, name)]
         each = [history[key][later][past.measured(key, name)[later]] for key in curves]
         # For three measurements in a row, the least of which counts.
         return max(sliding_window_view(x, 3).min(axis=1).max() for x in each)
@@ -352,7 +352,7 @@ def extremes(history: dict[str, np.ndarray]) -> dict[str, float]:
     matrices = gradient_layers(past).only(lambda name: not is_vector(name))
     level = smooth(np.log(matrices.values[later]))
     growth = past.layers("params/spectral_norm").values[later]
-    rho = history["adam/correlation"][past.peak_rate() :][::SELDOM][
+    rho = history["adam/correlation"][past.peak_rate_row() :][::SELDOM][
         : limits.RATE_MEASUREMENTS
     ]
     ratio = history["noise_scale/low"] / history["noise_scale/batch_size"]

@@ -5,7 +5,7 @@ sequences after which everything is finite and learns again, kills after which a
 takes the same course as if nobody had killed it, stops by a signal that were gone on
 from, restored states that equal the saved ones.
 
-    python benchmarks/reliability.py            # 25 minutes on two CPU cores
+    python benchmarks/reliability.py            # half an hour on two CPU cores
     python benchmarks/reliability.py --quick    # restored states alone, no JSON
 """
 
@@ -19,7 +19,7 @@ from reporting import Report, markdown, run_suite
 ROOT = Path(__file__).parents[1]
 QUICK = ("tests/test_contract.py", "-k", "orbax and accumulate")
 # Of the transformations as of the examples: all but the tests of what is told here.
-ALL = ("--ignore=tests/benchmarks",)
+ALL = ("--full", "--ignore=tests/benchmarks")
 
 
 def make_report(quick: bool) -> Report:

@@ -39,6 +39,7 @@ ANYWHERE = (
     "diagnosis",
     "early_warning",
     "reliability",
+    "mutations",
 )
 
 

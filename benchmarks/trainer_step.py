@@ -38,7 +38,7 @@ from config import Config
 from model import SIZES
 from pace import peak_flops
 
-BLOCK = training.SELDOM
+BLOCK = training.MEASURE_EVERY
 BASELINE, OURS = "plain optax", "the stability chain"
 ROUNDS = 7
 TINY = Config(size="tiny", batch_size=8)

@@ -1,10 +1,10 @@
-"""Checkpoints of a run, through Orbax: written in the background, whole or not at all.
+"""Checkpoints of a run, through Orbax: written in the background, atomically.
 
 A checkpoint is the state, a pytree of arrays, and its *progress*: a dict of plain
 numbers and text with ``step``, the steps taken, and ``batch``, the batches drawn. The
-two differ after a rewind: the steps go back, the batches never do. So checkpoints are
-filed by batch, and the newest is always the one to go on from, whenever the process is
-killed.
+two differ after a rewind: the step number goes back, the batch number never does. So
+checkpoints are numbered by batch, and a run always resumes from the newest one,
+whenever the process was killed.
 """
 
 import dataclasses
@@ -20,30 +20,31 @@ from orbax.checkpoint import checkpoint_managers as policies
 Progress = dict[str, Any]
 
 
-def those_that_count(found: Iterable[Progress], keep: int) -> list[Progress]:
-    """Which checkpoints matter to a run from here on, newest first.
+def select_checkpoints(found: Iterable[Progress], keep: int) -> list[Progress]:
+    """Selects the checkpoints that the run still needs, newest first.
 
-    They are the newest, to go on from, the ``keep`` newest and the best, which has the
-    lowest finite ``eval/loss``. What a rewind has gone back past does not count, nor
-    does, once there is a newer one, what is marked ``interim``: a run that was stopped
-    would else have more to go back to than one that was not.
+    These are the newest, to resume from, the ``keep`` newest regular ones, and the
+    best, which has the lowest finite ``eval/loss``. Checkpoints of steps that a rewind
+    has undone are left out. So is an ``interim`` checkpoint once there is a newer one:
+    otherwise a run that was stopped could rewind to more checkpoints than one that was
+    not.
     """
-    line: list[Progress] = []
+    current: list[Progress] = []
     for each in sorted(found, key=lambda progress: progress["batch"], reverse=True):
-        if not line or each["step"] < line[-1]["step"]:
-            line.append(each)
-    regular = [each for each in line if not each.get("interim")]
-    kept = line[:1] + regular[:keep]
+        if not current or each["step"] < current[-1]["step"]:
+            current.append(each)
+    regular = [each for each in current if not each.get("interim")]
+    kept = current[:1] + regular[:keep]
     losses = [each.get("eval/loss", math.nan) for each in regular]
     finite = [loss for loss in losses if math.isfinite(loss)]
     if finite:
         kept.append(regular[losses.index(min(finite))])
-    return [each for each in line if each in kept]
+    return [each for each in current if each in kept]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Policy(policies.PreservationPolicy):
-    """The same rule, as Orbax asks for it after every save."""
+    """:func:`select_checkpoints` as the policy that Orbax applies after every save."""
 
     keep: int
 
@@ -55,7 +56,7 @@ class _Policy(policies.PreservationPolicy):
     ) -> list[bool]:
         del context
         found = [each.metrics for each in checkpoints if each.metrics]
-        batches = {each["batch"] for each in those_that_count(found, self.keep)}
+        batches = {each["batch"] for each in select_checkpoints(found, self.keep)}
         return [each.step in batches for each in checkpoints]
 
 
@@ -63,17 +64,17 @@ class Checkpoints:
     """The newest states of a run, and the one with the lowest held-out loss."""
 
     def __init__(self, folder: Path, keep: int = 5, *, read_only: bool = False):
-        """Opens or makes the folder.
+        """Opens or creates the folder.
 
         Args:
           folder: holds one folder per checkpoint.
-          keep: how many of the newest to keep; the best is kept beside them.
-          read_only: for a folder where a run may be writing, and only to load from.
-            Otherwise what is half written there is cleared away.
+          keep: how many of the newest to keep; the best is kept as well.
+          read_only: only load, from a folder where a run may be writing. Otherwise
+            incomplete checkpoints there are deleted.
         """
         self._keep = keep
         options = ocp.CheckpointManagerOptions(
-            # Without it the metrics, which our progress is to Orbax, are not written.
+            # Orbax stores our progress as its metrics, and only if best_fn is given.
             best_fn=lambda progress: progress["batch"],
             preservation_policy=_Policy(keep),
             cleanup_tmp_directories=not read_only,
@@ -85,8 +86,8 @@ class Checkpoints:
         """Copies the state and writes it in the background.
 
         A finite ``eval/loss`` in the progress makes it a candidate for the best. Once
-        it is written, what does not count any more is deleted. What is there already
-        is not written again.
+        it is written, checkpoints that are no longer needed are deleted. A checkpoint
+        that exists is not written again.
         """
         if progress["batch"] in self._manager.all_steps():
             self._delete_leftovers()
@@ -95,44 +96,44 @@ class Checkpoints:
         self._manager.save(progress["batch"], args=parts, metrics=progress)
 
     def _delete_leftovers(self) -> None:
-        """Of a process that was killed before it could."""
-        count = {each["batch"] for each in self.line()}
-        for batch in set(self._manager.all_steps()) - count:
+        """Deletes checkpoints that a killed process did not delete in time."""
+        needed = {each["batch"] for each in self.available()}
+        for batch in set(self._manager.all_steps()) - needed:
             self._manager.delete(batch)
 
-    def line(self) -> list[Progress]:
-        """The progress of every checkpoint that counts, newest first."""
+    def available(self) -> list[Progress]:
+        """The progress of every checkpoint that the run still needs, newest first."""
         self._manager.wait_until_finished()
         found = map(self._manager.metrics, self._manager.all_steps())
-        # It is missing where a process was killed while it deleted the checkpoint.
-        return those_that_count(filter(None, found), self._keep)
+        # None if a process was killed while it deleted the checkpoint.
+        return select_checkpoints(filter(None, found), self._keep)
 
     def load(
         self,
         progress: Progress,
         like: Any = None,
-        lie: jax.sharding.Sharding | None = None,
+        sharding: jax.sharding.Sharding | None = None,
     ) -> Any:
-        """The state of one of :meth:`line`.
+        """Loads the state of one checkpoint.
 
         Args:
-          progress: which.
-          like: a state of the same structure, whose shardings it gets; None: nested
+          progress: its entry in :meth:`available`.
+          like: a state whose structure and shardings the result has; None: nested
             dicts of arrays, as they were written.
-          lie: how all arrays are to lie instead.
+          sharding: one sharding for all arrays, instead of those of ``like``.
         """
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        if lie is not None:
-            shapes = jax.tree.map(lambda shape: shape.update(sharding=lie), shapes)
+        if sharding is not None:
+            shapes = jax.tree.map(lambda shape: shape.update(sharding=sharding), shapes)
         only = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
         return self._manager.restore(progress["batch"], args=only)["state"]
 
     def close(self) -> None:
-        """Waits for what is still being written."""
+        """Waits until all checkpoints are written."""
         self._manager.close()
 
     def __enter__(self) -> Self:
-        """Is its own context."""
+        """Returns itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:

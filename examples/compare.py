@@ -3,9 +3,9 @@
     python examples/compare.py --inject bytes@200x5 nan@300
     python examples/compare.py --inject bytes@200x20 --sides skip branch rewind plain
 
-Takes every flag of ``gpt/train.py``. All runs see the same model, data, schedule and
-faults; each is in a folder of its own under ``--out``, so the same command again only
-shows them once more. Prints a table and draws ``compare.png``.
+Takes every flag of ``gpt/train.py``. All runs have the same model, data, schedule and
+faults. Each run has its own folder under ``--out``: the same command, given again,
+trains nothing and only shows the results. Prints a table and draws ``compare.png``.
 """
 
 import dataclasses
@@ -33,13 +33,13 @@ Rows = list[dict[str, float]]
 
 
 class Side(NamedTuple):
-    """One of the runs: how it is called and drawn."""
+    """Name and colour of one of the runs."""
 
     name: str
     color: str
 
 
-# What to do on a spike; and plain optax, which does nothing.
+# The reactions to a spike, and plain optax, which does not react.
 SIDES = {
     "skip": Side("optax_stability", "tab:blue"),
     "branch": Side("… branch", "tab:green"),
@@ -50,11 +50,11 @@ SIDES = {
 
 @dataclasses.dataclass(frozen=True)
 class Comparison(Config):
-    """Trains the same GPT in several ways, and shows them side by side."""
+    """Trains the same GPT in several ways, and compares the runs."""
 
     out: Path = Path("runs/compare")
     sides: tuple[Literal["skip", "branch", "rewind", "plain"], ...] = ("skip", "plain")
-    """Who takes part: what to do on a spike, and plain optax."""
+    """The runs to compare: reactions to a spike, and plain optax."""
 
     def of(self, side: str) -> Config:
         """The settings of one run."""
@@ -67,7 +67,7 @@ class Comparison(Config):
 
 
 def _train(config: Config) -> Rows:
-    """One of the runs: its log, whatever became of it."""
+    """Trains one run and returns its log, also if the run diverged."""
     try:
         train.train(config)
     except DivergedError as error:
@@ -77,7 +77,7 @@ def _train(config: Config) -> Rows:
 
 
 def _column(rows: Rows, key: str) -> np.ndarray:
-    """A number of every row that has it; what is not finite is NaN."""
+    """The values of one key, over all rows that have it; null is NaN."""
     return np.array([row[key] for row in rows if key in row], float)
 
 
@@ -86,9 +86,9 @@ def _number(value: float) -> str:
 
 
 def summarise(rows: Rows) -> dict[str, str]:
-    """What a run came to, by name."""
+    """The results of a run, by name."""
     loss, held_out = _column(rows, "loss"), _column(rows, "eval/loss")
-    back = _column(rows, "branch/rollbacks")
+    rollbacks = _column(rows, "branch/rollbacks")
     clipped = _column(rows, "grad/norm") > _column(rows, "clip/limit")
     return {
         "held-out loss at the end": _number(
@@ -98,7 +98,7 @@ def summarise(rows: Rows) -> dict[str, str]:
         "losses that are not finite": str(int((~np.isfinite(loss)).sum())),
         "steps skipped": f"{_column(rows, 'skip/skipped').sum():.0f}",
         "steps clipped": f"{clipped.sum():.0f}",
-        "branches taken back": f"{back.max(initial=0):.0f}",
+        "branches taken back": f"{rollbacks.max(initial=0):.0f}",
         "rewinds": str(_column(rows, "rewind/to").size),
     }
 
@@ -109,65 +109,66 @@ def show(runs: dict[str, Rows]) -> None:
     columns = [summarise(rows) for rows in runs.values()]
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
-    # All four sides in one piece, in a file too.
+    # Wide enough for four sides, also if the output is a file.
     Console(width=max(Console().width, 90)).print(table)
 
 
 def _draw_run(losses: Axes, held_out: Axes, side: str, rows: Rows) -> None:
-    """Draws one run over its batches, and marks where it went back or died."""
+    """Draws one run over its batches, and marks rewinds and where it became NaN."""
     (name, color), width = SIDES[side], 1
-    # A rewind has no loss: there the curve is broken. That of a probe is not its own.
+    # A rewind has no loss, which interrupts the curve. Probes are left out: their loss
+    # was measured on the kept parameters.
     steps = [row for row in rows if "loss" in row or "rewind/to" in row]
     steps = [row for row in steps if not row.get("branch/probed")]
     batch = _column(steps, "batch")
     loss = np.array([row.get("loss", math.nan) for row in steps], float)
     losses.plot(batch, loss, color=color, lw=width, label=name)
-    alive = np.flatnonzero(np.isfinite(loss))
-    if alive.size and alive[-1] < loss.size - 1:
-        at = batch[alive[-1]], loss[alive[-1]]
-        losses.plot(*at, color=color, marker="X", ms=9)
-        says = "not a number from here"
-        losses.annotate(says, at, (6, 6), textcoords="offset points", color=color)
+    finite = np.flatnonzero(np.isfinite(loss))
+    if finite.size and finite[-1] < loss.size - 1:
+        point = batch[finite[-1]], loss[finite[-1]]
+        losses.plot(*point, color=color, marker="X", ms=9)
+        label = "not a number from here"
+        losses.annotate(label, point, (6, 6), textcoords="offset points", color=color)
     measured = [row for row in rows if "eval/loss" in row]
     points = _column(measured, "batch"), _column(measured, "eval/loss")
     held_out.plot(*points, color=color, lw=width, marker="o")
     across = losses.get_xaxis_transform()
     for row in rows:
         if "rewind/to" in row:
-            says = f" back to step {row['rewind/to']:.0f}"
+            label = f" back to step {row['rewind/to']:.0f}"
             losses.axvline(row["batch"], color=color, ls=":")
-            losses.text(row["batch"], 0.9, says, transform=across, color=color)
+            losses.text(row["batch"], 0.9, label, transform=across, color=color)
     _draw_branches(losses, color, steps)
 
 
 def _draw_branches(losses: Axes, color: str, steps: Rows) -> None:
-    """A bar while a branch is open, and a word where it was taken back."""
+    """Draws a bar while a branch is open, and a label where it was taken back."""
     across = losses.get_xaxis_transform()
     batch = _column(steps, "batch")
-    mode, back = (
+    mode, rollbacks = (
         np.array([row.get(key, 0) for row in steps], float)
         for key in ("branch/mode", "branch/rollbacks")
     )
     losses.fill_between(
         batch, 0, 0.03, where=mode > 0, transform=across, color=color, lw=0
     )
-    for at in batch[1:][np.diff(back) > 0]:
+    for at in batch[1:][np.diff(rollbacks) > 0]:
         losses.text(at, 0.03, " taken back", transform=across, color=color)
 
 
-def draw(runs: dict[str, Rows], happened: tuple[faults.Fault, ...], path: Path) -> None:
-    """Draws both losses over the batches, the faults, and what came of them."""
+def draw(runs: dict[str, Rows], injected: tuple[faults.Fault, ...], path: Path) -> None:
+    """Draws the training and held-out losses of all runs, and the injected faults."""
     figure, (losses, held_out) = plt.subplots(
         2, 1, figsize=(9, 6), sharex=True, layout="constrained", height_ratios=(3, 2)
     )
     for side, rows in reversed(runs.items()):
         _draw_run(losses, held_out, side, rows)
     across = losses.get_xaxis_transform()
-    for fault in happened:
+    for fault in injected:
         end = fault.first + fault.length
         losses.axvspan(fault.first, end, color="black", alpha=0.12, lw=0.8)
-        says = f"{fault.kind} × {fault.length}" if fault.length > 1 else fault.kind
-        losses.text(fault.first, 1.01, says, transform=across)
+        label = f"{fault.kind} × {fault.length}" if fault.length > 1 else fault.kind
+        losses.text(fault.first, 1.01, label, transform=across)
     losses.set(ylabel="loss of the batch")
     held_out.set(ylabel="held-out loss", xlabel="batch")
     losses.legend(frameon=False, loc="upper right")
@@ -179,13 +180,13 @@ def draw(runs: dict[str, Rows], happened: tuple[faults.Fault, ...], path: Path) 
 
 
 def compare(comparison: Comparison) -> dict[str, Rows]:
-    """Trains all sides, shows and draws them."""
+    """Trains all sides, prints the table and draws the figure."""
     if not comparison.sides:
-        raise InputError(f"--sides: nobody takes part; give some of {', '.join(SIDES)}")
+        raise InputError(f"--sides: no side is given; give some of {', '.join(SIDES)}")
     runs = {side: _train(comparison.of(side)) for side in comparison.sides}
     show(runs)
-    faulty = faults.parse(comparison.inject)
-    draw(runs, faulty, comparison.out / "compare.png")
+    injected = faults.parse(comparison.inject)
+    draw(runs, injected, comparison.out / "compare.png")
     return runs
 
 

@@ -1,8 +1,8 @@
 """Turns files on this computer into batches of tokens; nothing is downloaded.
 
-Text is read as bytes, one token each, or cut into tokens by a vocabulary that is on
-disk: a ``tokenizer.json`` of Hugging Face's tokenizers, or a ``*.tiktoken`` file of
-ranks. A ``.bin`` file holds uint16 token ids without a header, as nanoGPT writes them.
+Text is read as bytes, one token each, or split into tokens by a tokenizer file on disk:
+a ``tokenizer.json`` of Hugging Face's tokenizers, or a ``*.tiktoken`` file of ranks. A
+``.bin`` file holds uint16 token ids without a header, as nanoGPT writes them.
 """
 
 import base64
@@ -19,7 +19,8 @@ from input_error import InputError
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "idlelib", "lib2to3", "test", "tests"}
 
-# What tiktoken cuts text into before it joins bytes: that of GPT-4, cl100k_base.
+# The pieces into which tiktoken splits text before it merges bytes: GPT-4's
+# cl100k_base.
 _WORDS = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"""
     r"""| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
@@ -28,7 +29,7 @@ _WORDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Text to tokens and back.
+    """Converts text to tokens and back.
 
     Attributes:
       encode: text → token ids.
@@ -42,11 +43,11 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a vocabulary from disk.
+    """Reads a tokenizer from disk.
 
     Raises:
-      InputError: it is missing, malformed or of another kind, or its package is not
-        installed.
+      InputError: the file is missing, malformed or of an unknown kind, or the package
+        that reads it is not installed.
     """
     packages = {".json": "tokenizers", ".tiktoken": "tiktoken"}
     if not path.is_file():
@@ -61,10 +62,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     read = _read_json if package == "tokenizers" else _read_ranks
     try:
         return read(path)
-    except Exception as error:  # Rust's errors have no class of their own.
+    except Exception as error:  # The Rust packages raise plain Exception.
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"--tokenizer: {path} is no {package} file: {reason}"
+            f"--tokenizer: {path} is not a {package} file: {reason}"
         ) from error
 
 
@@ -72,7 +73,7 @@ def _read_json(path: Path) -> Tokenizer:
     import tokenizers
 
     found = tokenizers.Tokenizer.from_file(str(path))
-    # What was made for short inputs may say to cut them off, or to fill them up.
+    # The file may ask for truncation or padding to a fixed length.
     found.no_truncation()
     found.no_padding()
     return Tokenizer(
@@ -85,8 +86,8 @@ def _read_json(path: Path) -> Tokenizer:
 def _read_ranks(path: Path) -> Tokenizer:
     import tiktoken
 
-    # Not by tiktoken's own reader: it keeps a copy of the file by its path, and would
-    # return that when the file has changed.
+    # tiktoken's own reader is not used: it caches the file by its path, and returns the
+    # old content after the file has changed.
     lines = map(bytes.split, path.read_bytes().splitlines())
     try:
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -109,16 +110,16 @@ def _read_ranks(path: Path) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A stream of tokens in two parts that share nothing.
+    """A stream of tokens in two disjoint parts.
 
     Attributes:
-      name: what to call it on the screen.
-      train: token ids to learn from.
+      name: its name on the screen.
+      train: token ids to train on.
       held_out: token ids to evaluate on.
       vocabulary: number of ids that covers both.
       unit: ``"byte"`` or ``"token"``.
-      bytes_per_token: of the held-out part; None where no tokenizer is known.
-      tokenizer: what made the tokens; None for bytes and for ids.
+      bytes_per_token: mean of the held-out part; None if no tokenizer is known.
+      tokenizer: the tokenizer of the ids; None for bytes, or if it is not known.
     """
 
     name: str
@@ -130,9 +131,9 @@ class Corpus:
     tokenizer: Tokenizer | None = None
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Their text; numbers where no tokenizer is known.
+        """Converts tokens to text, or to numbers if no tokenizer is known.
 
-        A model may know more ids than the data has: those stand for no text.
+        A model may have more ids than the data: those ids are left out.
         """
         if self.tokenizer is not None:
             return self.tokenizer.decode(tokens)
@@ -143,10 +144,10 @@ class Corpus:
 
 
 def _files(root: Path, pattern: str = "*", without: Iterable[str] = ()) -> list[Path]:
-    """Files under a folder that are not hidden, in a random order, always the same.
+    """Files under a folder that are not hidden, in a fixed random order.
 
-    The held-out tail of the stream is then a random set of files, not the last folder
-    of the alphabet.
+    The held-out end of the stream is then a random set of files, not the alphabetically
+    last folder.
     """
 
     def wanted(path: Path) -> bool:
@@ -160,7 +161,7 @@ def _files(root: Path, pattern: str = "*", without: Iterable[str] = ()) -> list[
 
 
 def _is_text(content: bytes) -> bool:
-    """Whether this is UTF-8 without NUL bytes, whatever the file is called."""
+    """Whether this is UTF-8 without NUL bytes; the file name does not matter."""
     try:
         return b"\0" not in content and bool(content.decode("utf-8"))
     except UnicodeDecodeError:
@@ -168,17 +169,17 @@ def _is_text(content: bytes) -> bool:
 
 
 def _read_texts(files: Iterable[Path]) -> list[bytes]:
-    """What is in all files that are text."""
+    """The content of all files that are text."""
     return list(filter(_is_text, (path.read_bytes() for path in files)))
 
 
 def _read_ids(path: Path) -> np.ndarray:
-    """The token ids of a ``.bin`` file, left on disk until they are used."""
+    """The token ids of a ``.bin`` file, memory-mapped."""
     size = path.stat().st_size
     if not size or size % 2:
         raise InputError(
-            f"--data: {path} has {size} bytes, which is no row of uint16 tokens; write "
-            "it as nanoGPT's prepare.py does"
+            f"--data: {path} has {size} bytes, which is not a sequence of uint16 "
+            "tokens; write it as nanoGPT's prepare.py does"
         )
     return np.memmap(path, np.uint16, mode="r")
 
@@ -190,7 +191,7 @@ def _split(stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split_texts(texts: list[bytes]) -> tuple[list[bytes], list[bytes]]:
-    """The first nine tenths of all bytes, and the last; one text is cut in two."""
+    """The first nine tenths of all bytes, and the last; one text may be cut in two."""
     left = sum(map(len, texts)) * 9 // 10
     first, last = [], []
     for text in texts:
@@ -201,13 +202,13 @@ def _split_texts(texts: list[bytes]) -> tuple[list[bytes], list[bytes]]:
 
 
 def _encode(tokenizer: Tokenizer, texts: Iterable[bytes]) -> np.ndarray:
-    """Text by text, which takes less time and memory than all at once."""
+    """Encodes text by text, which takes less time and memory than all at once."""
     ids = (tokenizer.encode(text.decode(errors="ignore")) for text in texts)
     return np.concatenate([np.array(each, np.int32) for each in ids])
 
 
 def _load_ids(path: Path, tokenizer: Tokenizer | None) -> Corpus:
-    """A ``.bin`` file; beside a ``train.bin``, ``val.bin`` is the held-out part."""
+    """Loads a ``.bin`` file; ``val.bin`` beside ``train.bin`` is the held-out part."""
     val = path.with_name("val.bin")
     if path.name == "train.bin" and val.is_file():
         train, held_out = _read_ids(path), _read_ids(val)
@@ -217,9 +218,9 @@ def _load_ids(path: Path, tokenizer: Tokenizer | None) -> Corpus:
     size = None
     if tokenizer is not None:
         if vocabulary > tokenizer.vocabulary:
-            says = f"{path} has ids up to {vocabulary - 1}, and the vocabulary"
-            remedy = f"ends at {tokenizer.vocabulary - 1}; give the one it was made by"
-            raise InputError(f"--tokenizer: {says} {remedy}")
+            problem = f"{path} has ids up to {vocabulary - 1}, but the tokenizer only"
+            remedy = f"up to {tokenizer.vocabulary - 1}; give the one that made the ids"
+            raise InputError(f"--tokenizer: {problem} {remedy}")
         vocabulary, part = tokenizer.vocabulary, held_out[:100_000].tolist()
         size = len(tokenizer.decode(part).encode()) / max(1, len(part))
     return Corpus(path.name, train, held_out, vocabulary, "token", size, tokenizer)
@@ -250,7 +251,8 @@ def load(path: Path | None, context: int, vocabulary: Path | None = None) -> Cor
     Args:
       path: a text file, a folder (every file under it that is UTF-8 and not hidden), a
         ``.bin`` file, or None for the sources of Python's standard library.
-      context: tokens the model sees at once; both parts hold at least one window.
+      context: tokens that the model reads at once; both parts must hold at least one
+        window.
       vocabulary: file of a tokenizer; None reads text as bytes.
 
     Raises:
@@ -270,16 +272,16 @@ def load(path: Path | None, context: int, vocabulary: Path | None = None) -> Cor
     if least <= context:
         raise InputError(
             f"--data: {path} is too small: one of its parts has {least} {corpus.unit}s "
-            f"and a window takes {context + 1}; give more or a smaller --size"
+            f"and a window takes {context + 1}; give more text or a smaller --size"
         )
     return corpus
 
 
 class _Windows:
-    """Random access to windows whose last token is the first of the next.
+    """Random access to windows; each ends with the first token of the next.
 
-    A window is read from its first token and predicts the others, so each token is
-    predicted once per epoch.
+    A window predicts all its tokens but the first, so each token is predicted once per
+    epoch.
     """
 
     def __init__(self, stream: np.ndarray, context: int):
@@ -296,10 +298,10 @@ class _Windows:
 def batches(
     stream: np.ndarray, context: int, batch_size: int, seed: int
 ) -> Callable[[int], np.ndarray]:
-    """Endless batches by step, int32[batch_size, context + 1], each epoch in new order.
+    """Endless batches by step, int32[batch_size, context + 1], reshuffled every epoch.
 
-    A batch depends on the arguments alone, so a run resumes by asking for the step it
-    stopped at: there is no iterator whose state must be saved.
+    A batch depends only on the arguments and the step. A run resumes by asking for its
+    next step: there is no iterator whose state must be saved.
     """
     windows = grain.MapDataset.source(_Windows(stream, context))
     shuffled = windows.shuffle(seed).repeat().batch(batch_size)

@@ -1,12 +1,13 @@
 """The devices of a run: those of one process, or of several that train together.
 
-They form a mesh with three axes, any of which may be left away:
+They form a mesh with up to three axes:
 
-    data   the batch is split along it; every device has all parameters
-    fsdp   batch and parameters are split along it, and gathered layer by layer
-    model  matrices are split along it, and work together on the same examples
+    data   splits the batch; every device has all parameters
+    fsdp   splits batch and parameters; parameters are gathered layer by layer
+    model  splits the matrices; its devices work together on the same examples
 
-JAX's compiler does the rest: it knows how arrays lie, and puts in what must be sent.
+JAX's compiler does the rest: from the shardings of the arrays it derives the
+communication.
 """
 
 import math
@@ -22,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import optax_stability as ost
 
 AXES = ("data", "fsdp", "model")
-# Along which axes a parameter is split, by the end of its name; others are not.
+# The axes that split a parameter, by the end of its name; others are replicated.
 Rules = Mapping[str, tuple[str | None, ...]]
 
 
@@ -31,11 +32,11 @@ def join(processes: str | None) -> None:
 
     Args:
       processes: ``"auto"`` on a cluster that JAX knows, such as a TPU slice or Slurm;
-        elsewhere ``"HOST:PORT,INDEX/COUNT"``, where HOST is that of the process with
-        index 0; None: it works alone.
+        elsewhere ``"HOST:PORT,INDEX/COUNT"``, where HOST is the host of process 0;
+        None: there is only this process.
 
     Raises:
-      InputError: it is none of these, or there is no such cluster.
+      InputError: ``processes`` is none of these, or JAX finds no cluster.
     """
     if processes is None or jax.distributed.is_initialized():
         return
@@ -49,7 +50,7 @@ def join(processes: str | None) -> None:
     found = re.fullmatch(r"(.+:\d+),(\d+)/(\d+)", processes)
     if not found or int(found[2]) >= int(found[3]):
         remedy = "give auto, or HOST:PORT,INDEX/COUNT with INDEX from 0 to COUNT - 1"
-        raise InputError(f"--processes: {processes} is no place among them; {remedy}")
+        raise InputError(f"--processes: {processes} is not valid; {remedy}")
     jax.distributed.initialize(found[1], int(found[3]), int(found[2]))
 
 
@@ -62,7 +63,7 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     """The size of each axis; None: one axis, ``data``, of all devices.
 
     Raises:
-      InputError: it is no mesh, or not one of the devices there are.
+      InputError: it is not a mesh, or does not fit the number of devices.
     """
     count = jax.device_count()
     if text is None:
@@ -72,82 +73,84 @@ def parse_mesh(text: str | None) -> dict[str, int]:
         found = re.fullmatch(rf"({'|'.join(AXES)})=([1-9]\d*)", part)
         if not found or found[1] in sizes:
             remedy = f"give sizes of {', '.join(AXES)}, such as data=4,model=2"
-            raise InputError(f"--mesh: {text} is no mesh; {remedy}")
+            raise InputError(f"--mesh: {text} is not a mesh; {remedy}")
         sizes[found[1]] = int(found[2])
     if math.prod(sizes.values()) != count:
-        needs = f"needs {math.prod(sizes.values())} devices, and there are {count}"
+        needs = f"needs {math.prod(sizes.values())} devices, but there are {count}"
         raise InputError(f"--mesh: {text} {needs}; give sizes whose product is {count}")
     return sizes
 
 
 def make_mesh(text: str | None) -> Mesh:
-    """The devices of all processes, in the shape that :func:`parse_mesh` reads."""
+    """A mesh of the devices of all processes; see :func:`parse_mesh`."""
     sizes = parse_mesh(text)
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds)
 
 
 def batch_shards(sizes: Mapping[str, int]) -> int:
-    """In how many parts a batch is split."""
+    """The number of parts into which a batch is split."""
     return sizes.get("data", 1) * sizes.get("fsdp", 1)
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
-    """All of an array on every device."""
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def by_rows(mesh: Mesh) -> NamedSharding:
-    """A batch, split along the axes that split it."""
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: split by examples over ``data`` and ``fsdp``."""
     axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that all processes have, on all devices; each puts up its part."""
+    """Puts an array that all processes have on the devices; each process its part."""
     return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """How parameters lie, and with them what the optimizer keeps for each.
+    """The shardings of the parameters, and of the optimizer state, which follows them.
 
-    That has the names of the parameters and their shapes. What else has such a name,
-    but fewer axes, lies everywhere.
+    Optimizer arrays of a parameter have its name and shape. Arrays with such a name but
+    another number of axes are replicated.
 
     Args:
-      tree: parameters, or all of a state, as arrays or shapes.
+      tree: parameters, or a whole state, as arrays or shapes.
       mesh: the devices.
-      rules: axes of the mesh by the end of a name; those it lacks split nothing.
+      rules: axes of the mesh by the end of a name; axes that the mesh lacks are
+        ignored.
 
     Raises:
       InputError: an axis of the mesh does not divide an array.
     """
 
-    def lie(name: str, leaf: Any) -> NamedSharding:
+    def sharding_of(name: str, leaf: Any) -> NamedSharding:
         matches = (
             axes for end, axes in rules.items() if f"/{name}".endswith(f"/{end}")
         )
         axes = next(matches, ())
         if len(axes) != len(leaf.shape):
-            return everywhere(mesh)
+            return replicated(mesh)
         axes = [axis if axis in mesh.axis_names else None for axis in axes]
         for axis, size in zip(axes, leaf.shape, strict=True):
             if axis is not None and size % mesh.shape[axis]:
-                says = f"{axis}={mesh.shape[axis]} does not divide {name}, {leaf.shape}"
-                raise InputError(f"--mesh: {says}; give a smaller power of two")
+                given = f"{axis}={mesh.shape[axis]}"
+                problem = f"{given} does not divide {name}, {leaf.shape}"
+                raise InputError(f"--mesh: {problem}; give a smaller power of two")
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     leaves, structure = jax.tree.flatten(tree)
     names = ost.leaf_names(tree)
-    return jax.tree.unflatten(structure, map(lie, names, leaves))
+    return jax.tree.unflatten(structure, map(sharding_of, names, leaves))
 
 
-def make_split(
-    create: Callable[..., Any], given: tuple, mesh: Mesh, rules: Rules
+def create_sharded(
+    create: Callable[..., Any], arguments: tuple, mesh: Mesh, rules: Rules
 ) -> tuple[Any, Any]:
-    """What ``create`` makes of what is given, and how it lies.
+    """Returns ``create(*arguments)``, sharded, and its shardings.
 
-    Each device makes its part of it: no array is ever whole on one that shares it.
+    Each device creates its own part: no device ever holds the whole of a split array.
     """
-    lie = shardings(jax.eval_shape(create, *given), mesh, rules)
-    return jax.jit(create, out_shardings=lie)(*given), lie
+    sharding = shardings(jax.eval_shape(create, *arguments), mesh, rules)
+    return jax.jit(create, out_shardings=sharding)(*arguments), sharding

@@ -1,4 +1,4 @@
-"""Faults on purpose, so that anyone can watch a run survive them.
+"""Injects faults into a run, to show that it survives them.
 
 A fault is written ``KIND@BATCH``, ``KIND@BATCHxLENGTH`` or ``KIND=SIZE@BATCH…``::
 
@@ -9,8 +9,8 @@ A fault is written ``KIND@BATCH``, ``KIND@BATCHxLENGTH`` or ``KIND=SIZE@BATCH…
 
 Only ``scale`` and ``surge`` have a size.
 
-Batches are counted from 1, as steps are. After a rewind they are not: a batch that was
-skipped does not come again, and so neither does its fault.
+Batches are counted from 1, and so are steps. After a rewind the two differ: a batch is
+never drawn twice, and neither is its fault repeated.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import optax
 
-# What a fault multiplies by, unless it says a size of its own.
+# The default factor of each kind; NaN if the kind takes no size.
 SIZES = {"nan": float("nan"), "scale": 1e4, "bytes": float("nan"), "surge": 30.0}
 _FORM = re.compile(
     r"(?P<kind>[a-z]+)(=(?P<size>[0-9.e+-]+))?@(?P<first>\d+)(x(?P<length>[1-9]\d*))?"
@@ -31,13 +31,13 @@ _FORM = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """Something that happens to a row of batches.
+    """A fault in one or more consecutive batches.
 
     Attributes:
       kind: ``"nan"``, ``"scale"``, ``"bytes"`` or ``"surge"``.
       first: number of the first batch, from 1.
-      length: how many batches in a row.
-      size: the factor on the gradient or on the learning rate.
+      length: number of consecutive batches.
+      size: factor on the gradient or on the learning rate.
     """
 
     kind: str
@@ -46,15 +46,15 @@ class Fault:
     size: float
 
     def hits(self, batch: int) -> bool:
-        """Whether it happens to this batch."""
+        """Whether the fault affects this batch."""
         return self.first <= batch < self.first + self.length
 
 
 def parse(texts: Iterable[str]) -> tuple[Fault, ...]:
-    """Faults as they are written on a command line.
+    """Reads faults as they are written on the command line.
 
     Raises:
-      ValueError: with one line about the first that cannot be read.
+      ValueError: a fault cannot be read; one line about the first such fault.
     """
     return tuple(map(_parse, texts))
 
@@ -64,27 +64,27 @@ def _parse(text: str) -> Fault:
     if not found or found["kind"] not in SIZES or int(found["first"]) < 1:
         kinds = ", ".join(SIZES)
         raise ValueError(
-            f"{text} is no fault; write KIND@BATCH, KIND@BATCHxLENGTH or "
+            f"{text} is not a fault; write KIND@BATCH, KIND@BATCHxLENGTH or "
             f"KIND=SIZE@BATCH, KIND one of {kinds}, BATCH and LENGTH from 1"
         )
     if found["size"] and math.isnan(SIZES[found["kind"]]):
-        raise ValueError(f"{text}: {found['kind']} has no size; leave it away")
+        raise ValueError(f"{text}: {found['kind']} has no size; leave the size out")
     try:
         size = float(found["size"] or SIZES[found["kind"]])
     except ValueError as error:
-        raise ValueError(f"{text}: {found['size']} is no number") from error
+        raise ValueError(f"{text}: {found['size']} is not a number") from error
     return Fault(found["kind"], int(found["first"]), int(found["length"] or 1), size)
 
 
 class Injector:
-    """Does to each batch what the faults say."""
+    """Applies faults to the batches of a run."""
 
     def __init__(self, faults: Iterable[Fault], vocabulary: int):
-        """Random tokens are below ``vocabulary``."""
+        """Takes the faults; random tokens are below ``vocabulary``."""
         self._faults, self._vocabulary = tuple(faults), vocabulary
 
     def corrupt(self, windows: np.ndarray, batch: int) -> np.ndarray:
-        """The batch, or random tokens in its place: for one batch always the same."""
+        """The batch, or random tokens instead; they depend only on its number."""
         if not any(
             fault.kind == "bytes" and fault.hits(batch) for fault in self._faults
         ):
@@ -95,10 +95,10 @@ class Injector:
         )
 
     def factors(self, batch: int) -> dict[str, np.float32]:
-        """What to multiply the ``"gradient"`` and, as ``"surge"``, the rate with."""
-        now = [fault for fault in self._faults if fault.hits(batch)]
-        gradient = [fault.size for fault in now if fault.kind in ("nan", "scale")]
-        surge = [fault.size for fault in now if fault.kind == "surge"]
+        """The factors on the ``"gradient"`` and, as ``"surge"``, the learning rate."""
+        active = [fault for fault in self._faults if fault.hits(batch)]
+        gradient = [fault.size for fault in active if fault.kind in ("nan", "scale")]
+        surge = [fault.size for fault in active if fault.kind == "surge"]
         return {
             "gradient": np.float32(math.prod(gradient)),
             "surge": np.float32(math.prod(surge)),
@@ -106,9 +106,9 @@ class Injector:
 
 
 def scale_by_surge() -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by the extra argument ``surge``; stands last in a chain.
+    """Multiplies updates by the extra argument ``surge``; the last part of a chain.
 
-    Where none is given it does nothing.
+    Without the argument it does nothing.
     """
 
     def init_fn(params):

@@ -1,5 +1,5 @@
-"""The one error that the examples show as one line, without a traceback."""
+"""The error that the examples print as one line, without a traceback."""
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used; the message is one line for them."""
+    """An input of the user cannot be used; the message is one line."""

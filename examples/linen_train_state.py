@@ -1,7 +1,7 @@
 """The recommended chain in a Linen ``TrainState``, on bytes of Python's own sources.
 
 ``python examples/linen_train_state.py`` takes 20 seconds on two CPU cores and writes
-``runs/linen/linen.png``. One batch is NaN on purpose: the guard leaves it out.
+``runs/linen/linen.png``. One batch is NaN on purpose: the guard skips its step.
 """
 
 import argparse
@@ -27,7 +27,7 @@ class ByteModel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
-        """From int[batch, length] to float32[batch, length, 256]."""
+        """Maps int[batch, length] to float32[batch, length, 256]."""
         dense = functools.partial(nn.Dense, use_bias=False)
         attention = functools.partial(nn.MultiHeadDotProductAttention, use_bias=False)
         place = self.param("place", nn.initializers.normal(0.02), (LENGTH, WIDTH))
@@ -39,7 +39,7 @@ class ByteModel(nn.Module):
 
 
 def make_tx(steps: int) -> optax.GradientTransformation:
-    """Measures, guards, clips, optimizes, and remembers all of it."""
+    """Measures, guards, clips, optimizes, and records the metrics of every step."""
     rate = optax.schedules.warmup_cosine_decay_schedule(0, 3e-3, 20, steps, 3e-4)
     clipped = optax.chain(ost.clip_by_zscore(), ost.safe_adamw(rate))
     guarded = optax.chain(ost.estimate_noise_scale(), clipped, ost.record("update"))
@@ -49,7 +49,7 @@ def make_tx(steps: int) -> optax.GradientTransformation:
 
 @jax.jit
 def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array):
-    """The next state, the loss, and whether the guard left the step out."""
+    """The next state, the loss, and whether the guard skipped the step."""
 
     def loss_fn(params, batch):
         tokens, weights = batch
@@ -59,13 +59,13 @@ def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array):
 
     gradients = ost.microbatch_gradients(loss_fn, MICROBATCHES)
     loss, grads, moments = gradients(state.params, (tokens, weights))
-    told = {"value": loss, "moments": moments}
-    state = state.apply_gradients(grads=grads, extra_args=told)
+    extra_args = {"value": loss, "moments": moments}
+    state = state.apply_gradients(grads=grads, extra_args=extra_args)
     return state, loss, ost.metrics(state)["skip/skipped"]
 
 
 def main(out: Path, steps: int = 300) -> TrainState:
-    """Trains, says how it went, and draws it."""
+    """Trains, prints the progress, and plots the run."""
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = np.frombuffer(b"".join(p.read_bytes() for p in sources), np.uint8)
     model, rng = ByteModel(), np.random.default_rng(0)

@@ -1,12 +1,12 @@
-"""Teaches a trained GPT another kind of text, by a few parameters beside it.
+"""Fine-tunes a trained GPT on another kind of text, by low-rank adapters (LoRA).
 
     python examples/gpt/train.py                    # a GPT that has read Python
     python examples/lora_finetune.py                # reads Python's manual
 
-Every matrix W of the blocks becomes W + (α/rank)·A·B; W stays as it is, A and B are
-trained by the same stability chain, with checkpoints, resuming, rewinding, log and
-report as in ``gpt/train.py``. At the end the product is added to W: a GPT as before,
-saved in ``merged`` under ``--out``, which this script can take up again.
+Every matrix W of the blocks becomes W + (α/rank)·A·B. W is frozen. A and B are trained
+by the same stability chain, with checkpoints, resuming, rewinding, log and report as in
+``gpt/train.py``. At the end the product is added to W. The result is an ordinary GPT,
+saved in ``merged`` under ``--out``; this script can fine-tune it again.
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
 arXiv 2106.09685.
@@ -33,7 +33,7 @@ from input_error import InputError
 from model import GPT, SIZES
 from resuming import Resume, as_json
 
-# The prose that ``help("if")`` shows: English, and on every computer with Python.
+# The manual that ``help("if")`` shows: English, and part of every Python installation.
 MANUAL = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
 MATRICES = ("query_key_value", "attention_out", "mlp_in", "mlp_out")
 
@@ -42,7 +42,7 @@ MATRICES = ("query_key_value", "attention_out", "mlp_in", "mlp_out")
 class Flags:
     """Fine-tunes a checkpoint of gpt/train.py on other text.
 
-    The same command again goes on where the run was interrupted.
+    The same command, given again, resumes a run that was interrupted.
     """
 
     base: Path = Path("runs/gpt")
@@ -60,77 +60,79 @@ class Flags:
     warmup_steps: int = 20
     """Steps over which the learning rate rises to its peak."""
     inject: tuple[str, ...] = ()
-    """Faults to watch it survive, as nan@100; see examples/faults.py."""
+    """Faults to inject, such as nan@100; see examples/faults.py."""
     sample_tokens: int = 300
     """Length of the text that the model writes at the end; 0 for none."""
     resume: Resume = "auto"
-    """Go on with the run in --out, if there is one; changed: with other settings."""
+    """Resume the run in --out, if there is one; changed: also with other settings."""
     out: Path = Path("runs/lora")
     """Folder for the checkpoints, the merged model, the log and the report."""
 
 
 class Adapted(nnx.Module):
-    """A linear layer that is left as it is, and a low-rank one beside it."""
+    """A frozen linear layer, and a trained low-rank layer whose output is added."""
 
     def __init__(self, base: nnx.Linear, rank: int, alpha: float, rngs: nnx.Rngs):
-        """Starts as the same function: B is 0."""
+        """Starts as the same function as ``base``, because B is 0."""
         self.base, self.scale = base, alpha / rank
         self.change = nnx.LoRA(
             base.in_features, rank, base.out_features, dtype=base.dtype, rngs=rngs
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Adds what both make of ``x``."""
+        """Adds the outputs of both layers."""
         return self.base(x) + self.scale * self.change(x)
 
     def merged(self) -> nnx.Linear:
-        """One linear layer that does the same."""
+        """One linear layer with the same outputs."""
         product = self.change.lora_a[...] @ self.change.lora_b[...]
         self.base.kernel[...] += self.scale * product
         return self.base
 
 
 def adapt(model: GPT, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
-    """Puts adapters into every block."""
+    """Replaces the linear layers of every block by adapters."""
     for block in model.blocks:
         for name in MATRICES:
             setattr(block, name, Adapted(getattr(block, name), rank, alpha, rngs))
 
 
 def merge(model: GPT) -> None:
-    """Takes the adapters out again, and their change into the matrices."""
+    """Removes the adapters, and adds their products to the matrices."""
     for block in model.blocks:
         for name in MATRICES:
             setattr(block, name, getattr(block, name).merged())
 
 
 def load(folder: Path) -> tuple[Config, GPT]:
-    """Settings and model of the newest checkpoint in a folder.
+    """Loads settings and model of the newest checkpoint in a folder.
 
     Raises:
-      InputError: there is none.
+      InputError: there is no complete checkpoint.
     """
     if not (folder / "checkpoints").is_dir():
         remedy = "train one with gpt/train.py, or check the path"
         raise InputError(f"--base: no checkpoints in {folder}; {remedy}")
     with Checkpoints(folder / "checkpoints", read_only=True) as saved:
-        newest = next(iter(saved.line()), None)
+        newest = next(iter(saved.available()), None)
         if newest is None:
-            raise InputError(f"--base: no checkpoint in {folder} is whole; train again")
+            raise InputError(f"--base: no complete checkpoint in {folder}; train again")
         settings = newest["settings"]
         tokenizer = settings["tokenizer"] and Path(settings["tokenizer"])
         config = Config(**settings | {"tokenizer": tokenizer})
-        # Shapes only, for the optimizer is not needed but in the file.
+        # Shapes only: the file holds an optimizer state, which is not used here.
         shapes = nnx.eval_shape(lambda: training.create(config, newest["vocabulary"]))
         graphdef, arrays = nnx.split(shapes)
         state = training.TrainState(arrays, training.start_loss_scale(config))
         mesh = devices.make_mesh(None)
-        arrays = saved.load(newest, like=state, lie=devices.everywhere(mesh)).arrays
+        arrays = saved.load(
+            newest, like=state, sharding=devices.replicated(mesh)
+        ).arrays
     return config, nnx.merge(graphdef, arrays)[0]
 
 
 def configure(flags: Flags, before: Config) -> Config:
-    """The settings of the run: those of the base but for what the flags say."""
+    """The settings of the run: those of the base, with the values of the flags."""
     names = {field.name for field in dataclasses.fields(Config)}
     given = {
         field.name: getattr(flags, field.name)
@@ -160,7 +162,7 @@ def finetune(flags: Flags) -> tuple[GPT, train.Row]:
     if flags.rank < 1:
         raise InputError(f"--rank: {flags.rank} is too small; give 1 or more")
     if not 0 < flags.alpha < math.inf:
-        remedy = "is no size; give a finite number above 0"
+        remedy = "is out of range; give a finite number above 0"
         raise InputError(f"--alpha: {flags.alpha} {remedy}")
     before, model = load(flags.base)
     config = configure(flags, before)
@@ -168,10 +170,12 @@ def finetune(flags: Flags) -> tuple[GPT, train.Row]:
     corpus = data.load(config.data, SIZES[config.size].context, config.tokenizer)
     vocabulary = model.tokens.num_embeddings
     if corpus.vocabulary > vocabulary:
-        says = (
-            f"has {corpus.vocabulary} different tokens, {flags.base} knows {vocabulary}"
+        problem = (
+            f"has {corpus.vocabulary} token ids, but the model of {flags.base} has "
+            f"{vocabulary}"
         )
-        raise InputError(f"--data: {flags.data} {says}; give what it was trained on")
+        remedy = "give data of the same tokenizer"
+        raise InputError(f"--data: {flags.data} {problem}; {remedy}")
 
     graphdef, arrays = nnx.split(model)
 
@@ -182,7 +186,7 @@ def finetune(flags: Flags) -> tuple[GPT, train.Row]:
         return adapted, nnx.Optimizer(adapted, chain, wrt=nnx.LoRAParam)
 
     fixed = FIXED | {"base", "rank", "alpha"}
-    run, row = train.drive(
+    run, row = train.run_training(
         config, corpus, create, as_json(config) | as_json(flags), fixed, (arrays,)
     )
     merged = run.model()
@@ -192,7 +196,7 @@ def finetune(flags: Flags) -> tuple[GPT, train.Row]:
 
 
 def save(model: GPT, config: Config, folder: Path) -> None:
-    """Writes a checkpoint as that of a run that has not begun yet."""
+    """Writes a checkpoint of step 0, like that of a new run."""
     optimizer = nnx.Optimizer(model, training.make_optimizer(config), wrt=nnx.Param)
     arrays = nnx.state((model, optimizer))
     state = training.TrainState(arrays, training.start_loss_scale(config))

@@ -5,7 +5,7 @@ import time
 
 import jax
 
-# Dense bfloat16 FLOP/s of one device, by the first words of the name JAX gives it.
+# Dense bfloat16 FLOP/s of one device, by the first words of its name in JAX.
 PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100": 989e12,
@@ -21,31 +21,31 @@ PEAKS = {
 
 
 def peak_flops() -> float | None:
-    """Of all devices together, or None where it is not known."""
+    """Peak FLOP/s of all devices together; None if it is not known."""
     device, *others = jax.devices()
     for name, peak in PEAKS.items():
-        # An L40S is no L4.
+        # Whole words only: "NVIDIA L4" is not "NVIDIA L40S".
         if re.match(rf"{name}\b", device.device_kind):
             return peak * (1 + len(others))
     return None
 
 
 class Pace:
-    """An average over the last steps; pauses for other work are left out."""
+    """Average speed over the last steps; pauses for other work are left out."""
 
     def __init__(self, tokens_per_step: int, flops_per_token: float):
-        """Starts without an opinion: the first step compiles."""
+        """Starts without an average: the first step compiles, and is not counted."""
         self._tokens, self._flops = tokens_per_step, flops_per_token
         self._peak = peak_flops()
         self._last: float | None = None
         self.seconds_per_step: float | None = None
 
     def pause(self) -> None:
-        """The time from here to the next step is not counted."""
+        """Leaves out the time from here to the next step."""
         self._last = None
 
     def step(self) -> dict[str, float]:
-        """A step was finished. What is known, by metric name."""
+        """Counts a finished step; returns the speed by metric name, if known."""
         now = time.perf_counter()
         if self._last is not None:
             took, before = now - self._last, self.seconds_per_step

@@ -1,4 +1,4 @@
-"""Short chains for needs that take no transformation of their own. Copy what you use.
+"""Short chains of existing transformations, to copy.
 
 Each is tested in ``tests/examples/test_recipes.py``.
 """
@@ -16,9 +16,9 @@ from optax_stability.thresholds import Threshold
 def clip_after_warmup(
     clip: optax.GradientTransformation, warmup_steps: int
 ) -> optax.GradientTransformation:
-    """Leaves the gradient alone for ``warmup_steps`` steps, then clips.
+    """Passes the gradient unchanged for ``warmup_steps`` steps, then clips.
 
-    The clip sees nothing before; its own statistics begin with the first clipped step.
+    The clip's own statistics start after these steps.
     """
     return optax.conditionally_transform(
         clip, lambda step, **_: jnp.asarray(step) >= warmup_steps
@@ -28,9 +28,9 @@ def clip_after_warmup(
 def unit_wise_agc(clipping: float = 0.01) -> optax.GradientTransformation:
     """Adaptive gradient clipping of NFNets: each unit by the norm of its weights.
 
-    optax has the clip; alone it turns a unit with a NaN into NaN, so it stands inside
-    ``skip_spikes``, here without thresholds: only non-finite steps are left out. Axis 0
-    is the input of a dense kernel; for stacked layers tell optax which ``axis`` is.
+    optax has this clip, but a NaN in a unit makes the whole unit NaN. So it is wrapped
+    in ``skip_spikes``, here without thresholds: only non-finite steps are skipped.
+    Axis 0 is the input of a dense kernel; for stacked layers give optax the ``axis``.
     """
     return ost.skip_spikes(optax.adaptive_grad_clip(clipping), grad_norm=None)
 
@@ -38,10 +38,10 @@ def unit_wise_agc(clipping: float = 0.01) -> optax.GradientTransformation:
 def adagc(
     max_norm: float = 1.0, warmup_steps: int = 100, relearn_after: int | None = 25
 ) -> optax.GradientTransformation:
-    """AdaGC whole: the global norm is clipped in the warm-up, each leaf after it.
+    """Complete AdaGC: clips the global norm in the warm-up, and each leaf after it.
 
-    ``relearn_after=None`` is the published rule, which holds a leaf down for good whose
-    least norm in the warm-up was small.
+    ``relearn_after=None`` is the published rule. Under that rule a leaf whose smallest
+    norm in the warm-up was small is clipped too strongly for the rest of the run.
     """
     by_norm = ost.clip_by_threshold(ost.thresholds.constant(max_norm))
     return optax.chain(
@@ -56,8 +56,8 @@ class LowerAfterSpikeState(NamedTuple):
     """State of :func:`lower_after_spike`.
 
     Attributes:
-      scale: float32[] – factor on the learning rate now.
-      threshold: what the threshold has learned.
+      scale: float32[] – current factor on the learning rate.
+      threshold: state of the threshold.
       inner_state: state of ``inner``.
     """
 
@@ -76,10 +76,10 @@ def lower_after_spike(
 ) -> optax.GradientTransformationExtraArgs:
     """Lowers the learning rate when the gradient norm spikes, and raises it again.
 
-    As ``optax.contrib.reduce_on_plateau``, but from gradient norms, and with a way
-    back: a norm above its limit multiplies the scale by ``factor``; every other step
-    takes it back by so much that ``recovery_steps`` of them undo one spike. ``inner``
-    ends with the learning rate. A non-finite norm changes nothing.
+    Like ``optax.contrib.reduce_on_plateau``, but driven by gradient norms, and the
+    scale recovers. A norm above its limit multiplies the scale by ``factor``; every
+    other step raises it a little, so that ``recovery_steps`` of them undo one spike.
+    ``inner`` must contain the learning rate. A non-finite norm changes nothing.
     """
     inner = optax.with_extra_args_support(inner)
     growth = factor ** (-1 / recovery_steps)

@@ -1,9 +1,9 @@
-"""The loop of a run that can be killed, stopped, resumed and sent back.
+"""The training loop of a run that can be killed, stopped, resumed and rewound.
 
-It knows nothing of models: a :class:`Run` trains and evaluates, this loop reports what
-it says one step late, saves it, and goes back to a checkpoint when the loss has run
-away. A run that was killed at any moment and is started again takes the course it would
-have taken, bit for bit.
+It does not depend on the model: a :class:`Run` trains and evaluates. The loop reports
+the metrics one step late, saves checkpoints, and returns to an older checkpoint when
+the loss has diverged. A run that is killed at any moment and started again continues
+bit for bit as if it had not been killed.
 """
 
 from collections import deque
@@ -22,23 +22,23 @@ Row = dict[str, float]
 
 
 class DivergedError(Exception):
-    """The loss ran away, and going back did not help."""
+    """The loss diverged, and returning to older checkpoints did not help."""
 
 
 def _evaluation(row: dict[str, Any]) -> Row:
-    """What of a row was measured on the held-out part."""
+    """The entries of a row that were measured on the held-out part."""
     return {key: x for key, x in row.items() if key.startswith("eval/")}
 
 
 class Run(Protocol):
-    """What the loop drives.
+    """The interface of a run.
 
     Attributes:
-      state: a pytree of arrays, all that training depends on but for the counts.
-      step: steps taken.
-      batch: batches drawn; more than steps after a rewind.
-      tokens_per_step: of one batch.
-      flops_per_token: of a step, forward and backward.
+      state: a pytree of arrays; training depends on it and on the two counts only.
+      step: number of steps taken.
+      batch: number of batches drawn; larger than ``step`` after a rewind.
+      tokens_per_step: tokens in one batch.
+      flops_per_token: FLOPs of a step per token, forward and backward.
     """
 
     state: Any
@@ -48,22 +48,22 @@ class Run(Protocol):
     flops_per_token: float
 
     def advance(self) -> Metrics:
-        """Trains on the next batch and counts; the metrics may be on their way."""
+        """Trains on the next batch and counts it; the metrics may not be ready yet."""
         ...
 
     def evaluate(self) -> Row:
-        """Measures the model as it is, under names that begin with ``eval/``."""
+        """Evaluates the model; the names begin with ``eval/``."""
         ...
 
 
 class Schedule(NamedTuple):
-    """When to do what, in steps.
+    """The schedule of the loop, in steps.
 
     Attributes:
-      steps: where the run ends.
-      eval_every: from one evaluation to the next.
-      checkpoint_every: from one checkpoint to the next.
-      histogram_every: from one set of histograms to the next; 0 for none.
+      steps: last step of the run.
+      eval_every: steps from one evaluation to the next.
+      checkpoint_every: steps from one checkpoint to the next.
+      histogram_every: steps from one set of histograms to the next; 0 for none.
     """
 
     steps: int
@@ -73,10 +73,10 @@ class Schedule(NamedTuple):
 
 
 class Trainer:
-    """Takes a run to its end.
+    """Trains a run to its end.
 
     Attributes:
-      row: what the last step and the last evaluation measured.
+      row: the measurements of the last step and of the last evaluation.
     """
 
     def __init__(
@@ -88,22 +88,22 @@ class Trainer:
         about: dict[str, Any],
         policy: ost.RewindPolicy | None,
     ):
-        """Starts where the run is.
+        """Starts at the current step of the run.
 
         Args:
-          schedule: when to do what.
-          run: what is trained.
-          saved: where to save it, and to go back to.
-          writer: takes every row of numbers.
-          about: plain values that every checkpoint carries: what it is of.
-          policy: says when to go back; None: never.
+          schedule: when to evaluate, save and stop.
+          run: the run to train.
+          saved: the checkpoints, to save to and to rewind to.
+          writer: receives every row of numbers.
+          about: plain values that identify the run; stored in every checkpoint.
+          policy: decides when to rewind; None: never.
         """
         self._schedule, self._run, self._saved = schedule, run, saved
         self._writer, self._about = writer, about
         self._policy = policy
         self._pace = Pace(run.tokens_per_step, run.flops_per_token)
-        self._waiting: deque[tuple[int, int, Metrics]] = deque()
-        # What self.row says of the held-out part was measured after this batch.
+        self._unreported: deque[tuple[int, int, Metrics]] = deque()
+        # The batch after which the evaluation in self.row was made.
         self._evaluated: int | None = None
         self.row: Row = {}
 
@@ -111,85 +111,86 @@ class Trainer:
         progress: Progress = {"step": self._run.step, "batch": self._run.batch}
         evaluation = _evaluation(self.row)
         if self._evaluated != self._run.batch:
-            evaluation = {}  # It is of an older state, which may have been better.
+            evaluation = {}  # It belongs to an older state, which may have been better.
         if self._policy is not None:
             progress["policy"] = self._policy.get_state()
         return self._about | evaluation | progress
 
     def resume(self, progress: Progress) -> None:
-        """Takes the run up where a checkpoint left it."""
+        """Resumes the run from a checkpoint."""
         self._restore(progress, progress["batch"])
         if self._policy is not None and "policy" in progress:
             self._policy.set_state(progress["policy"])
 
     def _restore(self, progress: Progress, batch: int) -> None:
-        """Loads a checkpoint, to go on from it behind the given batch."""
+        """Loads a checkpoint, and continues after the given batch."""
         run = self._run
         run.state = self._saved.load(progress, like=run.state)
         run.step, run.batch = progress["step"], batch
         self.row, self._evaluated = _evaluation(progress), batch
 
     def _save(self, *, interim: bool = False) -> None:
-        """Makes a checkpoint of the run as it is, in the background.
+        """Saves a checkpoint in the background.
 
-        An interim one is for going on from, and nothing to go back to.
+        An interim checkpoint is only for resuming; the run never rewinds to it.
         """
         mark = {"interim": True} if interim else {}
         self._saved.save(self._run.state, self._progress() | mark)
         self._pace.pause()
 
     def train(self, stop: StopRequest) -> None:
-        """Goes to the last step, or to where it is asked to stop, and saves.
+        """Trains up to the last step, or until a stop is requested, and saves.
 
         Raises:
-          DivergedError: the loss ran away once too often.
+          DivergedError: the loss diverged more often than the policy allows.
         """
         schedule, run = self._schedule, self._run
-        if self._evaluated is None:  # It is new.
+        if self._evaluated is None:  # a new run
             self.row = {"batch": run.batch, "tokens": 0}
             self._evaluate()
         self._save()
         stops = False
         while run.step < schedule.steps and not stops:
             metrics = run.advance()
-            self._waiting.append((run.step, run.batch, metrics))
+            self._unreported.append((run.step, run.batch, metrics))
             stops, last = stop.due(), run.step == schedule.steps
             evaluates = last or run.step % schedule.eval_every == 0
             regular = last or run.step % schedule.checkpoint_every == 0
             saves = regular or stops
-            # One step late: the device has its next step before the host waits for it.
-            decision = self._look(late=0 if evaluates or saves else 1)
+            # One step late: the next step is dispatched before the host waits.
+            decision = self._report_until(late=0 if evaluates or saves else 1)
             if decision.action != "continue":
-                self._go_back(decision)
+                self._rewind(decision)
                 continue
             if evaluates:
                 self._evaluate()
             if saves:
                 self._save(interim=not regular)
 
-    def _look(self, *, late: int) -> ost.Decision:
-        """Reports the steps that are waiting, but for the last ``late``."""
+    def _report_until(self, *, late: int) -> ost.Decision:
+        """Reports all unreported steps but the last ``late``."""
         decision = ost.Decision("continue")
-        while len(self._waiting) > late and decision.action == "continue":
-            decision = self._report(*self._waiting.popleft())
+        while len(self._unreported) > late and decision.action == "continue":
+            decision = self._report(*self._unreported.popleft())
         return decision
 
     def _report(self, step: int, batch: int, metrics: Metrics) -> ost.Decision:
-        """Logs a step that is finished, and asks whether to go on."""
+        """Logs a finished step, and returns the decision of the policy."""
         found = jax.device_get(metrics)
         row: Row = {"batch": batch, "tokens": step * self._run.tokens_per_step}
         row |= {key: float(x) for key, x in found.items() if x.ndim == 0}
         row |= self._pace.step()
         self.row |= row
         self._writer.write(step, row)
-        # The first step is the recorder's step 0, at which it measures.
+        # The first step is the recorder's step 0, in which it measures.
         every = self._schedule.histogram_every
         if every and (step - 1) % every == 0:
             histograms = {key: x for key, x in found.items() if x.ndim}
             self._writer.write_histograms(step, histograms)
-        # What is in a branch may be taken back; a probe is of older parameters.
-        undecided = row.get("branch/mode") or row.get("branch/probed")
-        if self._policy is None or undecided:
+        # The policy ignores steps in an open branch, which may be taken back, and
+        # probes, which were measured on the kept parameters.
+        ignored = row.get("branch/mode") or row.get("branch/probed")
+        if self._policy is None or ignored:
             return ost.Decision("continue")
         return self._policy.update(step, row)
 
@@ -201,19 +202,20 @@ class Trainer:
         self._writer.write(self._run.step, at | evaluation)
         self._pace.pause()
 
-    def _go_back(self, decision: ost.Decision) -> None:
-        """Restores an older state, and leaves out the batches that did the harm."""
+    def _rewind(self, decision: ost.Decision) -> None:
+        """Restores an older state, and skips the harmful batches."""
         if decision.restore_step is None or decision.skip_until is None:
             raise DivergedError(decision.reason)
         run = self._run
-        line = [each for each in self._saved.line() if not each.get("interim")]
-        before = (each for each in line if each["step"] <= decision.restore_step)
-        target = next(before, line[-1])  # Or the oldest there is.
-        seen, ahead = run.step - len(self._waiting), run.batch - run.step
-        self._waiting.clear()
+        regular = [each for each in self._saved.available() if not each.get("interim")]
+        older = (each for each in regular if each["step"] <= decision.restore_step)
+        target = next(older, regular[-1])  # or the oldest checkpoint
+        reported, ahead = run.step - len(self._unreported), run.batch - run.step
+        self._unreported.clear()
         self._restore(target, decision.skip_until - 1 + ahead)
-        # The row first. If the run is killed before the checkpoint is whole, it goes on
-        # from an earlier batch, so the row is dropped, and comes again.
-        row = {"batch": run.batch, "rewind/from": seen, "rewind/to": run.step}
-        self._writer.write(seen, row)
+        # The row is written first. If the run is killed before the checkpoint is
+        # complete, it resumes from an earlier batch: then the row is dropped, and
+        # written again after the next rewind.
+        row = {"batch": run.batch, "rewind/from": reported, "rewind/to": run.step}
+        self._writer.write(reported, row)
         self._save()

@@ -1,7 +1,7 @@
-"""Where the numbers of a run go: a file of JSON lines, TensorBoard, several places.
+"""Writers for the numbers of a run: a JSON Lines file, TensorBoard, or several writers.
 
-Every writer has ``write(step, row)`` and ``close()``, and closes at the end of a
-``with`` block, so that an error in the run loses nothing. Copy the ones you use.
+Every writer has ``write(step, row)`` and ``close()``. It closes at the end of a
+``with`` block, so nothing is lost if the run fails. Copy the ones you use.
 """
 
 import abc
@@ -22,22 +22,22 @@ Histograms = Mapping[str, np.ndarray]
 
 
 class Writer(abc.ABC):
-    """Takes one row of named numbers after the other."""
+    """Writes rows of named numbers."""
 
     @abc.abstractmethod
     def write(self, step: int, row: Row) -> None:
-        """Keeps what was measured at a step."""
+        """Writes the measurements of a step."""
 
     def write_histograms(self, step: int, counts: Histograms) -> None:
-        """Keeps what ``record(…, histogram=True)`` counted; leaves it out here."""
+        """Writes the counts of ``record(…, histogram=True)``; by default, ignored."""
         del step, counts
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Writes out what is still held back."""
+        """Writes out the rows that are still buffered."""
 
     def __enter__(self) -> Self:
-        """Is its own context."""
+        """Returns itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -45,33 +45,33 @@ class Writer(abc.ABC):
         self.close()
 
 
-def _whole_rows(path: Path) -> list[dict]:
-    """The rows of a file whose last line may be torn, as a killed process leaves it."""
+def _complete_rows(path: Path) -> list[dict]:
+    """The rows of a file; a killed process may have left the last line incomplete."""
     *lines, _ = path.read_text().split("\n")
     return [json.loads(line) for line in lines]
 
 
 class JsonLines(Writer):
-    """One line per row, in a file that is whole after each of them.
+    """One line per row; the file is complete after each line.
 
-    JSON has neither NaN nor infinity: what is not finite becomes null.
+    JSON has neither NaN nor infinity: non-finite numbers become null.
     """
 
     def __init__(self, path: Path, *, resume_after: int | None = None):
-        """Makes the file and its folder, or goes on with it; an OSError if it cannot.
+        """Creates the file and its folder, or continues the file; else an OSError.
 
         Args:
-          path: of the file.
-          resume_after: rows of a later ``batch`` are dropped, for they will be written
-            again; None: all are.
+          path: path of the file.
+          resume_after: rows of a later ``batch`` are dropped, because they will be
+            written again; None: all rows are dropped.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         keep = []
         if resume_after is not None and path.exists():
-            keep = [row for row in _whole_rows(path) if row["batch"] <= resume_after]
-        beside = path.with_name(f".{path.name}.tmp")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in keep))
-        beside.replace(path)
+            keep = [row for row in _complete_rows(path) if row["batch"] <= resume_after]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in keep))
+        temporary.replace(path)
         self._path = path
 
     def write(self, step: int, row: Row) -> None:
@@ -81,17 +81,18 @@ class JsonLines(Writer):
             file.write(json.dumps({"step": step} | finite) + "\n")
 
     def close(self) -> None:
-        """Has nothing to do."""
+        """Does nothing."""
 
 
-def _joined(rows: Iterable[dict]) -> dict[int, dict]:
+def _join_by_step(rows: Iterable[dict]) -> dict[int, dict]:
     """The rows by step, without those that a rewind has undone."""
     joined: dict[int, dict] = {}
     newest = -1, -1
     for row in rows:
         step, batch = row["step"], row.get("batch")
         if batch is not None:
-            # An earlier step after a later batch, or the same one after a new batch.
+            # A rewind: an earlier step with a later batch, or the same step with a new
+            # batch.
             if step <= newest[0] and (batch, -step) > (newest[1], -newest[0]):
                 joined = {at: x for at, x in joined.items() if at < step}
             newest = step, batch
@@ -100,14 +101,14 @@ def _joined(rows: Iterable[dict]) -> dict[int, dict]:
 
 
 def read_json_lines(path: Path) -> dict[str, np.ndarray]:
-    """The columns of such a file, rows of one step joined, as a history.
+    """Reads the columns of such a file as a history; rows of one step are joined.
 
-    Where a rewind took the run back to an earlier step, by the ``batch`` of its rows,
-    which never falls, all rows before from that step on are left out: the columns are
-    those of the run that counts, in order of step. Null, and what a row does not have,
-    is NaN. A last line that is torn is left out.
+    A rewind is recognised by ``batch``, which never decreases. If a rewind returned to
+    an earlier step, the older rows from that step on are left out, so the columns are
+    in order of step. Null and missing values are NaN. An incomplete last line is left
+    out.
     """
-    rows = _joined(_whole_rows(path))
+    rows = _join_by_step(_complete_rows(path))
     keys = dict.fromkeys(key for row in rows.values() for key in row)
     columns = {
         key: np.array([row.get(key) for row in rows.values()], float) for key in keys
@@ -118,17 +119,17 @@ def read_json_lines(path: Path) -> dict[str, np.ndarray]:
 class TensorBoard(Writer):
     """One curve per key, and histograms.
 
-    What is not finite is left out, for it would break the axis.
+    Non-finite values are left out, because they would spoil the scale of the axis.
 
-    In a folder that was used before, TensorBoard shows the new run alone, or the old
-    one up to where it is gone on with. After a rewind a curve goes back. A run that is
-    killed loses ten seconds at most.
+    In a folder that was used before, TensorBoard shows only the new run, or the old run
+    up to the step from which it was resumed. After a rewind a curve goes back. A killed
+    run loses at most ten seconds.
     """
 
     def __init__(self, folder: Path, *, resume_after_step: int | None = None):
-        """Opens a file of events in the folder; an OSError if it cannot."""
+        """Opens an event file in the folder; raises OSError if it cannot."""
         purge = 0 if resume_after_step is None else resume_after_step + 1
-        # A full queue would make the run wait.
+        # A long queue: a full queue would block the run.
         self._events = SummaryWriter(
             str(folder), purge_step=purge, max_queue=1000, flush_secs=10
         )
@@ -140,13 +141,13 @@ class TensorBoard(Writer):
                 self._events.add_scalar(key, x, step)
 
     def write_histograms(self, step: int, counts: Histograms) -> None:
-        """Adds a histogram each, over the exponents of two."""
+        """Adds one histogram per key, over the exponents of two."""
         for key, each in counts.items():
             if np.isfinite(each).all() and each.any():
                 self._write_histogram(step, key, each)
 
     def _write_histogram(self, step: int, key: str, counts: np.ndarray) -> None:
-        # The first bin has no lower end but 0, the last no upper one.
+        # Finite limits for the first bin, which starts at 0, and the last, without end.
         exponents = np.log2(ost.histogram_edges()[1:-1])
         limits = np.append(exponents, exponents[-1] + 1)
         middles = limits - 0.5
@@ -168,24 +169,24 @@ class TensorBoard(Writer):
 
 
 class Several(Writer):
-    """Writes every row to each of its writers, and closes them together."""
+    """Writes every row to several writers, and closes all of them."""
 
     def __init__(self, *writers: Writer):
-        """Takes writers that are open."""
+        """Takes open writers."""
         self._writers = writers
 
     def write(self, step: int, row: Row) -> None:
-        """Hands the row to all."""
+        """Passes the row to all writers."""
         for writer in self._writers:
             writer.write(step, row)
 
     def write_histograms(self, step: int, counts: Histograms) -> None:
-        """Hands the histograms to all."""
+        """Passes the histograms to all writers."""
         for writer in self._writers:
             writer.write_histograms(step, counts)
 
     def close(self) -> None:
-        """Closes all, also where one of them fails."""
+        """Closes all writers, also if closing one of them fails."""
         with contextlib.ExitStack() as stack:
             for writer in self._writers:
                 stack.callback(writer.close)

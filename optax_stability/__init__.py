@@ -1,6 +1,6 @@
-"""Gradient transformations that keep large-model training from collapsing.
+"""Optax gradient transformations that keep the training of large models stable.
 
-See the README for the table *need → function → place in the chain*.
+The README has the table *need → function → place in the chain*.
 """
 
 from importlib.metadata import version as _version

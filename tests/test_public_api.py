@@ -22,10 +22,52 @@ def exports(module):
     }
 
 
+# The public names from before the private modules were moved into packages.
+PUBLIC_NAMES = {
+    ost: """
+        AccumulateMomentsState BatchSizeSchedule BranchOnSpikeState ClipByThresholdState
+        Decision EstimateNoiseScaleState Finding Moments NoiseScale RecordHistoryState
+        RecordState RestartMomentsState RewindPolicy SafeAdamState
+        ScaleByNoiseScaleState SkipSpikesState WhenNoisyState accumulate_moments
+        adopt_state batch_efficiency batch_size_schedule branch_on_spike
+        clip_by_leaf_history clip_by_quantile clip_by_threshold clip_by_zscore
+        critical_batch_range diagnose estimate_noise_scale eval_params flax flush
+        from_optax_adam_state has_updated histogram_edges history leaf_names metrics
+        microbatch_gradients noise_scale penalize_gradient_norm plot_history record
+        record_history restart_moments safe_adamw scale_by_noise_scale
+        scale_by_safe_adam scale_gradients scale_learning_rate skip_spikes spike_guard
+        thresholds to_optax_adam_state when_noisy write_report
+    """,
+    ost.thresholds: """
+        DetrendedMadState EmaRatioState RelearnState Threshold WindowState ZScoreState
+        constant detrended_mad ema_ratio relearn window_median window_quantile
+        window_zscore zscore
+    """,
+    ost_flax: """
+        Embed LayerNorm Linear NormTap RMSNorm TrainState microbatch_gradients
+        penalize_gradient_norm per_example_gradients update_dynamic_scale
+    """,
+}
+MODULES = list(PUBLIC_NAMES)
+
 NAMES = exports(ost)
 NAMES |= {f"thresholds.{name}": f for name, f in exports(ost.thresholds).items()}
 NAMES |= {f"flax.{name}": f for name, f in exports(ost_flax).items()}
 FUNCTIONS = {name: f for name, f in NAMES.items() if inspect.isfunction(f)}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_all_lists_every_export_once(module):
+    functions_and_classes = [
+        name for name in module.__all__ if not inspect.ismodule(getattr(module, name))
+    ]
+    assert functions_and_classes == sorted(exports(module))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_the_public_names_are_unchanged(module):
+    names = [name for name in dir(module) if not name.startswith("_")]
+    assert names == PUBLIC_NAMES[module].split()
 
 
 def table_names():

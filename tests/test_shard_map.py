@@ -241,7 +241,7 @@ def test_counts_of_any_dtype_are_added_up():
 
     def count(x, y):
         values = jnp.array([3, 5], jnp.int32)
-        return _mesh_axes.add_up(values, [x, y], AXES)
+        return _mesh_axes.sum_shards(values, [x, y], AXES)
 
     step = jax.shard_map(count, mesh=mesh(), in_specs=(ROWS, WHOLE), out_specs=WHOLE)
     assert jax.jit(step)(jnp.ones(4), jnp.ones(4)).tolist() == [12, 5]

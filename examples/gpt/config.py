@@ -1,4 +1,4 @@
-"""The settings of a run, which are the flags of its command line."""
+"""The settings of a run, which are also its command-line flags."""
 
 import dataclasses
 import math
@@ -11,20 +11,20 @@ from input_error import InputError
 from model import SIZES
 from resuming import Resume, flag
 
-# Settings that may differ when a run goes on: they leave its training alone, but for
-# where a rewind goes back to …
+# Settings that may differ when a run resumes. They do not affect its training, except
+# for the checkpoint that a rewind returns to.
 FREE = {"resume", "out", "eval_every", "eval_batches", "log_every", "sample_tokens"}
 FREE |= {"checkpoint_every", "keep_checkpoints", "mesh", "processes"}
-# … and those that may not: with them the state of the optimizer has another shape.
+# Settings that may never differ: they determine the structure of the state.
 FIXED = {"size", "tokenizer", "on_spike", "baseline", "clip_after_warmup", "inject"}
 FIXED |= {"clip_when_noisy", "histogram_every", "dtype"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Trains a GPT on text, through a chain that keeps it stable.
+    """Trains a GPT on text, with a chain that keeps it stable.
 
-    The same command again goes on where the run was interrupted.
+    The same command, given again, resumes a run that was interrupted.
     """
 
     size: Literal["tiny", "small", "gpt2"] = "tiny"
@@ -32,15 +32,15 @@ class Config:
     data: Path | None = None
     """Text file, folder of text, or nanoGPT's .bin; by default Python's own library."""
     tokenizer: Path | None = None
-    """Vocabulary on disk, tokenizer.json or *.tiktoken; by default text is bytes."""
+    """Tokenizer file, tokenizer.json or *.tiktoken; by default each byte is a token."""
     steps: int = 600
     """Optimizer steps."""
     batch_size: int = 8
     """Windows of text per step; a multiple of the parts that --mesh splits it into."""
     microbatches: int = 4
-    """Parts of a batch that are evaluated one by one; a bad one is left out."""
+    """Parts of a batch that are evaluated one by one; a non-finite part is left out."""
     learning_rate: float | None = None
-    """Peak of the schedule. By default what suits the size: 3e-3, 1e-3 or 6e-4."""
+    """Peak of the schedule. The default depends on the size: 3e-3, 1e-3 or 6e-4."""
     min_learning_rate: float | None = None
     """Where the cosine ends. By default a tenth of the peak."""
     warmup_steps: int = 50
@@ -50,41 +50,41 @@ class Config:
     gradient_penalty: float = 0.0
     """Weight of the gradient's norm in the loss; makes a step over 3 times as long."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the computation; parameters and their statistics stay float32."""
+    """Dtype of the computation; parameters and their statistics stay float32."""
     on_spike: Literal["skip", "branch", "rewind"] = "skip"
-    """Leave the step out; or go on and take it back; or only --rewind, if need be."""
+    """Skip the step; or continue in a branch that can be undone; or only rewind."""
     clip_after_warmup: bool = False
     """Clip gradients only once the warm-up is over."""
     clip_when_noisy: float | None = None
-    """Clip only while the noise scale is above this, in examples: windows of text."""
+    """Clip only while the noise scale is above this number of examples (windows)."""
     rewind: bool = True
-    """Go back to a checkpoint when the loss has run away, and on with other batches."""
+    """Return to a checkpoint when the loss diverges; continue with other batches."""
     max_rewinds: int = 3
-    """How often, before giving up."""
+    """Number of rewinds before the run gives up."""
     rewind_steps: int = 100
-    """How far before the trouble to go back."""
+    """Steps to go back before the divergence."""
     skip_batches: int = 200
-    """How many batches to leave out from there on."""
+    """Batches to skip after a rewind."""
     baseline: bool = False
-    """Plain optax instead: global-norm clipping and AdamW, and nothing on a spike."""
+    """Plain optax instead: global-norm clipping and AdamW, no reaction to a spike."""
     inject: tuple[str, ...] = ()
-    """Faults to watch it survive, as nan@300 or bytes@200x5; see examples/faults.py."""
+    """Faults to inject, such as nan@300 or bytes@200x5; see examples/faults.py."""
     mesh: str | None = None
     """How the devices share the work, as data=4,model=2; by default all as data."""
     processes: str | None = None
-    """With others: auto on a cluster, or HOST:PORT,INDEX/COUNT; see devices.py."""
+    """For several processes: auto, or HOST:PORT,INDEX/COUNT; see devices.py."""
     resume: Resume = "auto"
-    """Go on with the run in --out, if there is one; changed: with other settings."""
+    """Resume the run in --out, if there is one; changed: also with other settings."""
     checkpoint_every: int = 100
     """Steps from one checkpoint to the next."""
     keep_checkpoints: int = 5
-    """How many to keep, beside the best."""
+    """Number of checkpoints to keep, in addition to the best one."""
     eval_every: int = 100
     """Steps from one evaluation on held-out text to the next."""
     eval_batches: int = 16
     """Batches per evaluation, the same ones every time."""
     log_every: int = 10
-    """Steps between log lines, where the output is not a terminal."""
+    """Steps between log lines, if the output is not a terminal."""
     histogram_every: int = 0
     """Steps between histograms of the gradient in TensorBoard, by layer; 0 for none."""
     sample_tokens: int = 300
@@ -96,7 +96,7 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """Raises InputError for a setting that cannot work, before any work is done."""
+    """Raises InputError for an invalid setting."""
 
     def require(holds: bool, field: str, remedy: str) -> None:
         if not holds:
@@ -110,7 +110,7 @@ def check(config: Config) -> None:
     sizes += " gradient_penalty clip_when_noisy max_rewinds"
     for field in sizes.split():
         holds = 0 <= (getattr(config, field) or 0) < math.inf
-        require(holds, field, "is out of range; give a number from 0 up")
+        require(holds, field, "is out of range; give a finite number, 0 or more")
     steps, peak = config.steps, config.learning_rate
     remedy = f"leaves no step to train; give fewer than the {steps} of --steps"
     require(config.warmup_steps < steps, "warmup_steps", remedy)
@@ -122,7 +122,8 @@ def check(config: Config) -> None:
     require(heads % mesh.get("model", 1) == 0, "mesh", remedy)
     remedy = f"does not divide the {config.batch_size} windows of --batch-size"
     require(config.batch_size % config.microbatches == 0, "microbatches", remedy)
-    require(peak is None or peak > 0, "learning_rate", "is no rate; give one above 0")
+    remedy = "is out of range; give a number above 0"
+    require(peak is None or peak > 0, "learning_rate", remedy)
     try:
         faults.parse(config.inject)
     except ValueError as error:

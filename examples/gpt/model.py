@@ -1,4 +1,4 @@
-"""A GPT in Flax NNX, in the shape of GPT-2.
+"""A GPT in Flax NNX, with the architecture of GPT-2.
 
 Pre-norm blocks, learned positions, GELU, causal attention, and an output head that
 shares its matrix with the token embedding. Parameters are float32.
@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 INIT_STD = 0.02
-# Tokens enter louder than everything else, so that the first, large steps of Adam do
-# not wash out which token is which.
+# Token embeddings start larger than all other parameters, so that the first, large
+# steps of Adam do not erase the differences between tokens.
 TOKEN_STD = 0.3
 # How the devices of a mesh share the parameters (Shoeybi et al. 2019, "Megatron-LM"):
-# along "model" each has some heads of attention, some neurons of the perceptron and
-# some tokens of the vocabulary; along "fsdp" each has some rows or columns.
+# along "model" each has some attention heads, some neurons of the perceptron and some
+# tokens of the vocabulary; along "fsdp" each has some rows or columns.
 SPLIT = {
     "tokens/embedding": ("model", "fsdp"),
     "positions/embedding": (None, "fsdp"),
@@ -31,26 +31,26 @@ SPLIT = {
     "mlp_in/bias": ("model",),
     "mlp_out/kernel": ("model", "fsdp"),
 }
-# Of the text that the model writes: below 1 it is surer than it should be.
+# Sampling temperature; below 1, likely tokens are chosen more often than predicted.
 TEMPERATURE = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large a model is."""
+    """The size of a model."""
 
     layers: int
     width: int  # of the residual stream
     heads: int  # per block; divides width
     context: int  # longest sequence, in tokens
-    vocabulary: int  # at least: data with more ids gets more
-    learning_rate: float  # peak that suits it
+    vocabulary: int  # minimum; data with more ids needs a larger vocabulary
+    learning_rate: float  # default peak of the schedule
 
     def flops_per_token(self, parameters: int) -> float:
-        """Of a step of training: 2 forward and 4 backward for each weight that is used.
+        """FLOPs of a training step: 2 forward and 4 backward per weight and token.
 
-        And 12 for each position that attention looks at, counted as if all of them
-        were (Chowdhery et al. 2022, "PaLM", appendix B).
+        Attention adds 12 per position of the context and channel, without regard to the
+        causal mask (Chowdhery et al. 2022, "PaLM", appendix B).
         """
         return 6 * parameters + 12 * self.layers * self.width * self.context
 
@@ -63,9 +63,9 @@ SIZES = {
 
 
 def _split_first(x: jax.Array, *axes: str) -> jax.Array:
-    """The same array, split along these axes of the mesh in its first dimension alone.
+    """Constrains the sharding: only the first dimension is split, over these axes.
 
-    Where parameters are split, the compiler might move activations in their place.
+    Without it, the compiler might move activations instead of split parameters.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in axes if axis in mesh.axis_names)
@@ -89,7 +89,7 @@ class Block(nnx.Module):
     def __init__(self, size: Size, dtype: DTypeLike, rngs: nnx.Rngs):
         """Initialises as GPT-2 does; computes in ``dtype`` on float32 parameters."""
         width = size.width
-        # 2·layers branches add up in the residual stream; this keeps its size.
+        # The residual stream is a sum of 2·layers branches; this keeps its scale.
         residual_std = INIT_STD / (2 * size.layers) ** 0.5
         self.heads = size.heads
         self.attention_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
@@ -100,12 +100,12 @@ class Block(nnx.Module):
         self.mlp_out = _linear(4 * width, width, residual_std, dtype, rngs)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Mixes every position with those before it."""
+        """Causal self-attention."""
         batch, length, width = x.shape
-        # Heads first: so the devices that share them have all three parts of theirs.
+        # Heads first, so that a device has query, key and value of its own heads.
         split = (batch, length, self.heads, 3, width // self.heads)
         each = self.query_key_value(x).reshape(split)
-        if each.dtype == jnp.float16:  # CPUs have no attention in it.
+        if each.dtype == jnp.float16:  # CPUs do not support attention in float16.
             each = each.astype(jnp.float32)
         query, key, value = jnp.moveaxis(each, 3, 0)
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
@@ -131,15 +131,15 @@ class GPT(nnx.Module):
             size.context, width, embedding_init=normal(INIT_STD), dtype=dtype, rngs=rngs
         )
         self.blocks = nnx.List([Block(size, dtype, rngs) for _ in range(size.layers)])
-        # The stream still points along the embedding of the token just read, which the
-        # head shares: at scale 1 the model would start out sure that every token
-        # repeats itself. At scale 0 it starts out with no opinion.
+        # The residual stream is close to the embedding of the current token, and the
+        # head shares that embedding: at scale 1 the initial model would predict that
+        # every token repeats. At scale 0 all tokens are equally likely.
         zeros = nnx.initializers.zeros
         self.final_norm = nnx.LayerNorm(width, scale_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps int[batch, length] to logits, float32[batch, length, vocabulary]."""
-        # Gathered as are the other parameters, and looked up where the examples are.
+        # The table is gathered, like other parameters; lookups are split by example.
         table = _split_first(self.tokens.embedding[...], "model").astype(self.dtype)
         positions = self.positions.embedding[: tokens.shape[1]].astype(self.dtype)
         x = _by_example(jnp.take(table, tokens, axis=0) + positions)
@@ -154,10 +154,10 @@ def next_token_loss(model: GPT, windows: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-def write_on(model: GPT, prompt: jax.Array, key: jax.Array, length: int) -> jax.Array:
+def generate(model: GPT, prompt: jax.Array, key: jax.Array, length: int) -> jax.Array:
     """Continues a prompt that fills the context by ``length`` tokens.
 
-    The window slides and is read anew for every token: slow, but short.
+    The whole window is evaluated again for every token: slow, but simple.
     """
 
     def append(i, carry):
@@ -166,5 +166,5 @@ def write_on(model: GPT, prompt: jax.Array, key: jax.Array, length: int) -> jax.
         token = jax.random.categorical(jax.random.fold_in(key, i), logits)
         return jnp.append(window[1:], token), written.at[i].set(token)
 
-    nothing = jnp.zeros(length, prompt.dtype)
-    return jax.lax.fori_loop(0, length, append, (prompt, nothing))[1]
+    empty = jnp.zeros(length, prompt.dtype)
+    return jax.lax.fori_loop(0, length, append, (prompt, empty))[1]

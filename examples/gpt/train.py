@@ -1,4 +1,4 @@
-"""Trains a GPT through a stability chain, on whatever this computer has.
+"""Trains a GPT with a stability chain, on the devices of this computer.
 
     python examples/gpt/train.py                       # tiny, two CPU cores, 2 minutes
     python examples/gpt/train.py --data my_book.txt    # your own text
@@ -6,8 +6,8 @@
     python examples/gpt/train.py --mesh data=4,model=2 # on eight devices
 
 A small GPT learns to write, byte by byte, from the sources of Python's standard
-library. The library is in ``training.py``; here is the run around it. The same command
-again goes on where the run was interrupted, whatever interrupted it.
+library. ``training.py`` uses optax_stability; this file is the run around it. The same
+command, given again, resumes the run, whatever interrupted it.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from flax import nnx
 
 import optax_stability as ost
 
-sys.path.append(str(Path(__file__).parents[1]))  # for what the examples share
+sys.path.append(str(Path(__file__).parents[1]))  # for modules that the examples share
 import console
 import data
 import devices
@@ -34,7 +34,7 @@ import writers
 from checkpoints import Checkpoints
 from config import FIXED, FREE, Config, check
 from input_error import InputError
-from model import GPT, SIZES, SPLIT, next_token_loss, write_on
+from model import GPT, SIZES, SPLIT, generate, next_token_loss
 from resuming import as_json, check_resume
 from stopping import StopRequest
 from trainer import DivergedError, Metrics, Row, Schedule, Trainer
@@ -47,30 +47,33 @@ class Run:
     """The state of a run, and the compiled functions that use it."""
 
     def __init__(
-        self, config: Config, corpus: data.Corpus, create: Create, given: tuple = ()
+        self, config: Config, corpus: data.Corpus, create: Create, arguments: tuple = ()
     ):
-        """Makes the model and its optimizer, each device its part of them.
+        """Creates the model and its optimizer; each device creates its own part.
 
         Args:
-          config: checked.
-          corpus: what to train on.
-          create: makes them, of what is given.
-          given: arrays.
+          config: a checked configuration.
+          corpus: the data to train on.
+          create: returns a new model and its optimizer.
+          arguments: arrays, the arguments of ``create``.
         """
         self._config, size = config, SIZES[config.size]
         self.step = self.batch = 0
         self._mesh = mesh = devices.make_mesh(config.mesh)
-        everywhere, self._by_rows = devices.everywhere(mesh), devices.by_rows(mesh)
+        replicated = devices.replicated(mesh)
+        self._batch_sharding = devices.batch_sharding(mesh)
 
-        def begin(*given):
-            arrays = nnx.split(create(*given))[1]
+        def create_state(*arguments):
+            arrays = nnx.split(create(*arguments))[1]
             return TrainState(arrays, training.start_loss_scale(config))
 
-        model, optimizer = nnx.eval_shape(create, *given)
+        model, optimizer = nnx.eval_shape(create, *arguments)
         self.parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
         self.flops_per_token = size.flops_per_token(self.parameters)
         self._graphdef = nnx.graphdef((model, optimizer))
-        self.state, lie = devices.make_split(begin, given, mesh, SPLIT)
+        self.state, sharding = devices.create_sharded(
+            create_state, arguments, mesh, SPLIT
+        )
 
         def step(leaves, windows, factors):
             state = jax.tree.unflatten(self._structure, leaves)
@@ -80,18 +83,20 @@ class Run:
             return jax.tree.leaves(state), metrics
 
         self._train_step = jax.jit(
-            step, donate_argnums=0, out_shardings=(jax.tree.leaves(lie), everywhere)
+            step,
+            donate_argnums=0,
+            out_shardings=(jax.tree.leaves(sharding), replicated),
         )
         self._loss = jax.jit(
             lambda state, x: next_token_loss(self._to_evaluate(state), x),
-            out_shardings=everywhere,
+            out_shardings=replicated,
         )
         length = config.sample_tokens
-        self._write_on = jax.jit(
-            lambda state, prompt: write_on(
+        self._generate = jax.jit(
+            lambda state, prompt: generate(
                 self._to_evaluate(state), prompt, jax.random.key(config.seed), length
             ),
-            out_shardings=everywhere,
+            out_shardings=replicated,
         )
         shape = size.context, config.batch_size
         self.tokens_per_step = math.prod(shape)
@@ -104,12 +109,12 @@ class Run:
 
     @property
     def state(self) -> TrainState:
-        """All that is trained and kept between steps."""
+        """Model and optimizer, with everything that is kept between steps."""
         return jax.tree.unflatten(self._structure, self._leaves)
 
     @state.setter
     def state(self, state: TrainState) -> None:
-        # A list is handed to a compiled step much faster than a state of NNX.
+        # Passing a list to a compiled step is much faster than passing an NNX state.
         self._leaves, self._structure = jax.tree.flatten(state)
 
     def _merge(self, state: TrainState) -> tuple[GPT, nnx.Optimizer]:
@@ -119,18 +124,19 @@ class Run:
         return training.to_evaluate(self._config, *self._merge(state))
 
     def advance(self) -> Metrics:
-        """Trains on the next batch; the metrics may still be on their way."""
+        """Trains on the next batch; the metrics may not be ready yet."""
         windows = self._injector.corrupt(self._batches(self.batch), self.batch + 1)
         factors = self._injector.factors(self.batch + 1) if self._config.inject else {}
-        windows = devices.place(windows, self._by_rows)
+        windows = devices.place(windows, self._batch_sharding)
         with jax.set_mesh(self._mesh):
             self._leaves, metrics = self._train_step(self._leaves, windows, factors)
         self.step, self.batch = self.step + 1, self.batch + 1
         return metrics
 
     def evaluate(self) -> Row:
-        """Measures the model as it is now."""
-        windows = [devices.place(each, self._by_rows) for each in self._held_out]
+        """Evaluates the model on the held-out part."""
+        sharding = self._batch_sharding
+        windows = [devices.place(each, sharding) for each in self._held_out]
         with jax.set_mesh(self._mesh):
             losses = jax.device_get([self._loss(self.state, each) for each in windows])
         loss = float(np.mean(losses))
@@ -141,19 +147,19 @@ class Run:
         return measured
 
     def sample(self) -> tuple[np.ndarray, np.ndarray]:
-        """The first held-out window, and how the model goes on from it."""
-        return self._prompt, np.asarray(self._write_on(self.state, self._prompt))
+        """The first held-out window, and the model's continuation of it."""
+        return self._prompt, np.asarray(self._generate(self.state, self._prompt))
 
     def model(self) -> GPT:
-        """The one to evaluate, as it is now."""
+        """The current model, with the parameters to evaluate."""
         return self._to_evaluate(self.state)
 
     def optimizer(self) -> nnx.Optimizer:
-        """With the numbers that the chain has kept."""
+        """The current optimizer, with the metrics of its chain."""
         return self._merge(self.state)[1]
 
     def history(self) -> dict[str, np.ndarray]:
-        """What the flight recorder has kept, with the learning rate of each step."""
+        """The history of the flight recorder, with the learning rate of each step."""
         kept = ost.history(self.optimizer())
         rates = np.asarray(training.make_schedule(self._config)(kept["step"]))
         # The recorder counts from 0.
@@ -161,7 +167,7 @@ class Run:
 
 
 def _show(config: Config, run: Run, corpus: data.Corpus, screen: console.Screen):
-    """What came of the run: its noise, and what it writes."""
+    """Prints the results of the run: the noise scale, and a sample of text."""
     if not config.baseline:
         screen.say(str(ost.noise_scale(run.optimizer())))
     if config.sample_tokens:
@@ -169,33 +175,33 @@ def _show(config: Config, run: Run, corpus: data.Corpus, screen: console.Screen)
         screen.sample(prompt, written)
 
 
-def drive(
+def run_training(
     config: Config,
     corpus: data.Corpus,
     create: Create,
     settings: dict[str, Any],
     fixed: Set[str] = FIXED,
-    given: tuple = (),
+    arguments: tuple = (),
 ) -> tuple[Run, Row]:
-    """Trains what ``create`` makes, or what ``--out`` holds of it, to the end.
+    """Trains a new run to its end, or resumes the one in ``--out``.
 
-    All processes do the same; the first one writes and prints.
+    All processes call it; only the first one writes and prints.
 
     Args:
       config: a checked configuration.
-      corpus: what to train on.
-      create: makes a new model and its optimizer, of what is given.
-      settings: what a run must agree in to be gone on with, by flag.
-      fixed: the flags of those that can never differ.
-      given: arrays for ``create``.
+      corpus: the data to train on.
+      create: returns a new model and its optimizer.
+      settings: the settings, by flag; a run resumes only if they agree.
+      fixed: the flags that can never differ.
+      arguments: arrays, the arguments of ``create``.
 
     Returns:
-      The run, and what the last step and the last evaluation measured, by name.
+      The run, and the measurements of the last step and the last evaluation, by name.
 
     Raises:
       InputError: the output folder cannot be used.
-      DivergedError: the loss ran away once too often.
-      KeyboardInterrupt: it was asked to stop, and did, after it had saved.
+      DivergedError: the loss diverged more often than ``max_rewinds`` allows.
+      KeyboardInterrupt: a stop was requested; the run has saved a checkpoint.
     """
     vocabulary = max(SIZES[config.size].vocabulary, corpus.vocabulary)
     about = {"settings": settings, "corpus": [corpus.name, len(corpus.train)]}
@@ -207,7 +213,7 @@ def drive(
         try:
             folder = config.out / "checkpoints"
             saved = stack.enter_context(Checkpoints(folder, config.keep_checkpoints))
-            newest = next(iter(saved.line()), None)
+            newest = next(iter(saved.available()), None)
             check_resume(
                 config.resume, config.out, about, newest, free=FREE, fixed=fixed
             )
@@ -224,7 +230,7 @@ def drive(
         screen = console.Screen(*shown, quiet=not devices.is_first())
         writer = stack.enter_context(writers.Several(*files, screen))
         stop = stack.enter_context(StopRequest())
-        run = Run(config, corpus, create, given)
+        run = Run(config, corpus, create, arguments)
         policy = None
         if config.rewind and not config.baseline:
             back, ahead = config.rewind_steps, config.skip_batches
@@ -241,17 +247,17 @@ def drive(
         screen.say(title, "bold")
         if newest:
             trainer.resume(newest)
-            screen.say(f"{config.out} is at step {step}: going on from there", "bold")
+            screen.say(f"{config.out} is at step {step}: resuming from there", "bold")
         try:
             trainer.train(stop)
-        finally:  # Also on a crash: then it is needed most.
+        finally:  # A report is needed most after a crash.
             kept = {} if config.baseline else run.history()
             if devices.is_first():
                 kept = kept or writers.read_json_lines(log)
                 ost.write_report(kept, report, title=title)
     if stop.requested:
-        say = f"{stop.requested}: saved at step {run.step}; the same command goes on"
-        screen.say(say, "bold")
+        saved_at = f"{stop.requested}: saved at step {run.step}"
+        screen.say(f"{saved_at}; the same command resumes the run", "bold")
         raise KeyboardInterrupt
     _show(config, run, corpus, screen)
     if devices.is_first():
@@ -263,7 +269,7 @@ def drive(
 
 
 def train(config: Config) -> Row:
-    """Trains a new GPT as the settings say; what it raises and returns: see drive."""
+    """Trains a GPT with these settings; returns the last row of ``run_training``."""
     devices.join(config.processes)
     check(config)
     size = SIZES[config.size]
@@ -273,11 +279,11 @@ def train(config: Config) -> Row:
     def create() -> tuple[GPT, nnx.Optimizer]:
         return training.create(config, vocabulary)
 
-    return drive(config, corpus, create, as_json(config))[1]
+    return run_training(config, corpus, create, as_json(config))[1]
 
 
 def run_command(work: Callable[[], object]) -> None:
-    """Does the work of a command line; what the user can mend is said in one line."""
+    """Runs a command; an error that the user can correct is printed as one line."""
     try:
         work()
     except (InputError, DivergedError) as error:

@@ -1,4 +1,4 @@
-"""The optimizer, which is where the library is, and one step of training with it."""
+"""The optimizer, which uses optax_stability, and one training step with it."""
 
 from typing import Any, NamedTuple
 
@@ -20,11 +20,11 @@ from optax_stability.flax import (
 
 Metrics = dict[str, jax.Array]
 
-# Steps that the flight recorder keeps, and between measurements that cost passes.
-HISTORY, SELDOM = 1000, 10
-# Where plain optax clips, as everybody does.
+# Steps that the flight recorder keeps, and steps between the costly measurements.
+HISTORY_LENGTH, MEASURE_EVERY = 1000, 10
+# The usual limit of the global-norm clip, for plain optax.
 MAX_NORM = 1.0
-# What is shown of the optimizer, as far as the chain has it.
+# The metrics of the optimizer that are logged, if the chain has them.
 SHOWN = """grad/norm grad/zero_fraction clip/fraction skip/skipped skip/total
 branch/mode branch/probed branch/length branch/rollbacks branch/accepted
 when_noisy/active noise_scale/b_simple noise_scale/low noise_scale/high
@@ -32,11 +32,11 @@ noise_scale/noise_to_weight"""
 
 
 class TrainState(NamedTuple):
-    """What a step takes and returns, and a checkpoint holds.
+    """The state before and after a step, and in a checkpoint.
 
     Attributes:
-      arrays: all there are in the model and its optimizer.
-      loss_scale: of float16; None otherwise.
+      arrays: all arrays of the model and its optimizer.
+      loss_scale: dynamic loss scale for float16; None otherwise.
     """
 
     arrays: nnx.State
@@ -44,7 +44,7 @@ class TrainState(NamedTuple):
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """A linear rise to the peak, then a cosine down to the floor."""
+    """A linear warm-up to the peak, then a cosine decay to the floor."""
     peak = config.learning_rate or SIZES[config.size].learning_rate
     floor = config.min_learning_rate
     return optax.schedules.warmup_cosine_decay_schedule(
@@ -57,11 +57,11 @@ def make_schedule(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    """The stability chain: look at the gradient; leave it out, or clip it and step.
+    """The stability chain: measures the gradient, then skips it, or clips it and steps.
 
-    The noise scale is learned inside the guard, from the steps that are taken. Around
-    all a flight recorder, for the report. The parts have names, so that ``adopt_state``
-    finds them when one is added.
+    The noise scale is inside the guard, so it learns only from steps that are taken. A
+    flight recorder around the chain collects the report. The parts have names, so that
+    ``adopt_state`` finds them when another part is added.
     """
     adamw = optax.adamw if config.baseline else ost.safe_adamw
     step = adamw(
@@ -84,20 +84,20 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     parts = [("noise", noise), ("clip", clip)]
     if level is not None:
         parts = [("clip", ost.when_noisy(clip, above=level, estimator=noise))]
-    update = ost.record("update", ratio_to_params=True, every=SELDOM)
+    update = ost.record("update", ratio_to_params=True, every=MEASURE_EVERY)
     step = optax.named_chain(*parts, ("adamw", step), ("update", update))
     if config.on_spike != "rewind":
         on_spike = {"skip": ost.spike_guard, "branch": ost.branch_on_spike}
         step = on_spike[config.on_spike](step)
     histograms = config.histogram_every
-    looks = {
+    recorders = {
         "record": ost.record(
-            "grad", every=histograms or SELDOM, histogram=histograms > 0
+            "grad", every=histograms or MEASURE_EVERY, histogram=histograms > 0
         ),
-        "params": ost.record("params", of="params", spectral=True, every=SELDOM),
+        "params": ost.record("params", of="params", spectral=True, every=MEASURE_EVERY),
     }
-    chain = optax.named_chain(*looks.items(), ("step", step))
-    return ost.record_history(chain, length=HISTORY, slow_every=SELDOM)
+    chain = optax.named_chain(*recorders.items(), ("step", step))
+    return ost.record_history(chain, length=HISTORY_LENGTH, slow_every=MEASURE_EVERY)
 
 
 def create(config: Config, vocabulary: int) -> tuple[GPT, nnx.Optimizer]:
@@ -117,14 +117,17 @@ def to_evaluate(config: Config, model: GPT, optimizer: nnx.Optimizer) -> GPT:
 
 
 def start_loss_scale(config: Config) -> DynamicScale | None:
-    """float16 needs one: its smallest number is 6e-8, and gradients are smaller."""
+    """The initial loss scale for float16.
+
+    The smallest number of float16 is 6e-8, and gradients are smaller.
+    """
     if config.dtype != "float16":
         return None
     return DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(2**16))
 
 
 def _loss_fn(config: Config, wrt: Any, gradient_factor: jax.Array | None):
-    """The loss of a microbatch, and its gradient times a factor that was injected."""
+    """The loss of a microbatch; an injected factor multiplies its gradient."""
     loss_fn = next_token_loss
     if config.gradient_penalty:
         loss_fn = penalize_gradient_norm(loss_fn, config.gradient_penalty, wrt=wrt)
@@ -139,13 +142,13 @@ def _loss_fn(config: Config, wrt: Any, gradient_factor: jax.Array | None):
 
 
 def _measure(config: Config, model: GPT, optimizer: nnx.Optimizer, grads) -> Metrics:
-    """What the optimizer did; of plain optax no more than the norm is known."""
-    nothing = {"skip/skipped": jnp.zeros(()), "skip/total": jnp.zeros(())}
+    """The metrics of the optimizer; plain optax has only the norm and the limit."""
+    no_skips = {"skip/skipped": jnp.zeros(()), "skip/total": jnp.zeros(())}
     if config.baseline:
         norm, limit = optax.tree.norm(grads), jnp.float32(MAX_NORM)
-        return nothing | {"grad/norm": norm, "clip/limit": limit}
+        return no_skips | {"grad/norm": norm, "clip/limit": limit}
     params = nnx.state(model, optimizer.wrt)
-    measured = nothing | ost.metrics(optimizer.opt_state, params=params)
+    measured = no_skips | ost.metrics(optimizer.opt_state, params=params)
     limit = measured["clip/limit"]  # 0 before a clip is switched on
     clips = (limit > 0) & measured.get("when_noisy/active", True)
     shown = {
@@ -163,14 +166,14 @@ def train_step(
     windows: jax.Array,
     factors: dict[str, jax.Array],
 ) -> tuple[TrainState, Metrics]:
-    """One step of training, as a pure function of the state.
+    """One training step, as a pure function of the state.
 
     Args:
       graphdef: the structure of the model and its optimizer.
-      config: decides the loss and the optimizer.
-      state: before the step.
+      config: determines the loss and the optimizer.
+      state: the state before the step.
       windows: int32[batch, context + 1].
-      factors: what faults multiply the ``"gradient"`` and ``"surge"`` by; empty
+      factors: factors of the injected faults, ``"gradient"`` and ``"surge"``; empty
         without faults.
     """
     model, optimizer = nnx.merge(graphdef, state.arrays)
@@ -196,7 +199,7 @@ def train_step(
     if scale is not None:
         metrics["loss_scale"] = scale.scale
         scale = update_dynamic_scale(scale, moments.num_microbatches == parts)
-    # The donated state comes first and in the order it came in: XLA hands buffers on
-    # in order of appearance, and would have to copy if they were out of order.
+    # The new state comes first, and in the order of the donated one: XLA reuses donated
+    # buffers in order, and would have to copy in any other order.
     state = TrainState(nnx.state((model, optimizer)), scale)
     return state, metrics | _measure(config, model, optimizer, grads)

@@ -1,4 +1,4 @@
-"""Gradient accumulation across calls, and the learning rate that goes with it.
+"""Gradient accumulation across calls, and the matching learning rate.
 
 May import: ``_core``, ``_moments``.
 """

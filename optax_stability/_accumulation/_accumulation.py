@@ -1,14 +1,15 @@
-"""Gradient accumulation across calls, in the place of ``optax.MultiSteps``.
+"""Gradient accumulation across calls, as a replacement for ``optax.MultiSteps``.
 
 *Problem*: ``optax.MultiSteps`` runs the inner optimizer on every call, keeps three more
-copies of the parameters, is poisoned for good by one NaN, drops extra arguments and
-loses what Σg² would tell.
+copies of the parameters, never recovers from one NaN, drops extra arguments and
+discards the information in Σg².
 
-*Where in the chain*: outermost, around everything that is to see whole batches.
+*Where in the chain*: outermost, around every transformation that must see whole
+batches.
 
-*Cost*: on most calls one pass that adds the gradient up; ``inner`` runs only when a
-window is full. State: a float32 buffer like the parameters for the mean and, with
-``mean_square``, one for the mean square; no other memory.
+*Cost*: on most calls one pass that adds the gradient to the mean; ``inner`` runs only
+when a window is full. State: a float32 buffer like the parameters for the mean and,
+with ``mean_square``, one for the mean square; no other memory.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -32,29 +33,31 @@ from optax_stability._moments._moments import Aggregate, Moments
 
 @runtime_checkable
 class ChoosesMicrobatches(Protocol):
-    """Chooses the length of a window by the state of what is accumulated for."""
+    """Chooses the length of a window from the state of the inner transformation."""
 
     def num_microbatches(self, inner_opt_state: Any) -> jax.Array:
-        """Calls in the next window, int32[], ≥ 1."""
+        """The number of calls in the next window, int32[], ≥ 1."""
         ...
 
 
 def _check_moments(moments: Moments, weight: Any, mean_square: bool) -> None:
     if weight is not None:
         raise ValueError(
-            "weight= and moments= were both given; leave weight= out, moments have one."
+            "weight= and moments= were both given; leave weight= out, because moments= "
+            "already contains the weight."
         )
     if mean_square and moments.mean_square is None:
         raise ValueError(
-            "moments.mean_square is None: make them with microbatch_gradients(..., "
-            "mean_square=True), or give accumulate_moments(..., mean_square=False)."
+            "moments.mean_square is None; compute the moments with "
+            "microbatch_gradients(..., mean_square=True), or use "
+            "accumulate_moments(..., mean_square=False)."
         )
 
 
 def _incoming(
     updates, loss, weight, moments, *, mean_square: bool, axis_name
 ) -> Aggregate:
-    """What one call brings: one microbatch, or, with moments, the mean of several."""
+    """The aggregate of one call: one microbatch or, with moments, several."""
     if moments is None:
         weight = 1.0 if weight is None else weight
         return _moments.single(updates, loss, weight, mean_square=mean_square)
@@ -68,7 +71,7 @@ def _incoming(
 
 
 def _calls_per_step(every_k: Any, state: AccumulateMomentsState):
-    """How many calls the present window has."""
+    """The number of calls in the current window."""
     if isinstance(every_k, ChoosesMicrobatches):
         return every_k.num_microbatches(state.inner_opt_state)
     return every_k(state.gradient_step) if callable(every_k) else every_k
@@ -79,28 +82,29 @@ def flush(
     state: Any,
     params: Any = None,
     **extra_args: Any,
-) -> tuple[Any, AccumulateMomentsState]:
-    """Takes the step of a window that is not full, such as the last of an epoch.
+) -> tuple[optax.Updates, AccumulateMomentsState]:
+    """Takes the step of a window that is not full, such as the last one of an epoch.
 
-    **Rule**: what :func:`accumulate_moments` would have done had the last microbatch
-    filled the window; the mean is over those that are there.
+    **Rule**: the same step as if the last microbatch had filled the window of
+    :func:`accumulate_moments`; the mean is over the microbatches in the window.
 
-    **Edge cases**: with nothing in the window the updates are 0 and ``inner`` is
-    untouched. The mean comes in the dtype of ``params``, if they are given.
+    **Edge cases**: if the window is empty, the updates are 0 and the state of ``inner``
+    is unchanged. The mean has the dtype of ``params``, if they are given.
 
     Args:
       inner: the transformation that ``accumulate_moments`` wraps.
-      state: its state; with NNX ``optimizer.opt_state``.
+      state: the state of ``accumulate_moments``; with NNX ``optimizer.opt_state``.
       params: the parameters, for an ``inner`` that needs them; with NNX
         ``nnx.state(model, nnx.Param)``.
-      extra_args: passed on, as is the mean loss of the window, as ``value=`` unless
-        they hold another.
+      extra_args: passed on to ``inner``. The mean loss of the window is passed on as
+        ``value=``, unless ``extra_args`` contains another ``value``.
 
     Returns:
       Updates and state, as plain arrays.
 
     Raises:
-      TypeError: ``inner`` or ``state`` is something else.
+      TypeError: ``inner`` is not a transformation, or ``state`` is not an
+        :class:`AccumulateMomentsState`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -136,10 +140,11 @@ def accumulate_moments(
 ) -> optax.GradientTransformationExtraArgs:
     """Averages gradients over ``every_k`` calls, and then lets ``inner`` take a step.
 
-    In the place of ``optax.MultiSteps``, and called like it: zero updates until a
-    window is full.
+    Replaces ``optax.MultiSteps`` and is called in the same way: the updates are zero
+    until a window is full.
 
-    **Rule**, for microbatch gradients mₖ of weight nₖ, over those that are kept::
+    **Rule**, for microbatch gradients mₖ with weights nₖ; the sums are over the kept
+    microbatches::
 
       N = Σnₖ    ḡ = Σnₖ·mₖ/N    deviation = Σnₖ‖mₖ − ḡ‖²    mean_square = Σnₖ·mₖ²/N
 
@@ -149,56 +154,58 @@ def accumulate_moments(
 
     **Guarantees**
 
-    * A microbatch that is not finite changes nothing but the counts: mean, moments and
-      loss are those of the others, and the calendar holds.
-    * If none of a window is kept, the updates are 0 and ``inner`` is untouched.
+    * A microbatch that is not finite changes only the counters: mean, moments and loss
+      are those of the other microbatches, and the window ends at the same call.
+    * If no microbatch of a window is kept, the updates are 0 and the state of ``inner``
+      is unchanged.
     * ``inner`` runs once per window: its schedules count gradient steps.
-    * On all other calls the updates are 0 and the state of ``inner`` is untouched, bit
+    * On all other calls the updates are 0 and the state of ``inner`` is unchanged, bit
       for bit.
-    * A run that is resumed in the middle of a window with another ``every_k`` loses no
-      microbatch and begins no window with those of another: a window that has enough
-      already is closed by the next call.
-    * The order of microbatches does not matter, to rounding: for float32, ḡ is within
-      2⁻²⁰ of the largest |mₖ|, for up to 64 of them.
+    * A run may resume in the middle of a window with another ``every_k``. No microbatch
+      is lost or moved to another window: if the window already has enough calls, the
+      next call closes it.
+    * The order of the microbatches does not matter, except for rounding: in float32 the
+      error of ḡ is at most 2⁻²⁰ times the largest |mₖ|, for up to 64 microbatches.
 
     **Edge cases**
 
     * A leaf whose norm is above 8e37 counts as not finite.
-    * What clips or skips *inside*, ``accumulate_moments(chain(clip, adam))``, sees the
-      whole batch once; in front of it, ``chain(clip, accumulate_moments(adam))``, every
-      microbatch.
-    * ``inner`` gets ḡ in the dtype of the gradients, and other extra arguments as the
-      last call of the window gave them.
-    * Layers that use statistics of the batch, such as BatchNorm, still see microbatches
-      only: accumulation does not make their batch larger.
-    * Reverse-mode differentiation does not pass.
+    * A clip or skip *inside*, ``accumulate_moments(chain(clip, adam))``, sees the whole
+      batch once. A clip or skip *before* it, ``chain(clip, accumulate_moments(adam))``,
+      sees every microbatch.
+    * ``inner`` gets ḡ in the dtype of the gradients. Other extra arguments are those of
+      the last call of the window.
+    * Layers that use batch statistics, such as BatchNorm, still see single
+      microbatches: accumulation does not make their batch larger.
+    * Reverse-mode differentiation is not supported.
 
     Args:
-      inner: what takes the steps: the whole chain.
-      every_k: calls per step, ≥ 1; or a schedule from the gradient step to it; or a
-        :func:`batch_size_schedule`, which follows the noise scale.
-      mean_square: keep Σnₖ·mₖ² as well, for
+      inner: the transformation that takes the steps: the whole chain.
+      every_k: calls per step, ≥ 1; or a schedule that maps the gradient step to this
+        number; or a :func:`batch_size_schedule`, which follows the noise scale.
+      mean_square: also keep Σnₖ·mₖ², for
         ``scale_by_safe_adam(second_moment="microbatch")``; costs one buffer.
-      reject_nonfinite: False keeps every microbatch, whatever it holds.
-      accumulator_dtype: of the mean; narrower than float32 it loses small gradients.
-        Gradients narrower than it need a copy in its dtype while ``inner`` runs.
+      reject_nonfinite: False keeps every microbatch, finite or not.
+      accumulator_dtype: dtype of the mean. A dtype narrower than float32 loses small
+        gradients. Gradients in a narrower dtype than this one need a copy in this dtype
+        while ``inner`` runs.
       axis_name: under ``shard_map``, the mesh axes that shard the gradient: all devices
-        keep or reject alike, and deviations are those of whole leaves. Leave it None
-        under ``jit``.
+        then keep or reject together, and deviations are those of whole leaves. Leave it
+        None under ``jit``.
 
     Returns:
       A transformation with state :class:`AccumulateMomentsState`. Its ``update`` takes
       ``weight=`` (nₖ, 1 by default), the loss as ``value=`` or ``loss=``, and
-      ``moments=`` where :func:`microbatch_gradients` made the gradient from several
+      ``moments=`` if :func:`microbatch_gradients` computed the gradient from several
       microbatches. Metrics: ``accumulate/mini_step`` (0 after a step),
-      ``accumulate/num_microbatches`` (kept in the window so far, after a step in that
-      of the step) and ``accumulate/rejected_total``. See :func:`has_updated` and
-      :func:`flush`.
+      ``accumulate/num_microbatches`` (kept in the current window; after a step, kept in
+      the window that ended) and ``accumulate/rejected_total``. See :func:`has_updated`
+      and :func:`flush`.
 
     Raises:
-      TypeError: ``inner`` is no transformation, or ``every_k`` no number.
-      ValueError: ``every_k`` is below 1, ``accumulator_dtype`` is no float dtype, or
-        ``moments=`` lack what is asked for.
+      TypeError: ``inner`` is not a transformation, or ``every_k`` is not a number.
+      ValueError: ``every_k`` is below 1, ``accumulator_dtype`` is not a float dtype, or
+        ``moments=`` has no mean square although ``mean_square`` is True.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -241,14 +248,17 @@ def accumulate_moments(
             axis_name=axis_name,
         )
         window = window_of(state)
-        apart = _moments.distances(window, updates, axis_name)
+        sq_distances = _moments.squared_distances(window, updates, axis_name)
         keep = _moments.usable_weight(incoming.moments.weight)
         if reject_nonfinite:
             keep &= _moments.all_finite(
-                updates, incoming.value, apart=apart, axis_name=axis_name
+                updates,
+                incoming.value,
+                sq_distances=sq_distances,
+                axis_name=axis_name,
             )
         keep = _mesh_axes.everywhere(keep, axis_name)
-        window = _moments.merge(window, _moments.if_kept(incoming, keep), apart)
+        window = _moments.merge(window, _moments.if_kept(incoming, keep), sq_distances)
 
         rejected = jnp.where(keep, 0, 1)
         state = state._replace(

@@ -1,10 +1,10 @@
-"""The learning rate that goes with a larger batch.
+"""Learning-rate scaling for larger batches.
 
 *Where*: on the host, once, around the learning rate or its schedule. *Cost*: nothing.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,37 +15,59 @@ from optax_stability._core import _validate
 Rule = Literal["linear", "sqrt"]
 
 
+@overload
+def scale_learning_rate(
+    lr: float, num_microbatches: int, rule: Rule = "linear"
+) -> float: ...
+
+
+@overload
+def scale_learning_rate(
+    lr: optax.Schedule,
+    num_microbatches: int | jax.Array | optax.Schedule,
+    rule: Rule = "linear",
+) -> optax.Schedule: ...
+
+
+@overload
+def scale_learning_rate(
+    lr: optax.ScalarOrSchedule,
+    num_microbatches: int | jax.Array | optax.Schedule,
+    rule: Rule = "linear",
+) -> optax.ScalarOrSchedule: ...
+
+
 def scale_learning_rate(
     lr: optax.ScalarOrSchedule,
     num_microbatches: int | jax.Array | optax.Schedule,
     rule: Rule = "linear",
 ) -> optax.ScalarOrSchedule:
-    """Scales a learning rate that suits one microbatch to K of them per step.
+    """Scales a learning rate for one microbatch per step to K microbatches per step.
 
-    **Rule**: ``"linear"`` lr·K, ``"sqrt"`` lr·√K. Which one fits the optimizer::
+    **Rule**: ``"linear"`` lr·K, ``"sqrt"`` lr·√K. The rule depends on the optimizer::
 
-      SGD, with or without momentum                 linear
+      SGD, with or without momentum                  linear
       scale_by_safe_adam(second_moment="microbatch") linear
-      Adam as everyone runs it                       sqrt
+      standard Adam                                  sqrt
 
-    The first two keep the course of training, to first order in lr; the last keeps the
-    size of Adam's update only where noise dominates the gradient, and takes too small
-    steps where it does not: ``python benchmarks/batch_invariance.py``.
+    The first two keep the training trajectory, to first order in lr. The last keeps the
+    size of Adam's update only where noise dominates the gradient; elsewhere the steps
+    are too small: see ``python benchmarks/batch_invariance.py``.
 
-    **Edge cases**: a large lr·K diverges, whatever the rule says; warm up. A schedule
-    counts gradient steps: with K times fewer of them, shorten it K times.
+    **Edge cases**: a large lr·K diverges, whatever the rule; use a warm-up. A schedule
+    counts gradient steps: with K times fewer steps, make the schedule K times shorter.
 
     Args:
       lr: learning rate for one microbatch, or a schedule of it.
-      num_microbatches: K ≥ 1, or a schedule from the gradient step to it, such as the
-        ``every_k`` of :func:`accumulate_moments`.
+      num_microbatches: K ≥ 1, or a schedule that maps the gradient step to K, such as
+        the ``every_k`` of :func:`accumulate_moments`.
       rule: ``"linear"`` or ``"sqrt"``.
 
     Returns:
-      A number, or a schedule if one of both is.
+      A number, or a schedule if ``lr`` or ``num_microbatches`` is one.
 
     Raises:
-      TypeError: an argument is no number.
+      TypeError: an argument is not a number.
       ValueError: K is below 1, or the rule is unknown.
 
     Example:

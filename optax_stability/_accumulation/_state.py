@@ -1,4 +1,4 @@
-"""What gradient accumulation remembers, and how a window ends.
+"""State of gradient accumulation, and the step at the end of a window.
 
 *Cost*: one buffer like the parameters for the mean, one for the mean square if it is
 kept, and a few scalars. The update is written over the mean: no other memory.
@@ -21,14 +21,14 @@ class AccumulateMomentsState(NamedTuple):
     """State of :func:`accumulate_moments`.
 
     Attributes:
-      mini_step: int32[] – calls in the present window, kept or not.
+      mini_step: int32[] – calls in the current window, kept or not.
       gradient_step: int32[] – steps that ``inner`` has taken.
-      updated: bool[] – whether the last call was one of them.
+      updated: bool[] – whether ``inner`` took a step in the last call.
       rejected_total: int32[] – calls whose gradient was not kept.
       inner_opt_state: state of ``inner``.
       acc_grads: tree like the parameters, ``accumulator_dtype`` – mean of the gradients
-        in the window. Means nothing while ``mini_step`` is 0.
-      value: float32[] – mean loss of the window, 0 where none was given.
+        in the window. Has no meaning while ``mini_step`` is 0.
+      value: float32[] – mean loss of the window, 0 if no loss was given.
       moments: statistics of the window; its ``norm`` is None.
     """
 
@@ -43,7 +43,7 @@ class AccumulateMomentsState(NamedTuple):
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
-        """``accumulate/…``: place in the window, microbatches kept and not kept."""
+        """``accumulate/…``: calls in the window, microbatches kept and rejected."""
         return {
             "accumulate/num_microbatches": self.moments.num_microbatches,
             "accumulate/mini_step": self.mini_step,
@@ -54,7 +54,7 @@ class AccumulateMomentsState(NamedTuple):
 def init_state(
     inner_opt_state: Any, params: Any, *, mean_square: bool, dtype: Any
 ) -> AccumulateMomentsState:
-    """The state before the first microbatch; ``dtype`` is that of the mean."""
+    """The state before the first microbatch; ``dtype`` is the dtype of the mean."""
     empty = _moments.empty(params, mean_square=mean_square, dtype=dtype)
     return AccumulateMomentsState(
         mini_step=jnp.zeros((), jnp.int32),
@@ -69,15 +69,15 @@ def init_state(
 
 
 def window_of(state: AccumulateMomentsState) -> Aggregate:
-    """What the present window holds; at its start nothing."""
-    begun = state.mini_step > 0
+    """The aggregate of the current window; its weight is 0 at the start."""
+    started = state.mini_step > 0
     scalars = (
         state.moments.num_microbatches,
         state.moments.weight,
         state.moments.deviation,
     )
-    count, weight, deviation = (jnp.where(begun, each, 0) for each in scalars)
-    # The buffers still hold the last update; with weight 0 they count for nothing.
+    count, weight, deviation = (jnp.where(started, each, 0) for each in scalars)
+    # At the start the buffers still hold the last update; weight 0 excludes it.
     moments = state.moments._replace(
         num_microbatches=count, weight=weight, deviation=deviation
     )
@@ -94,15 +94,15 @@ def step_if_full(
     *,
     like: Any,
 ) -> tuple[Any, AccumulateMomentsState]:
-    """Goes on with the window, or ends it if it is ``full``.
+    """Continues the window, or ends it if it is ``full``.
 
-    Then ``inner`` takes a step on the mean, unless nothing was kept.
+    At the end ``inner`` takes a step on the mean, unless no microbatch was kept.
 
     Args:
-      inner: what takes the steps.
-      state: before this call.
-      window: what the present window holds, with this call.
-      full: bool[].
+      inner: the transformation that takes the steps.
+      state: the state before this call.
+      window: the aggregate of the current window, including this call.
+      full: bool[] – whether the window ends.
       params: the parameters, or None.
       extra_args: for ``inner``.
       like: tree with the dtypes in which ``inner`` gets the mean.
@@ -135,11 +135,12 @@ def step_if_full(
 
 
 def check_state(state: Any) -> AccumulateMomentsState:
-    """The state, without variables of NNX."""
+    """The state with plain arrays in place of NNX variables."""
     if not isinstance(state, AccumulateMomentsState):
         raise TypeError(
-            f"state must be that of accumulate_moments, got {type(state).__name__}; "
-            "if something is around it, pass what that holds."
+            "state must be the state of accumulate_moments, got "
+            f"{type(state).__name__}; if another transformation wraps "
+            "accumulate_moments, pass its inner state."
         )
     return _tree.pure(state)
 
@@ -151,10 +152,10 @@ def has_updated(state: Any) -> jax.Array:
       state: an :class:`AccumulateMomentsState`; with NNX ``optimizer.opt_state``.
 
     Returns:
-      True if ``inner`` ran, and the updates are its own; False if they were zeros.
+      True if ``inner`` ran and made the updates; False if the updates were zeros.
 
     Raises:
-      TypeError: ``state`` is that of something else.
+      TypeError: ``state`` is not an :class:`AccumulateMomentsState`.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -1,11 +1,11 @@
 """Adam that needs no ε: keeps √v instead of v and defines 0/0.
 
 *Problem*: Adam's ε is compared with √v̂, whose size depends on loss scale, batch and
-depth. Where it dominates, layers stop learning and later move all at once (Molybog et
+depth. Where ε dominates, layers stop learning and later move all at once (Molybog et
 al. 2023); without it, g² underflows below |g| ≈ 1e-19 and m/√v is 0/0 or m/0. The state
 here is r = √v, updated by a hypot that never forms g², so ε can be 0.
 
-*Where in the chain*: where ``optax.scale_by_adam`` stands, after clipping.
+*Where in the chain*: in place of ``optax.scale_by_adam``, after clipping.
 
 *Cost*: state 2× the parameters (m and r) and the same passes over memory as optax. One
 reduction per leaf with ``update_rms_max``, else none; no collectives.
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_stability._adam._state import SafeAdamState, absorbed, update_bound
+from optax_stability._adam._state import SafeAdamState, bias_correction, update_bound
 from optax_stability._core import _numerics, _validate
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Moments
@@ -46,15 +46,15 @@ def _below_one(decay):
     return decay if _validate.is_concrete(decay) else jnp.minimum(decay, 1 - 2.0**-24)
 
 
-def _within(g, rms, limit):
-    """Holds |g| to limit·r, except where r = 0: nothing is known there yet."""
+def _limit_spikes(g, rms, limit):
+    """Limits |g| to limit·r, except where r = 0: there is no past gradient yet."""
     rms = rms.astype(jnp.float32)
     known = (rms > 0) & jnp.isfinite(g)
     return jnp.where(known, jnp.clip(g, -limit * rms, limit * rms), g)
 
 
 class _Decay(NamedTuple):
-    """βᴷ, what is kept of the past, and 1 − βᴷ, what is learned."""
+    """βᴷ, the weight of the past, and 1 − βᴷ, the weight of the new gradient."""
 
     kept: float | jax.Array
     learned: float | jax.Array
@@ -63,7 +63,7 @@ class _Decay(NamedTuple):
 def _decay(beta, count) -> _Decay:
     if isinstance(count, int):
         return _Decay(beta, 1 - beta)
-    learned = absorbed(count, beta)
+    learned = bias_correction(count, beta)
     return _Decay(1 - learned, learned)
 
 
@@ -71,7 +71,7 @@ def _next_mu(g, mu, decay: _Decay):
     """Next mean: m ← β₁ᴷ·m + (1 − β₁ᴷ)·g, where g is finite."""
     old = mu.astype(jnp.float32)
     new = jnp.where(_numerics.is_finite(g), decay.kept * old + decay.learned * g, old)
-    return _numerics.round_to_range(new, mu.dtype)
+    return _numerics.saturating_cast(new, mu.dtype)
 
 
 def _next_rms(g, size, rms, decay: _Decay, step):
@@ -79,20 +79,20 @@ def _next_rms(g, size, rms, decay: _Decay, step):
     old = rms.astype(jnp.float32)
     new = _numerics.hypot(_root(decay.kept) * old, _root(decay.learned) * jnp.abs(size))
     new = jnp.where(_numerics.is_finite(g), new, old)
-    return _numerics.round_at_random(new, step, rms.dtype)
+    return _numerics.round_stochastically(new, step, rms.dtype)
 
 
 def _next_mu_unit(unit, total, b1, decay: _Decay):
     """1 − Πβ₁; a constant β₁ needs no running product, whose rounding would add up."""
     if _validate.is_concrete(b1):
-        return absorbed(total, b1)
+        return bias_correction(total, b1)
     return decay.kept * unit + decay.learned
 
 
 def _next_rms_unit(unit, total, b2, decay: _Decay):
     """√(1 − Πβ₂), likewise."""
     if _validate.is_concrete(b2):
-        return jnp.sqrt(absorbed(total, b2))
+        return jnp.sqrt(bias_correction(total, b2))
     return _numerics.hypot(_root(decay.kept) * unit, _root(decay.learned))
 
 
@@ -101,7 +101,7 @@ def _divide(mu, rms, eps, bound, eps_mode: EpsMode):
     if eps_mode == "atan2":
         return _ATAN2_SLOPE * lax.atan2(mu, rms)
     divisor = rms + eps if eps_mode == "add" else jnp.maximum(rms, eps)
-    # Where r underflowed, so did m·r_unit/m_unit ≤ B·r: the floor only replaces 0/0.
+    # Where r underflows, so does m·r_unit/m_unit ≤ B·r: the floor only replaces 0/0.
     return lax.clamp(-bound, mu / jnp.maximum(divisor, _numerics.TINY), bound)
 
 
@@ -134,7 +134,7 @@ def _check_eps(eps, eps_mode):
         return
     _validate.check_interval("eps", eps, "[0, inf)", "0 is safe here")
     if eps_mode == "atan2" and _validate.is_concrete(eps) and eps != 0:
-        raise ValueError(f"eps={eps!r} has no place in eps_mode='atan2'; leave it 0.")
+        raise ValueError(f"eps={eps!r} has no effect in eps_mode='atan2'; leave it 0.")
 
 
 def _check_limits(update_rms_max, spike_ratio):
@@ -148,13 +148,14 @@ def _check_limits(update_rms_max, spike_ratio):
         )
 
 
-def _needed(moments: Moments | None) -> Moments:
-    """The moments, or an error that says where they come from."""
+def _require_moments(moments: Moments | None) -> Moments:
+    """Returns the moments, or raises an error that says how to get them."""
     if moments is None:
         raise ValueError(
-            "second_moment='microbatch' needs moments=: put accumulate_moments around, "
-            "or pass what microbatch_gradients(..., mean_square=True) returns, "
-            "tx.update(grads, state, params, moments=moments)."
+            "second_moment='microbatch' needs moments=: put accumulate_moments around "
+            "the optimizer, or pass the moments that microbatch_gradients(..., "
+            "mean_square=True) returns: tx.update(grads, state, params, "
+            "moments=moments)."
         )
     if moments.mean_square is None:
         raise ValueError(
@@ -185,19 +186,19 @@ def scale_by_safe_adam(
       u = m̂/(r̂ + ε)                    eps_mode "add": Adam as published
       u = m̂/max(r̂, ε)                  eps_mode "max"
       u = 1.27·atan2(m̂, r̂)             eps_mode "atan2": no ε at all
-      0/0 is 0, and |u| is held to B = (1−β₁)/√((1−β₂)(1−β₁²/β₂)), or with atan2 to 2
+      0/0 is 0, and |u| is limited to B = (1−β₁)/√((1−β₂)(1−β₁²/β₂)), or with atan2 to 2
 
     With ``second_moment="microbatch"``, for the mean ḡ of K microbatch gradients mₖ of
-    weight nₖ, N = Σnₖ, in the clock of microbatches for both moments::
+    weight nₖ, N = Σnₖ, with both moments decaying per microbatch::
 
       m ← β₁ᴷ·m + (1 − β₁ᴷ)·ḡ                           m̂ = m/(1 − Πβ₁ᴷ)
       r ← hypot(√β₂ᴷ·r, √(1 − β₂ᴷ)·s),  s² = Σnₖ·mₖ²/N  r̂ = r/√(1 − Πβ₂ᴷ)
 
-    While K and the weights stay as they are, that is v ← β₂ᴷ·v + (1 − β₂)·Σmₖ² after
-    bias correction. It makes training, to first
-    order in the learning rate, independent of how the same data are split into steps,
-    if the learning rate grows with K (:func:`scale_learning_rate`). It buys nothing
-    else: for quality the evidence points both ways (References).
+    While K and the weights are constant, that is v ← β₂ᴷ·v + (1 − β₂)·Σmₖ² after bias
+    correction. It makes training, to first order in the learning rate, independent of
+    how the same data are split into steps, if the learning rate grows with K
+    (:func:`scale_learning_rate`). It has no other benefit: for quality the evidence is
+    mixed (References).
 
     **Guarantees**
 
@@ -205,45 +206,44 @@ def scale_by_safe_adam(
       neither g nor √(1−β₂)·g leaves the normal numbers: 1e-36 < |g| < 1e36.
     * A coordinate that has never had a gradient gets the update 0.
     * |u| ≤ B (7.27 at 0.9/0.999, 1.165 at 0.9/0.95) while the βs are constant and
-      β₁² < β₂, to rounding. Exact arithmetic never exceeds B; only rounding and
+      β₁² < β₂, up to rounding. Exact arithmetic never exceeds B; only rounding and
       underflow of narrow storage would, so the bound changes nothing else.
-    * A gradient that is not finite leaves m and r of its coordinate as they were; the
-      update is finite.
-    * Bias correction follows β₁, β₂ and K that change from step to step.
-    * With ``"microbatch"``: K = 1 is plain Adam, to rounding; |u| ≤ B whatever K is;
-      and what scales a leaf of ḡ as a whole, such as a clip by its norm or the global
-      one, scales s as well. (What changes entries of a leaf one by one changes s by
-      their norm only: clip single layers or entries of microbatches, not of ḡ.)
+    * A non-finite gradient leaves m and r of its coordinate unchanged; the update is
+      finite.
+    * Bias correction accounts for β₁, β₂ and K that change from step to step.
+    * With ``"microbatch"``: K = 1 is plain Adam, up to rounding; |u| ≤ B for every K;
+      and a scaling of a whole leaf of ḡ, such as a clip by its norm or by the global
+      norm, scales s as well. (A change of single entries of a leaf changes s only by
+      the norm: clip single layers or entries in the microbatches, not in ḡ.)
 
-    **Edge cases**: with rms_dtype float16 nothing is stored below 6e-8, which then acts
-    like a floor under r. Below |g| = 1e-36 the moments underflow, and all that holds is
-    |u| ≤ B. ``optax.inject_hyperparams`` keeps β in the dtype of the parameters: give
-    it ``hyperparam_dtype=jnp.float32`` where that is bfloat16, in which 0.999 is 1
+    **Edge cases**: rms_dtype float16 stores nothing below 6e-8, which then acts like a
+    floor under r. Below |g| = 1e-36 the moments underflow, and only |u| ≤ B still
+    holds. ``optax.inject_hyperparams`` keeps β in the dtype of the parameters: if that
+    is bfloat16, pass ``hyperparam_dtype=jnp.float32``, because 0.999 is 1 in bfloat16
     (taken here as the largest float32 below 1). Squares of microbatch gradients below
-    1e-19 are lost, and of those above 1e19: s is then |ḡ|, as in plain Adam, and scale
-    invariance ends there. If all microbatches were
-    rejected, the moments stay as they are. ``optax.masked`` and ``optax.partition``
-    hide gradients but hand on ``moments=`` whole; those of the leaves that are left are
-    picked out here.
+    1e-19 underflow, and those above 1e19 overflow: s is then |ḡ|, as in plain Adam, and
+    scale invariance ends there. If all microbatches were rejected, the moments stay
+    unchanged. ``optax.masked`` and ``optax.partition`` hide gradients but pass on all
+    of ``moments=``; the moments of the remaining leaves are selected here.
 
     Args:
       b1: β₁, decay of the mean, in [0, 1).
       b2: β₂, decay of the mean square, in (0, 1).
-      eps: ε ≥ 0, in the unit of the gradient, or a schedule from the step (0 first) to
-        it.
+      eps: ε ≥ 0, in the unit of the gradient, or a schedule of it, with steps counted
+        from 0.
       eps_mode: ``"add"``, ``"max"`` or ``"atan2"``, see above.
-      second_moment: ``"mean"`` – v from the square of the gradient that arrives, as
-        everyone runs Adam; ``"microbatch"`` – from the squares of the microbatch
-        gradients behind it, which come as the extra argument ``moments=``.
+      second_moment: ``"mean"`` – v from the square of the gradient, as in standard
+        Adam; ``"microbatch"`` – v from the squares of the microbatch gradients, given
+        as the extra argument ``moments=``.
       update_rms_max: per leaf, divide u by max(1, RMS(g/max(r̂, ε))/update_rms_max), as
-        in StableAdamW, where it is 1; with "microbatch" s takes the place of g. None
-        switches it off. Under ``shard_map`` the RMS is that of the local shard.
-      spike_ratio: per coordinate, hold g² to spike_ratio·v̂ of the steps before, as in
-        SPAM, where it is 5000. None switches it off.
+        in StableAdamW, where it is 1; with "microbatch" s replaces g. None disables it.
+        Under ``shard_map`` the RMS is that of the local shard.
+      spike_ratio: per coordinate, limit g² to spike_ratio·v̂ of earlier steps, as in
+        SPAM, where it is 5000. None disables it.
       mu_dtype: storage of m; None for the dtype of the parameter, as in optax.
-      rms_dtype: storage of r. bfloat16 and float16 are rounded at random, so that they
-        decay as they should, without a key. ``optax.inject_hyperparams`` takes dtypes
-        for schedules: name them in its ``static_args``.
+      rms_dtype: storage of r. bfloat16 and float16 are rounded stochastically, without
+        a key, so that r decays correctly. ``optax.inject_hyperparams`` takes dtypes for
+        schedules: name them in its ``static_args``.
 
     Returns:
       A transformation with state :class:`SafeAdamState` and metrics ``adam/update_rms``
@@ -312,11 +312,11 @@ def scale_by_safe_adam(
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         count, sizes = 1, grads
         if second_moment == "microbatch":
-            moments = _moments.visible(_needed(moments), updates)
-            count, sizes = moments.num_microbatches, _moments.sizes(moments, grads)
+            moments = _moments.visible(_require_moments(moments), updates)
+            count, sizes = moments.num_microbatches, _moments.rms(moments, grads)
         if spike_ratio is not None:
             limit = _root(spike_ratio) / _nonzero(state.rms_unit)
-            clip = functools.partial(_within, limit=limit)
+            clip = functools.partial(_limit_spikes, limit=limit)
             grads = jax.tree.map(clip, grads, state.rms)
             sizes = jax.tree.map(clip, sizes, state.rms)
         decay1, decay2 = _decay(b1, count), _decay(b2, count)
@@ -328,7 +328,8 @@ def scale_by_safe_adam(
             state.rms,
         )
 
-        # m̂ = m/mu_unit and r̂ = r/rms_unit; times rms_unit, r stays as it is stored.
+        # m̂ = m/mu_unit and r̂ = r/rms_unit. Both are used times rms_unit, so that r is
+        # used as stored.
         total = _numerics.increment(state.microbatches, count)
         mu_unit = _next_mu_unit(state.mu_unit, total, b1, decay1)
         rms_unit = _next_rms_unit(state.rms_unit, total, b2, decay2)

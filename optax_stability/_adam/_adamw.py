@@ -36,13 +36,13 @@ def safe_adamw(
     :func:`scale_by_safe_adam`, which lists guarantees and edge cases.
 
     Args:
-      learning_rate: step size, or a schedule from the step to it.
+      learning_rate: step size, or a schedule of it.
       b1: β₁, decay of the mean.
       b2: β₂, decay of the mean square.
       eps: ε, or a schedule of it; 0 is safe.
       weight_decay: decoupled from the gradient, multiplied by the learning rate.
-      mask: which parameters decay: a tree of booleans or a callable that makes one from
-        the parameters, as in ``optax.adamw``.
+      mask: which parameters decay: a tree of booleans, or a callable that returns
+        one for the parameters, as in ``optax.adamw``.
       eps_mode: see :func:`scale_by_safe_adam`.
       second_moment: see :func:`scale_by_safe_adam`.
       update_rms_max: see :func:`scale_by_safe_adam`.

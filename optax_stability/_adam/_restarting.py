@@ -1,8 +1,8 @@
-"""Starts the optimizer's statistics afresh, by the clock or after a spike.
+"""Resets the optimizer's statistics, periodically or after a spike.
 
 *Problem*: one spiked gradient stays in Adam's moments for thousands of steps.
 
-*Where in the chain*: around what carries moments: ``restart_moments(
+*Where in the chain*: around the transformation with the moments: ``restart_moments(
 scale_by_safe_adam())``, before weight decay and learning rate.
 
 *Cost*: a conditional that writes a fresh state in place; one norm with ``on_spike``.
@@ -32,7 +32,7 @@ class RestartMomentsState(NamedTuple):
       step: int32[] – calls of ``update``.
       age: int32[] – steps since the last restart, or since the start.
       total: int32[] – restarts.
-      last_step: int32[] – step after which the last one came, −1 if none did.
+      last_step: int32[] – step after which the last restart came, −1 if there was none.
       threshold: state of ``on_spike``, or ().
       inner_state: state of ``inner``.
     """
@@ -46,7 +46,7 @@ class RestartMomentsState(NamedTuple):
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
-        """``restart/…``: how often and when the moments were started afresh."""
+        """``restart/…``: how often and when the moments were reset."""
         return {
             "restart/total": self.total,
             "restart/last_step": self.last_step,
@@ -55,9 +55,9 @@ class RestartMomentsState(NamedTuple):
 
 
 def _ramp(age, restarted, warmup: int):
-    """Share of the update that is given ``age`` steps after a restart."""
-    share = jnp.minimum((age + 1) / (warmup + 1), 1.0)
-    return jnp.where(restarted, 0.5 - 0.5 * jnp.cos(jnp.pi * share), 1.0)
+    """The factor on the update ``age`` steps after a restart."""
+    progress = jnp.minimum((age + 1) / (warmup + 1), 1.0)
+    return jnp.where(restarted, 0.5 - 0.5 * jnp.cos(jnp.pi * progress), 1.0)
 
 
 def restart_moments(
@@ -68,40 +68,40 @@ def restart_moments(
     warmup: int = 0,
     axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Starts the state of ``inner`` afresh every so often, or after a spike.
+    """Resets the state of ``inner`` periodically, or after a spike.
 
-    A spike that was stepped on stays in the moments: in the first for about
-    1/(1 − β₁) steps, in the second for 1/(1 − β₂). A restart forgets it, bias
-    correction included.
+    A spike that was applied stays in the moments: in the first for about 1/(1 − β₁)
+    steps, in the second for 1/(1 − β₂). A restart removes it, and restarts bias
+    correction as well.
 
     **Rule**, after each update u = inner(g)::
 
       restart if  every given and age = every
-              or  on_spike given and ‖g‖ > limit from the past
+              or  on_spike given and ‖g‖ > limit from earlier steps
       restart:    inner_state ← inner.init(params), age ← 0
       then        u ← u·½(1 − cos(π·(age + 1)/(warmup + 1)))  while age < warmup
 
     **Guarantees**
 
-    * The step with the spike itself is made with the old moments, so that the spike is
-      not all the new ones know.
+    * The spike itself is applied with the old moments, and the restart follows: the new
+      moments do not start from the spike.
     * Before the first restart, updates are those of ``inner``, bit for bit.
-    * A gradient that is not finite restarts nothing and is not learned by ``on_spike``;
-      it is passed to ``inner``, which must bear it, as ``scale_by_safe_adam`` does.
-    * Whatever ``on_spike`` says, every step is taken: nothing can freeze.
+    * A non-finite gradient triggers no restart and is not learned by ``on_spike``. It
+      is passed to ``inner``, which must tolerate it, as ``scale_by_safe_adam`` does.
+    * Every step is taken, whatever ``on_spike`` finds: training never freezes.
 
-    **Edge cases**: everything in the state of ``inner`` starts again, a learning-rate
-    schedule too: wrap what carries the moments, not the whole optimizer. Right after a
-    restart Adam's update is the sign of one gradient; ``warmup`` softens that. Inside
-    ``skip_spikes`` spikes that are skipped never come here. Reverse-mode
-    differentiation does not pass.
+    **Edge cases**: everything in the state of ``inner`` is reset, a learning-rate
+    schedule too: wrap only the transformation with the moments, not the whole
+    optimizer. Right after a restart Adam's update is the sign of one gradient;
+    ``warmup`` softens that. Inside ``skip_spikes``, skipped spikes do not arrive here.
+    Reverse-mode differentiation is not supported.
 
     Args:
-      inner: transformation whose state is started afresh.
+      inner: transformation whose state is reset.
       every: steps between restarts, ≥ 1, or None. SPAM uses 500.
       on_spike: threshold on the L2 norm of the gradient, or None.
       warmup: steps after a restart over which the update grows back, ≥ 0. SPAM uses
-        150; 0 gives it in full at once.
+        150; with 0 the full update is applied at once.
       axis_name: under ``shard_map``, the mesh axes that shard the gradient; see
         :func:`clip_by_threshold`.
 
@@ -139,7 +139,7 @@ def restart_moments(
     check_threshold("on_spike", on_spike, optional=True)
     _validate.check_count("warmup", warmup, 0, "150 is the published value")
     inner = optax.with_extra_args_support(inner)
-    watch = on_spike or thresholds.constant(float("inf"))
+    threshold = on_spike or thresholds.constant(float("inf"))
 
     def init_fn(params):
         return RestartMomentsState(
@@ -147,21 +147,21 @@ def restart_moments(
             age=jnp.zeros((), jnp.int32),
             total=jnp.zeros((), jnp.int32),
             last_step=jnp.full((), -1, jnp.int32),
-            threshold=watch.init(),
+            threshold=threshold.init(),
             inner_state=inner.init(params),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError(
-                "restart_moments makes a fresh state from the parameters; call "
+                "params=None: restart_moments resets the state from params; call "
                 "tx.update(grads, state, params)."
             )
         age = increment(state.age)
         restart, learned = jnp.zeros((), bool), state.threshold
         if on_spike is not None:
             norm = _known_norms.global_norm(updates, axis_name)
-            limit, learned = watch.update(norm, state.threshold)
+            limit, learned = threshold.update(norm, state.threshold)
             restart = jnp.isfinite(norm) & (norm > limit)
         if every is not None:
             restart |= age >= every
@@ -170,8 +170,8 @@ def restart_moments(
             updates, state.inner_state, params, **extra_args
         )
         if warmup:
-            share = _ramp(state.age, state.total > 0, warmup)
-            updates = jax.tree.map(lambda leaf: scale(leaf, share), updates)
+            factor = _ramp(state.age, state.total > 0, warmup)
+            updates = jax.tree.map(lambda leaf: scale(leaf, factor), updates)
         return updates, RestartMomentsState(
             step=increment(state.step),
             age=jnp.where(restart, 0, age),

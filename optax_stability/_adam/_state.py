@@ -1,6 +1,6 @@
-"""What safe Adam carries, what may be read from it, and the way from and to optax.
+"""The state of safe Adam, its metrics, and the conversion from and to optax.
 
-*Cost*: nothing while training. ``metrics`` reads μ and r once, when it is asked for.
+*Cost*: nothing while training. ``metrics`` reads μ and r once per call.
 
 *Source*: the correlation is derived in the docstring of ``scale_by_safe_adam``.
 """
@@ -26,12 +26,12 @@ class SafeAdamState(NamedTuple):
       mu: tree like the parameters, ``mu_dtype`` – m, mean of the gradients.
       rms: tree like the parameters, ``rms_dtype`` – r = √v, root mean square of the
         gradients.
-      mu_unit: float32[] – what ``mu`` would be had every gradient been 1; m̂ is
-        ``mu / mu_unit``. Equals 1 − Πβ₁, whatever β₁ did.
+      mu_unit: float32[] – the value of ``mu`` if every gradient were 1; m̂ is
+        ``mu / mu_unit``. Equals 1 − Πβ₁, also for a β₁ that changes.
       rms_unit: float32[] – the same for ``rms``: r̂ is ``rms / rms_unit``. Equals
         √(1 − Πβ₂).
-      noise: float32[] – what the mean of ``mu²`` would be had the gradients been
-        independent, of mean 0 and mean square 1.
+      noise: float32[] – the mean of ``mu²`` if the gradients were independent, with
+        mean 0 and mean square 1.
       b1: float32[] – β₁ of the last step, for the metrics.
       b2: float32[] – β₂ of the last step, for the metrics.
       eps: float32[] – ε of the last step, for the metrics.
@@ -48,7 +48,7 @@ class SafeAdamState(NamedTuple):
     b2: jax.Array
     eps: jax.Array
 
-    # For those who read metrics at every step: these take a pass over the moments.
+    # Tells a reader of metrics that each call takes a pass over the moments.
     costly_metrics = True
 
     @property
@@ -58,7 +58,7 @@ class SafeAdamState(NamedTuple):
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
-        """``adam/…``: how the update is distributed, from the moments as they are."""
+        """``adam/…``: the distribution of the update, from the present moments."""
         return _metrics(self)
 
 
@@ -69,7 +69,7 @@ def _log(decay):
     return math.log(decay) if decay > 0 else -math.inf
 
 
-def absorbed(count, decay) -> jax.Array:
+def bias_correction(count, decay) -> jax.Array:
     """1 − decayᵗ after t gradients, without cancellation, float32[]."""
     count = jnp.asarray(count, jnp.float32)
     return jnp.where(count > 0, -jnp.expm1(count * _log(decay)), 0.0)
@@ -79,11 +79,12 @@ def update_bound(b1, b2):
     """Greatest possible |m̂/r̂|: (1−β₁)/√((1−β₂)(1−β₁²/β₂)), by Cauchy–Schwarz.
 
     It holds at every step t, because (1−(β₁²/β₂)ᵗ)(1−β₂ᵗ) ≤ (1−β₁ᵗ)² by the inequality
-    of the means. Where β₁² ≥ β₂ there is no bound: the largest float32.
+    of arithmetic and geometric means. Where β₁² ≥ β₂ there is no bound: the largest
+    float32.
     """
-    room = 1 - b1 * b1 / b2
-    bound = (1 - b1) / jnp.sqrt((1 - b2) * jnp.where(room > 0, room, 1.0))
-    return jnp.where(room > 0, bound, jnp.finfo(jnp.float32).max)
+    margin = 1 - b1 * b1 / b2
+    bound = (1 - b1) / jnp.sqrt((1 - b2) * jnp.where(margin > 0, margin, 1.0))
+    return jnp.where(margin > 0, bound, jnp.finfo(jnp.float32).max)
 
 
 def _ratio(x, y):
@@ -92,10 +93,11 @@ def _ratio(x, y):
 
 
 def _sums(mu, rms, largest, eps):
-    """Σ(m/r)², Σ ε/(r+ε) and the number that is not 0, of each leaf of a batch.
+    """Σ(m/r)², Σ ε/(r+ε) and the number of r ≠ 0, for each leaf of a batch.
 
-    No square above ``largest``, and 0/0 = 0. On CPU a ``where`` or a comparison would
-    be written out before it is summed; maxima, minima and signs are not.
+    Squares are limited to ``largest``, and 0/0 = 0. On CPU, XLA writes the result of a
+    ``where`` or a comparison to memory before it sums it, but not maxima, minima and
+    signs.
     """
     mu, rms = mu.astype(jnp.float32), rms.astype(jnp.float32)
     square = jnp.square(mu / jnp.maximum(rms, _numerics.TINY))
@@ -110,14 +112,14 @@ def _sums(mu, rms, largest, eps):
 def _correlation(mean_square, c):
     """Lag-1 correlation of the gradients, from the mean square of the update.
 
-    ``c`` is what independent gradients would give; equal ones give 1.
+    ``c`` is the mean square for independent gradients; for equal ones it is 1.
     """
     return _ratio((mean_square - c) * (1 + c), (mean_square + c) * (1 - c))
 
 
 @jax.jit
 def _metrics(state: SafeAdamState) -> dict[str, jax.Array]:
-    """All ``adam/…`` metrics; under ``jit`` what is not used is not computed."""
+    """All ``adam/…`` metrics; inside an outer ``jit`` unused ones are not computed."""
     mus, rmss = jax.tree.leaves(state.mu), jax.tree.leaves(state.rms)
     scale = _ratio(state.rms_unit, state.mu_unit)
     independent = _ratio(state.noise, jnp.square(state.mu_unit))
@@ -132,18 +134,18 @@ def _metrics(state: SafeAdamState) -> dict[str, jax.Array]:
     per_leaf = totals / jnp.maximum(sizes, 1.0)
     overall = jnp.sum(totals, axis=1) / jnp.maximum(jnp.sum(sizes), 1.0)
 
-    def name(means, suffix=""):
+    def named(means, suffix=""):
         mean_square, eps_share, zero_fraction = means
         # Coordinates without a gradient have no correlation to average.
-        seen = _ratio(mean_square, 1 - zero_fraction)
+        active = _ratio(mean_square, 1 - zero_fraction)
         return {
             f"adam/update_rms{suffix}": jnp.sqrt(mean_square),
-            f"adam/correlation{suffix}": _correlation(seen, independent),
+            f"adam/correlation{suffix}": _correlation(active, independent),
             f"adam/eps_share{suffix}": eps_share,
             f"adam/zero_fraction{suffix}": zero_fraction,
         }
 
-    return name(overall) | name(per_leaf, "/per_leaf")
+    return named(overall) | named(per_leaf, "/per_leaf")
 
 
 def from_optax_adam_state(
@@ -153,17 +155,17 @@ def from_optax_adam_state(
     *,
     eps: float = 0.0,
     rms_dtype: Any = jnp.float32,
-) -> Any:
-    """Turns the state of optax's Adam into that of safe Adam, to switch a running job.
+) -> optax.OptState:
+    """Converts the state of optax's Adam to that of safe Adam, for a running job.
 
     **Rule**: rms = √nu; mu and the count stay; the units are 1 − b1ᵗ and √(1 − b2ᵗ).
 
     **Guarantees**: the next update is that of optax's Adam with the same β and ε, to
-    float32 rounding; every part of the state that is not Adam's comes back unchanged.
+    float32 rounding; all other parts of the optimizer state are returned unchanged.
 
     Args:
-      state: an ``optax.ScaleByAdamState``, or any optimizer state that holds some: of a
-        chain, masked, MultiSteps …. Variables of NNX come back as plain arrays.
+      state: an ``optax.ScaleByAdamState``, or any optimizer state with at least one in
+        it: of a chain, masked, MultiSteps …. NNX variables become plain arrays.
       b1: β₁ that the state was made with, in [0, 1).
       b2: β₂ that the state was made with, in (0, 1).
       eps: ε to show in the metrics until the next step.
@@ -187,7 +189,7 @@ def from_optax_adam_state(
 
     def convert(adam: optax.ScaleByAdamState) -> SafeAdamState:
         rms = jax.tree.map(
-            lambda nu: _numerics.round_at_random(
+            lambda nu: _numerics.round_stochastically(
                 jnp.sqrt(nu.astype(jnp.float32)), adam.count, rms_dtype
             ),
             adam.nu,
@@ -198,9 +200,9 @@ def from_optax_adam_state(
             microbatches=count,
             mu=adam.mu,
             rms=rms,
-            mu_unit=absorbed(count, b1),
-            rms_unit=jnp.sqrt(absorbed(count, b2)),
-            noise=(1 - b1) / (1 + b1) * absorbed(count, b1 * b1),
+            mu_unit=bias_correction(count, b1),
+            rms_unit=jnp.sqrt(bias_correction(count, b2)),
+            noise=(1 - b1) / (1 + b1) * bias_correction(count, b1 * b1),
             b1=jnp.asarray(b1, jnp.float32),
             b2=jnp.asarray(b2, jnp.float32),
             eps=jnp.asarray(eps, jnp.float32),
@@ -209,14 +211,14 @@ def from_optax_adam_state(
     return _replace(state, optax.ScaleByAdamState, convert)
 
 
-def to_optax_adam_state(state: Any, *, nu_dtype: Any = jnp.float32) -> Any:
-    """Turns the state of safe Adam into that of ``optax.scale_by_adam``.
+def to_optax_adam_state(state: Any, *, nu_dtype: Any = jnp.float32) -> optax.OptState:
+    """Converts the state of safe Adam to that of ``optax.scale_by_adam``.
 
     **Rule**: nu = rms², count = microbatches, mu stays. ``nu`` underflows where
     |g| < 1e-19.
 
     Args:
-      state: a :class:`SafeAdamState`, or any optimizer state that holds some.
+      state: a :class:`SafeAdamState`, or any optimizer state with at least one in it.
       nu_dtype: dtype of ``nu``; optax keeps that of the parameters.
 
     Returns:
@@ -244,7 +246,7 @@ def _replace(state: Any, kind: type, convert) -> Any:
     if not any(isinstance(node, kind) for node in nodes):
         raise ValueError(
             f"state={type(state).__name__} holds no {kind.__name__}; pass the state of "
-            "an optimizer built on it."
+            "an optimizer that has one."
         )
     return jax.tree.unflatten(
         treedef, [convert(node) if isinstance(node, kind) else node for node in nodes]

@@ -1,4 +1,4 @@
-"""Clipping: a gradient above a limit is scaled down to it.
+"""Clipping: scales gradients above a limit down to the limit.
 
 May import: ``_core``, ``thresholds``.
 """

@@ -1,15 +1,16 @@
-"""Scales gradients down to a limit that a threshold sets.
+"""Clips gradients to a limit from a threshold.
 
-*Problem*: a fixed ``max_norm`` is either inert or always active as norms drift, and
-``g·max_norm/norm`` turns one Inf into NaN everywhere.
+*Problem*: norms drift, so that a fixed ``max_norm`` is either never or always active;
+and ``g·max_norm/norm`` turns one Inf into NaN in the whole gradient.
 
 *Where in the chain*: after ``record`` and ``estimate_noise_scale``, before Adam.
 
-*Cost*: one reduction per leaf and a multiply by a scalar, which XLA fuses into what
-follows: the clipped gradient is never written out. State: a few scalars per stream.
+*Cost*: one reduction per leaf and a multiply by a scalar, which XLA fuses into the next
+operation: the clipped gradient is never written to memory. State: a few scalars per
+stream.
 
 *Source*: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural
-networks", 2013, arXiv:1211.5063, Algorithm 1, with the limit left to the threshold.
+networks", 2013, arXiv:1211.5063, Algorithm 1, with the limit from a threshold.
 """
 
 from typing import Any, NamedTuple
@@ -40,12 +41,14 @@ class ClipByThresholdState(NamedTuple):
       nonfinite_total: int32[] – steps at which a norm was not finite.
       norm: float32[] – last L2 norm of the whole gradient, before clipping.
       limit: float32[] – last limit; with several scopes √Σ limit².
-      leaf_norm: float32[n_leaves] – last norm of the scope each leaf is in (of the
-        layers of a stacked leaf together), or None with scope ``"global"``.
-      leaf_limit: float32[n_leaves] – last limit of that scope, or None likewise.
-      threshold: state of the threshold, every array with a leading axis of one entry
-        per scope, in order of the leaves.
-      leaves: marks that name the entries of the per-leaf vectors, or None likewise.
+      leaf_norm: float32[n_leaves] – for each leaf, last norm of its scope (for a
+        stacked leaf, of all its layers together); None with scope ``"global"``.
+      leaf_limit: float32[n_leaves] – for each leaf, last limit of its scope; None with
+        scope ``"global"``.
+      threshold: state of the threshold; every array has a leading axis with one entry
+        per scope, in the order of the leaves.
+      leaves: placeholders that give the names of the leaves; None with scope
+        ``"global"``.
     """
 
     step: jax.Array
@@ -76,12 +79,12 @@ class ClipByThresholdState(NamedTuple):
 
 
 def _scale(updates, factor, finite, parts: Parts):
-    """Every leaf times its factor, or zero where its norm was not finite."""
+    """Multiplies every leaf by its factor; zero where its norm is not finite."""
     leaves, treedef = jax.tree.flatten(updates)
     by_leaf = (for_leaves(values, leaves, parts) for values in (factor, finite))
     scaled = [
-        jnp.where(known, _numerics.scale(leaf, by), jnp.zeros((), leaf.dtype))
-        for leaf, by, known in zip(leaves, *by_leaf, strict=True)
+        jnp.where(keep, _numerics.scale(leaf, by), jnp.zeros((), leaf.dtype))
+        for leaf, by, keep in zip(leaves, *by_leaf, strict=True)
     ]
     return jax.tree.unflatten(treedef, scaled)
 
@@ -95,7 +98,7 @@ def clip_by_threshold(
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the gradient down to the threshold's limit, globally or per leaf.
 
-    The direction of what shares a scope is kept; only its length changes.
+    Within a scope the direction of the gradient is kept; only its length changes.
 
     **Rule**, for every scope (the whole tree, a leaf, a group), n = ‖g‖₂ in float32::
 
@@ -107,29 +110,30 @@ def clip_by_threshold(
     **Guarantees**
 
     * The norm after clipping is at most the limit, to rounding in the leaf's dtype.
-    * Inactive means identity.
+    * A gradient that is not clipped is returned unchanged, bit for bit.
     * A non-finite gradient gives zero updates for its scope and is not learned, at any
-      step; the other scopes go on.
-    * A finite gradient of any size is measured right, though 1e20² overflows.
+      step; the other scopes are not affected.
+    * The norm of a finite gradient of any size is correct, although 1e20² overflows.
 
-    **Edge cases**: an all-zero gradient passes; an empty tree has norm 0. Subnormal
-    numbers become zero wherever the backend flushes them, and with them a gradient
-    whose limit/n is below 1e-38. A norm below 1e-20 may be read as 0, and then passes.
+    **Edge cases**: an all-zero gradient is not clipped; an empty tree has norm 0. If
+    the backend flushes subnormal numbers to zero, a gradient with limit/n below 1e-38
+    becomes zero. A norm below 1e-20 may be measured as 0; the gradient is then not
+    clipped.
 
     Args:
-      threshold: what is normal, from :mod:`optax_stability.thresholds`.
+      threshold: sets the limit, from :mod:`optax_stability.thresholds`.
       scope: ``"global"`` for one stream, the norm of the whole tree; ``"leaf"`` for one
         stream per leaf; or a callable from the tree to a tree (or tree prefix) of
         labels, for one stream per label.
       stacked: which leaves hold several layers along their first axis, as ``nnx.scan``
         and ``nn.scan`` stack them: a tree (or tree prefix) of bools or a callable from
         the tree to one, as in ``optax.masked``. With scope ``"leaf"`` each layer then
-        has a stream of its own. Under ``shard_map`` that axis must not be one of
-        ``axis_name``. None: none.
-      axis_name: under ``shard_map``, the mesh axes that shard the gradient, to sum
-        norms over. A leaf that some of them do not shard, by its type, counts once;
-        with ``check_vma=False`` types do not tell, and all must shard it. Leave it None
-        under ``jit``.
+        has a separate stream. Under ``shard_map`` the layer axis must not be sharded
+        over ``axis_name``. None if no leaf is stacked.
+      axis_name: under ``shard_map``, the mesh axes that shard the gradient, over which
+        norms are summed. A leaf that is not sharded over some of them, by its type,
+        counts once. With ``check_vma=False`` types do not show this, and every leaf
+        must be sharded over all of them. Leave it None under ``jit``.
 
     Returns:
       A transformation with state :class:`ClipByThresholdState` and metrics
@@ -158,7 +162,7 @@ def clip_by_threshold(
     per_leaf = scope != "global"
     if stacked is not None and scope != "leaf":
         raise ValueError(
-            f"stacked is given, but scope={scope!r} does not look at single layers; "
+            f"stacked is given, but scope={scope!r} has no limit per layer; "
             "give scope='leaf'."
         )
 
@@ -185,7 +189,7 @@ def clip_by_threshold(
         limit, learned = jax.vmap(threshold.update)(norm, state.threshold)
 
         finite, above = jnp.isfinite(norm), norm > limit
-        # The inner where keeps 0/0 out of derivatives.
+        # The inner where avoids 0/0 in derivatives.
         factor = jnp.where(above, limit / jnp.where(above, norm, 1.0), 1.0)
         return _scale(updates, factor, finite, parts), ClipByThresholdState(
             step=_numerics.increment(state.step),

@@ -1,4 +1,4 @@
-"""Published clips by name, each a threshold, a scope and nothing else.
+"""Published clipping rules by name; each is only a threshold and a scope.
 
 *Where in the chain*: before Adam. *Cost*: that of ``clip_by_threshold``.
 """
@@ -36,19 +36,20 @@ def clip_by_zscore(
 ) -> optax.GradientTransformationExtraArgs:
     """ZClip: clips a norm that is ``z_max`` deviations above its recent mean.
 
-    ``clip_by_threshold(relearn(zscore(…), after=relearn_after))``: the published rule,
-    which alone never accepts a lasting rise of the norm, with a way out of that.
+    ``clip_by_threshold(relearn(zscore(…), after=relearn_after))``: the published rule
+    never accepts a lasting rise of the norm; ``relearn`` does.
 
     Guarantees and edge cases are those of :func:`clip_by_threshold`,
     :func:`thresholds.zscore` and :func:`thresholds.relearn`.
 
     Args:
-      z_max: deviations above the mean that are still normal, > 0.
+      z_max: limit of normal norms in standard deviations above the mean, > 0.
       decay: share of the average kept per step, in [0, 1).
-      warmup: steps before the first limit, ≥ 1; until then nothing finite is clipped.
+      warmup: steps before the first finite limit, ≥ 1; before it, no finite gradient is
+        clipped.
       mode: ``"adaptive"`` (the paper's), ``"mean"`` or ``"max"``.
-      relearn_after: steps in a row above the limit after which the present level is the
-        new normal; None for the rule as published.
+      relearn_after: consecutive steps above the limit after which the present level is
+        accepted; None for the rule as published.
       scope: see :func:`clip_by_threshold`.
       stacked: see :func:`clip_by_threshold`.
       axis_name: see :func:`clip_by_threshold`.
@@ -84,15 +85,16 @@ def clip_by_quantile(
     """AutoClip: clips a norm to a quantile of the last ``window`` norms.
 
     ``clip_by_threshold(window_quantile(q, window=window))``. With the small q of the
-    paper (0.1) nine steps of ten are clipped: that normalises the gradient to what is
-    small for it at the time. With q near 1 only the largest norms are clipped.
+    paper (0.1) nine steps of ten are clipped: this normalises the gradient to one of
+    the smaller norms of the window. With q near 1 only the largest norms are clipped.
 
     Guarantees and edge cases are those of :func:`clip_by_threshold` and
     :func:`thresholds.window_quantile`.
 
     Args:
-      q: share of the norms that is left alone, in (0, 1].
-      window: steps remembered, ≥ 2; nothing finite is clipped in the first half of it.
+      q: share of the norms that is not clipped, in (0, 1].
+      window: number of last norms in the window, ≥ 2; until half the window is filled,
+        no finite gradient is clipped.
       scope: see :func:`clip_by_threshold`.
       stacked: see :func:`clip_by_threshold`.
       axis_name: see :func:`clip_by_threshold`.
@@ -125,25 +127,25 @@ def clip_by_leaf_history(
     stacked: Any = None,
     axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdaGC: clips every leaf to a multiple of what its norm was before.
+    """AdaGC: clips every leaf to a multiple of the exponential mean of its norms.
 
-    ``clip_by_threshold(relearn(ema_ratio(…), after=relearn_after), scope="leaf")``. A
-    tensor that explodes alone is shortened alone.
+    ``clip_by_threshold(relearn(ema_ratio(…), after=relearn_after), scope="leaf")``. If
+    the gradient of a single tensor explodes, only this tensor is clipped.
 
-    **Guarantees** beside those of :func:`clip_by_threshold`: a leaf whose gradient is
-    zero in the warm-up, or tiny, is not held at that size: zeros are not learned, and
-    ``relearn_after`` steps accept a lasting rise to ten times the limit, as many again
-    to a hundred times that, and so on by squares; the published rule follows by 0.1 %
-    a step.
+    **Guarantees** in addition to those of :func:`clip_by_threshold`: a leaf whose
+    gradient is zero or tiny in the warm-up is not limited to that size. Zeros are not
+    learned. After ``relearn_after`` steps a lasting rise to ten times the limit is
+    accepted, after as many further steps a rise to a hundred times the new limit, and
+    so on by squares. The published rule rises by 0.1 % per step.
 
     Edge cases are those of :func:`thresholds.ema_ratio` and :func:`thresholds.relearn`.
 
     Args:
       ratio: limit as a multiple of the exponential mean, > 0.
       decay: share of the mean kept per step, in [0, 1).
-      warmup: steps with a gradient before a leaf's first limit, ≥ 1.
-      relearn_after: steps in a row above the limit after which the present norm is the
-        new normal; None for the rule as published.
+      warmup: steps with a nonzero gradient before a leaf has a finite limit, ≥ 1.
+      relearn_after: consecutive steps above the limit after which the present norm is
+        accepted; None for the rule as published.
       stacked: see :func:`clip_by_threshold`.
       axis_name: see :func:`clip_by_threshold`.
 

@@ -1,4 +1,4 @@
-"""What every room uses: norms, trees, checks of arguments, conditionals, meshes.
+"""Shared helpers: norms, trees, argument checks, conditionals, meshes.
 
-Imports no other room.
+Imports no other package.
 """

@@ -1,20 +1,20 @@
-"""Writes a file whole or not at all."""
+"""Writes files atomically."""
 
 import os
 from pathlib import Path
 
 
 def write(path: str | os.PathLike[str], content: bytes) -> None:
-    """Puts ``content`` at ``path``, whose folders are made where they are missing.
+    """Writes ``content`` to ``path`` atomically; creates missing folders.
 
-    A reader finds the old file or the new one, never a part: it is written beside its
-    place and then moved there.
+    A reader finds the old file or the new one, never a part: the content is written to
+    a temporary file in the same folder, which then replaces the old file.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        beside.write_bytes(content)
-        os.replace(beside, target)
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

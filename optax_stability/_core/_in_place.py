@@ -1,10 +1,10 @@
-"""A conditional step that works in the buffers of what it changes.
+"""A conditional step that updates its buffers in place.
 
-*Problem*: on CPU, ``lax.cond`` copies parameter-sized values that a branch passes
-through. A loop that runs once or not at all keeps its carry in place: around AdamW the
-only temporary memory is then the gradient itself.
+*Problem*: on CPU, ``lax.cond`` copies parameter-sized values that a branch returns
+unchanged. A loop that runs once or not at all keeps its carry in place: around AdamW
+the only temporary memory is then the gradient itself.
 
-*Cost*: reverse-mode differentiation does not pass it.
+*Cost*: no reverse-mode differentiation through the step.
 """
 
 import functools
@@ -25,8 +25,8 @@ Carry = TypeVar("Carry")
 def cond_is_cheap() -> bool:
     """Whether a conditional costs less than doing the work unconditionally.
 
-    Not on a GPU: there the host must read the condition, and the device waits for it; a
-    pass over the parameters costs less. Evaluated while a program is traced.
+    True on CPU only. On a GPU the host must read the condition while the device waits;
+    a pass over the parameters costs less. Evaluated during tracing.
     """
     return jax.default_backend() == "cpu"
 
@@ -34,12 +34,12 @@ def cond_is_cheap() -> bool:
 def depends_on(run, *measured):
     """Returns ``run`` with a data dependency on ``measured``.
 
-    XLA then computes those, and reads what they are made from, before it overwrites the
-    buffers that a step under ``run`` changes. Without the dependency it keeps a copy.
+    XLA then computes ``measured``, and reads its inputs, before a step under ``run``
+    overwrites their buffers. Without the dependency XLA keeps a copy of the inputs.
 
     Args:
       run: bool[].
-      measured: arrays of numbers that are not below 0.
+      measured: arrays of numbers ≥ 0.
     """
     for each in measured:
         run &= ~(jnp.sum(each) < 0)
@@ -51,17 +51,17 @@ def no_hoist(tree):
 
     JAX would otherwise move a value that the loop does not change out of the loop.
     """
-    # Around all at once, a barrier would give all the type of the most sharded under
-    # ``shard_map``.
+    # One barrier per array: under ``shard_map`` a barrier around the whole tree would
+    # give all arrays the type of the most sharded one.
     return jax.tree.map(lax.optimization_barrier, tree)
 
 
 def run_if(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
-    """``step(carry)`` if the bool[] ``run`` holds, and ``carry`` as it is if not.
+    """Returns ``step(carry)`` if ``run`` is true, else ``carry`` unchanged.
 
     Args:
       run: bool[].
-      step: returns what it takes, with the same types.
+      step: maps the carry to a new carry of the same types.
       carry: any tree of arrays.
     """
 
@@ -89,23 +89,24 @@ def _measure(measure, run, tree, extra, last):
 
 @_measure.defjvp
 def _measure_jvp(measure, primals, tangents):
-    """The tree passes with its derivative; measurements have none."""
+    """The tree keeps its tangent; the measurements have tangent 0."""
     passed, measured = _measure(measure, *primals)
     return (passed, measured), (tangents[1], jax.tree.map(_no_tangent, measured))
 
 
 def measure_if(run, measure, tree, extra, last):
-    """``measure(tree, extra, last)`` if ``run`` holds, and ``last`` if not.
+    """Computes ``measure(tree, extra, last)`` if ``run`` is true, else keeps ``last``.
 
     The tree is returned unchanged, in the same buffers, with a data dependency on the
-    measurement: what overwrites it later needs no copy. Derivatives pass.
+    measurement, so that a later step can overwrite it without a copy. The tree keeps
+    its derivative.
 
     Args:
       run: bool[].
       measure: returns the new measurements, with the types of ``last``.
-      tree: the arrays to measure and to hand on.
-      extra: what else ``measure`` reads.
-      last: the measurements so far.
+      tree: the arrays to measure and to return.
+      extra: other inputs of ``measure``.
+      last: the previous measurements.
 
     Returns:
       ``tree`` and the measurements.
@@ -113,23 +114,23 @@ def measure_if(run, measure, tree, extra, last):
     return _measure(measure, run, tree, extra, last)
 
 
-def _as_before(new, old):
+def _cast_like(new, old):
     dtype = jnp.asarray(old).dtype
     new = jnp.asarray(new)
     return new if new.dtype == dtype else new.astype(dtype)
 
 
 def _fits(output, buffer) -> bool:
-    """Whether the buffer's dtype holds every value of the output's."""
+    """Whether the dtype of the buffer can hold every value of the output's dtype."""
     return jnp.promote_types(output.dtype, buffer.dtype) == buffer.dtype
 
 
-class Written(NamedTuple):
-    """An update that may have been written over what it was made from.
+class WrittenUpdate(NamedTuple):
+    """An update that may have overwritten its input buffers.
 
     Attributes:
-      targets: tree of arrays – the update if there was one. A target is the buffer it
-        was made from wherever that is wide enough, else an array of its own.
+      targets: tree of arrays – the update, if the step ran. A target is the input
+        buffer if its dtype can hold the update, else a separate array.
       outputs: tree of shapes and dtypes – of the update.
     """
 
@@ -137,12 +138,12 @@ class Written(NamedTuple):
     outputs: Any
 
     def updates(self, run) -> Any:
-        """The update if the bool[] ``run`` holds, else zeros."""
+        """The update if the bool[] ``run`` is true, else zeros."""
         chosen = jax.tree.map(lambda target: jnp.where(run, target, 0), self.targets)
         return optax.tree.cast_like(chosen, self.outputs)
 
     def buffers(self, buffers: Any) -> Any:
-        """The buffers, after what was written over them."""
+        """The input buffers after the step: overwritten where the update fits."""
 
         def latest(buffer, output, target):
             return target if _fits(output, buffer) else buffer
@@ -150,101 +151,102 @@ class Written(NamedTuple):
         return jax.tree.map(latest, buffers, self.outputs, self.targets)
 
 
-def write_if(run, inner_update, buffers, inner_state) -> tuple[Written, Any]:
-    """Writes an update over the buffers it is made from, if ``run`` holds.
+def write_if(run, inner_update, buffers, inner_state) -> tuple[WrittenUpdate, Any]:
+    """Computes an update and writes it into its input buffers, if ``run`` is true.
 
     Args:
       run: bool[].
-      inner_update: from a tree of arrays and a state to a tree of updates, of the same
+      inner_update: maps a tree of arrays and a state to a tree of updates, of the same
         shapes, and the next state.
-      buffers: what ``inner_update`` reads.
-      inner_state: is returned unchanged where ``run`` does not hold.
+      buffers: the input of ``inner_update``.
+      inner_state: returned unchanged if ``run`` is false.
 
     Returns:
       The update, and the state.
     """
     outputs, _ = jax.eval_shape(inner_update, buffers, inner_state)
 
-    def start(buffer, output):
+    def make_target(buffer, output):
         fits = _fits(output, buffer)
         return buffer if fits else jnp.zeros_like(buffer, dtype=output.dtype)
 
     def step(carry):
         targets, inner_state = carry
-        inputs = Written(targets, outputs).buffers(buffers)
+        inputs = WrittenUpdate(targets, outputs).buffers(buffers)
         updates, new_state = inner_update(inputs, inner_state)
-        # As optax.MultiSteps does: some states take the dtype of the gradient.
-        new_state = jax.tree.map(_as_before, new_state, inner_state)
+        # As in optax.MultiSteps: some states take the dtype of the gradient.
+        new_state = jax.tree.map(_cast_like, new_state, inner_state)
         return optax.tree.cast_like(updates, targets), new_state
 
-    targets = jax.tree.map(start, buffers, outputs)
+    targets = jax.tree.map(make_target, buffers, outputs)
     targets, inner_state = run_if(run, step, (targets, inner_state))
-    return Written(targets, outputs), inner_state
+    return WrittenUpdate(targets, outputs), inner_state
 
 
 def apply_if(run, inner_update, buffers, inner_state):
-    """``inner_update(buffers, inner_state)`` if ``run`` holds, zeros if it does not.
+    """Returns ``inner_update(buffers, inner_state)`` if ``run`` is true, else zeros.
 
-    The update is written over what it is made from, where the dtype allows.
+    The update is written into its input buffers where the dtype allows it.
 
     Args:
       run: bool[].
-      inner_update: as :func:`write_if` takes it.
-      buffers: what ``inner_update`` reads.
-      inner_state: is returned unchanged where ``run`` does not hold.
+      inner_update: as in :func:`write_if`.
+      buffers: the input of ``inner_update``.
+      inner_state: returned unchanged if ``run`` is false.
 
     Returns:
-      Updates, buffers and state. The buffers hold the update if there was one, wherever
-      it fits; elsewhere, and if there was none, they are unchanged.
+      Updates, buffers and state. If ``run`` is true, each buffer that can hold its
+      update contains it; all other buffers are unchanged.
     """
     written, inner_state = write_if(run, inner_update, buffers, inner_state)
     return written.updates(run), written.buffers(buffers), inner_state
 
 
 def _has_bits(x) -> bool:
-    """Whether an exclusive or is defined: not for random keys."""
+    """Whether exclusive or is defined for the dtype; it is not for random keys."""
     kinds = jnp.floating, jnp.integer, jnp.bool_
     return any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
 
 
 def _as_bits(x):
-    """Unsigned integers that hold a float; anything else as it is."""
+    """Bitcasts floats to unsigned integers; returns other dtypes unchanged."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 
-def _mix(x, y):
-    """Exclusive or, bit by bit: ``_mix(_mix(x, y), y)`` is x, and lies where x does."""
+def _xor(x, y):
+    """Bitwise exclusive or, in the memory of x: ``_xor(_xor(x, y), y)`` is x."""
     bits = _as_bits(to_device(x)) ^ _as_bits(to_device(y))
-    mixed = bits if bits.dtype == x.dtype else lax.bitcast_convert_type(bits, x.dtype)
-    return to_memory_of(mixed, x)
+    result = bits if bits.dtype == x.dtype else lax.bitcast_convert_type(bits, x.dtype)
+    return to_memory_of(result, x)
 
 
 def exchange_if(run, first, second):
-    """``(second, first)`` if ``run`` holds, and both as they are if not; bit for bit.
+    """Returns ``(second, first)`` if ``run`` is true, else ``(first, second)``; exact.
 
-    Three times the one is mixed into the other: an exchange by copying, which is left
-    for random keys, needs room for a third.
+    The trees are exchanged in place by three bitwise exclusive ors. Trees with random
+    keys are exchanged by copying, which needs memory for a third tree.
 
     Args:
       run: bool[].
       first: a tree of arrays.
-      second: another, with the same shapes and dtypes.
+      second: a tree with the same shapes and dtypes.
     """
     if not all(map(_has_bits, jax.tree.leaves(first))):
-        swapped = functools.partial(jax.tree.map, to_memory_of)
+        move = functools.partial(jax.tree.map, to_memory_of)
         return run_if(
             run,
-            lambda pair: (swapped(pair[1], pair[0]), swapped(*pair)),
+            lambda pair: (move(pair[1], pair[0]), move(*pair)),
             (first, second),
         )
 
-    def mixed(pair):
-        # What is read passes, so that it is not written over before.
-        into, other = pair
-        return jax.tree.map(_mix, into, other), no_hoist(other)
+    def xor_into_first(pair):
+        # The loop returns ``other`` as well, so that it is not overwritten before it is
+        # read.
+        target, other = pair
+        return jax.tree.map(_xor, target, other), no_hoist(other)
 
-    first, second = run_if(run, mixed, (first, second))
-    second, first = run_if(run, mixed, (second, first))
-    return run_if(run, mixed, (first, second))
+    first, second = run_if(run, xor_into_first, (first, second))
+    second, first = run_if(run, xor_into_first, (second, first))
+    return run_if(run, xor_into_first, (first, second))

@@ -1,10 +1,10 @@
-"""Reductions over the leaves of a tree, many small leaves at a time.
+"""Reductions over the leaves of a tree, with small leaves in batches.
 
-*Problem*: every leaf is a program of its own to the compiler. A thousand of them take
+*Problem*: the compiler generates separate code for every leaf. A thousand leaves take
 longer to compile than to run.
 
-*Cost*: small leaves of equal shape are copied side by side; large ones stay where they
-are.
+*Cost*: small leaves of equal shape are copied into one array; large ones are not
+copied.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,33 +16,33 @@ import numpy as np
 
 from optax_stability._core import _norms
 
-# Entries: above it a copy costs more than it saves. And where devices hold parts of
-# some matrices, the compiler would have them move the others of that shape.
+# Above this number of entries a copy costs more than it saves. Also, if only some
+# matrices of one shape are sharded, a stack would make the compiler move the others.
 _SMALL = 2**12
 
-# From arrays [k, …] to several arrays [k, …]: one row for each part.
+# Maps arrays [k, …] to a tuple of arrays [k, …], with one row per part.
 Measure = Callable[..., tuple[jax.Array, ...]]
 
 
-def _kinds(columns: Sequence[list], layered: _norms.Layered) -> list[list[int]]:
-    """The leaves that can be measured together, by number."""
-    kinds: dict[Any, list[int]] = {}
+def _batches(columns: Sequence[list], layered: _norms.Layered) -> list[list[int]]:
+    """The leaves that can be measured together, as lists of leaf indices."""
+    batches: dict[Any, list[int]] = {}
     for i, row in enumerate(zip(*columns, strict=True)):
-        alone = layered[i] or row[0].size > _SMALL
-        kind = i if alone else tuple(jax.typeof(x) for x in row)
-        kinds.setdefault(kind, []).append(i)
-    return list(kinds.values())
+        separate = layered[i] or row[0].size > _SMALL
+        key = i if separate else tuple(jax.typeof(x) for x in row)
+        batches.setdefault(key, []).append(i)
+    return list(batches.values())
 
 
-def _batch(leaves: list, layered: bool) -> jax.Array:
-    """The parts side by side along a first axis."""
+def _stack(leaves: list, layered: bool) -> jax.Array:
+    """Stacks the parts along a first axis."""
     return leaves[0] if layered else jnp.stack(leaves)
 
 
-def _places(kinds: list[list[int]], counts: list[int]) -> np.ndarray:
-    """Where the parts of each leaf have come to lie, kind after kind."""
+def _positions(batches: list[list[int]], counts: list[int]) -> np.ndarray:
+    """The position of each part, in leaf order, in the concatenated batches."""
     starts = np.cumsum([0, *counts])
-    order = [starts[i] + j for kind in kinds for i in kind for j in range(counts[i])]
+    order = [starts[i] + j for each in batches for i in each for j in range(counts[i])]
     return np.argsort(np.array(order, int))
 
 
@@ -52,22 +52,23 @@ def leafwise(
     outputs: int,
     layered: _norms.Layered | None = None,
 ) -> tuple[jax.Array, ...]:
-    """``measure`` of every leaf, or of every layer of a stacked one, [n_parts] each.
+    """Applies ``measure`` to every leaf, or every layer of a stacked leaf: [n_parts].
 
     Args:
       measure: reduces all axes of its arguments but the first.
-      columns: lists of leaves; the i-th of each go together and have one shape.
-      outputs: how many vectors ``measure`` returns.
+      columns: lists of leaves; the i-th leaves of all lists are the arguments of one
+        call and have the same shape.
+      outputs: number of vectors that ``measure`` returns.
       layered: for each leaf, whether every entry along its first axis is a part.
     """
     leaves = columns[0]
     if not leaves:
         return (jnp.zeros((0,), jnp.float32),) * outputs
     layered = (False,) * len(leaves) if layered is None else layered
-    kinds = _kinds(columns, layered)
+    batches = _batches(columns, layered)
     found = [
-        measure(*(_batch([c[i] for i in kind], layered[kind[0]]) for c in columns))
-        for kind in kinds
+        measure(*(_stack([c[i] for i in each], layered[each[0]]) for c in columns))
+        for each in batches
     ]
-    back = _places(kinds, _norms.count_parts(leaves, layered))
-    return tuple(_norms.concatenate(parts)[back] for parts in zip(*found, strict=True))
+    order = _positions(batches, _norms.count_parts(leaves, layered))
+    return tuple(_norms.concatenate(parts)[order] for parts in zip(*found, strict=True))

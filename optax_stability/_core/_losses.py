@@ -1,6 +1,6 @@
-"""The loss among the extra arguments of ``update``.
+"""Reads the loss from the extra arguments of ``update``.
 
-*Where*: wherever a transformation watches, averages or keeps the loss.
+*Where*: in every transformation that watches, averages or records the loss.
 
 *Cost*: none; under ``shard_map`` one scalar is averaged over the devices.
 """
@@ -15,7 +15,7 @@ from optax_stability._core import _mesh_axes
 
 
 def given_losses(extra_args: Mapping[str, Any]) -> dict[str, Any]:
-    """The losses that were given, by name: as ``value=``, ``loss=``, both or none."""
+    """The given losses by argument name: ``value=``, ``loss=``, both or none."""
     named = {name: extra_args.get(name) for name in ("value", "loss")}
     return {name: loss for name, loss in named.items() if loss is not None}
 
@@ -25,17 +25,18 @@ def loss_of(
 ) -> jax.Array:
     """The loss among the extra arguments, float32[]; 0 if there is none.
 
-    Under ``shard_map`` the mean over ``axis_name``: all devices decide alike.
+    Under ``shard_map`` it is the mean over ``axis_name``, so that all devices make the
+    same decision.
     """
     value = next(iter(given_losses(extra_args).values()), None)
     if value is None:
         if needed:
             raise ValueError(
-                "the loss is watched, but none was given: call tx.update(grads, state, "
-                "params, value=loss); with NNX optimizer.update(model, grads, "
-                "value=loss); with Linen take optax_stability.flax.TrainState and call "
+                "the loss is watched, but no loss was given: call tx.update(grads, "
+                "state, params, value=loss); with NNX optimizer.update(model, grads, "
+                "value=loss); with Linen use optax_stability.flax.TrainState and call "
                 "apply_gradients(grads=grads, extra_args={'value': loss}). To watch "
-                "the gradient norm alone, give value=None and confirm=None."
+                "only the gradient norm, give value=None and confirm=None."
             )
         return jnp.zeros((), jnp.float32)
     if jnp.shape(value) != ():

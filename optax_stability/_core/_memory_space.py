@@ -1,6 +1,6 @@
-"""Arrays that rest in the memory of the host and are worked on in that of the device.
+"""Moves arrays between host memory, for storage, and device memory, for computation.
 
-*Cost*: nothing for what is where it should be; else a transfer, where it is asked for.
+*Cost*: one transfer per array; none if the array is already in the requested memory.
 """
 
 from typing import Any, Literal
@@ -15,15 +15,15 @@ def _transfer(x, space):
 
 
 def put(tree: Any, place: Place) -> Any:
-    """The tree in the given memory, on the devices it was on."""
+    """Moves the tree to the given kind of memory, on the same devices."""
     return jax.device_put(tree, jax.memory.Space.Host) if place == "host" else tree
 
 
 def to_device(x):
-    """The array in the memory of the device, where it can be computed with."""
+    """Moves the array to device memory, where computation is possible."""
     return _transfer(x, jax.memory.Space.Device)
 
 
 def to_memory_of(x, other):
-    """The array in the kind of memory that ``other`` is in."""
+    """Moves the array to the kind of memory of ``other``."""
     return _transfer(x, jax.typeof(other).memory_space)

@@ -1,11 +1,11 @@
-"""Reads the metrics of every state of ours inside any optimizer state.
+"""Finds and reads the metrics of this library's states inside any optimizer state.
 
-*Problem*: a number deep in ``opt_state[0].inner_states["decay"].inner_state[1]`` is a
-number nobody logs.
+*Problem*: nobody logs a number that is hidden in
+``opt_state[0].inner_states["decay"].inner_state[1]``.
 
-*Cost*: a walk over the tree on the host. Stored metrics are handed over; those that
-follow from a state (``adam/…``) are computed when read, and inside ``jit`` only those
-that are used.
+*Cost*: one tree traversal on the host. Stored metrics are returned without a copy.
+Derived metrics (``adam/…``) are computed when they are read; inside ``jit`` XLA removes
+those that are not used.
 """
 
 from collections import Counter
@@ -20,31 +20,31 @@ PER_LEAF = "/per_leaf"
 State = TypeVar("State")
 
 
-def _reports(node: Any) -> bool:
-    """Whether a node is a state that reports: a tuple class with ``metrics``."""
+def _has_metrics(node: Any) -> bool:
+    """Whether a node is a reporting state: a tuple class with ``metrics``."""
     return isinstance(node, tuple) and hasattr(type(node), "metrics")
 
 
-def _is_aside(node: Any) -> bool:
-    """Whether a node holds states that are not in use, as a copy of them."""
-    return isinstance(node, tuple) and hasattr(type(node), "aside")
+def _is_snapshot(node: Any) -> bool:
+    """Whether a node holds a snapshot of states, whose metrics are not reported."""
+    return isinstance(node, tuple) and hasattr(type(node), "is_snapshot")
 
 
-def _reporting(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+def _iterate_states(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
     """Yields (path, state) for every reporting state, outer before inner."""
 
     def stop(node):
-        return node is not tree and (_reports(node) or _is_aside(node))
+        return node is not tree and (_has_metrics(node) or _is_snapshot(node))
 
     found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]
     for sub_path, node in found:
-        if _reports(node):
+        if _has_metrics(node):
             yield path + sub_path, node
-            yield from _reporting(node, path + sub_path)
+            yield from _iterate_states(node, path + sub_path)
 
 
 def _distinguish(paths: list[tuple]) -> list[str]:
-    """The part of each path that differs from the others, as text."""
+    """Each path as text, without the prefix and the suffix that all paths share."""
     start, end = 0, 0
     shortest = min(len(path) for path in paths)
     while start < shortest and len({path[start] for path in paths}) == 1:
@@ -57,7 +57,7 @@ def _distinguish(paths: list[tuple]) -> list[str]:
     ]
 
 
-def _by_leaf(state: Any, values: dict[str, Any]) -> dict[str, Any]:
+def _split_vectors(state: Any, values: dict[str, Any]) -> dict[str, Any]:
     """Replaces each ``key/per_leaf`` vector by scalars ``key/<leaf name>``."""
     scalars = {}
     for key, value in values.items():
@@ -70,7 +70,7 @@ def _by_leaf(state: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_names(state: Any, known: set[str]) -> None:
-    """Raises unless a state reports on known leaves only, or on layers of them."""
+    """Raises if a state reports on an unknown leaf; layers of known leaves are fine."""
     if not any(key.endswith(PER_LEAF) for key in state.metrics):
         return
     for name in _tree.names_of_marks(state.leaves):
@@ -82,10 +82,10 @@ def _check_names(state: Any, known: set[str]) -> None:
 
 
 def _merge(paths: list[tuple], values: list[dict[str, Any]]) -> dict[str, Any]:
-    """One dict of all; a key that several use is prefixed by what tells them apart."""
-    times = Counter(key for each in values for key in each)
+    """Merges the dicts; a key of several states gets the distinct part of its path."""
+    counts = Counter(key for each in values for key in each)
     flat = {}
-    for key in times:
+    for key in counts:
         holders = [i for i, each in enumerate(values) if key in each]
         if len(holders) == 1:
             flat[key] = values[holders[0]][key]
@@ -97,9 +97,9 @@ def _merge(paths: list[tuple], values: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def reporting_states(tree: Any) -> list[tuple[tuple, Any]]:
-    """(path, state) of all states that report, with arrays for NNX variables."""
-    # The list makes the state itself a child, so that a bare state is found too.
-    return [(path, _tree.pure(node)) for path, node in _reporting([tree])]
+    """(path, state) of all reporting states, with arrays instead of NNX variables."""
+    # The list makes the tree itself a child, so that a bare state is found as well.
+    return [(path, _tree.pure(node)) for path, node in _iterate_states([tree])]
 
 
 def find(tree: Any, kind: type[State]) -> list[State]:
@@ -110,39 +110,41 @@ def find(tree: Any, kind: type[State]) -> list[State]:
 def by_leaf(
     found: list[tuple[tuple, Any]], values: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """One value per scalar metric, vectors taken apart, from those of each state."""
-    each = [_by_leaf(node, own) for (_, node), own in zip(found, values, strict=True)]
+    """Merges the metrics of all states; each per-leaf vector is split into scalars."""
+    each = [
+        _split_vectors(node, own) for (_, node), own in zip(found, values, strict=True)
+    ]
     return _merge([path for path, _ in found], each)
 
 
 def metrics(state: Any, *, params: Any = None) -> dict[str, jax.Array]:
     """Reads all metrics of an optimizer state into one flat dict.
 
-    Nothing is printed and nothing is synced to the host: the values are the arrays in
-    the state. Works inside and outside ``jit``.
+    The values are JAX arrays: reading them prints nothing and copies nothing to the
+    host. Works inside and outside ``jit``.
 
     **Guarantees**
 
     * Finds every reporting state: bare, in chains, named chains, ``masked``,
-      ``partition``, ``MultiSteps``, ``inject_hyperparams``, wrappers of your own, in a
-      Flax ``TrainState`` or an ``nnx.Optimizer``.
-    * The keys depend on the structure of the state alone, never on values or steps.
-    * No metric hides another: a key that several states use is prefixed with what
-      distinguishes their places, such as ``decay/adam/update_rms`` in a partition.
+      ``partition``, ``MultiSteps``, ``inject_hyperparams``, custom wrappers, in a Flax
+      ``TrainState`` or an ``nnx.Optimizer``.
+    * The keys depend only on the structure of the state, never on values or steps.
+    * No metric overwrites another: a key that several states use gets a prefix, the
+      part of the path that differs, such as ``decay/adam/update_rms`` in a partition.
 
     **Edge cases**: without a reporting state the dict is empty.
 
     Args:
       state: any optimizer state, or an object that holds one.
-      params: the parameters (or anything of their structure). With them each
+      params: the parameters (or any tree with the same structure). If given, each
         ``<key>/per_leaf`` vector becomes scalars ``<key>/<leaf name>``; leaves that a
         mask hides from a transformation are left out.
 
     Returns:
-      Metric name to array.
+      Dict from metric name to array.
 
     Raises:
-      ValueError: ``params`` has not the leaves that the state reports on.
+      ValueError: ``params`` lacks a leaf that the state reports on.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -1,8 +1,8 @@
-"""Norms that neither overflow nor vanish, of leaves, of their layers, of the whole.
+"""L2 norms of a tree, its leaves and their layers, without overflow or underflow.
 
-*Cost*: a norm is one pass over the leaves and one reduction per leaf; on CPU a second
-pass runs only when a norm is above 4e9, elsewhere the same pass makes two reductions.
-No buffer the size of a parameter.
+*Cost*: one pass over the leaves and one reduction per leaf. On CPU a second pass runs
+only if a norm is above 4e9; on other backends the single pass makes two reductions per
+leaf. No buffer of the size of a parameter.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,13 @@ from optax_stability._core._in_place import cond_is_cheap
 from optax_stability._core._mesh_axes import AxisName
 
 Join = Callable[[list], jax.Array]
-# For each leaf: whether its first axis holds separate layers.
+# For each leaf, whether its first axis is a layer axis.
 Layered = tuple[bool, ...]
 
-# Before leaves are squared they are scaled by a power of two: no mantissa changes. At
-# the first scale squares of norms from 1e-20 to 4e9 fit float32, at the second those
-# from there to 3e38: what flushes to zero (below 2⁻¹²⁶) is < 2⁻⁵⁸ of the sum.
+# Leaves are scaled by a power of two before they are squared, so that no mantissa
+# changes. At the first scale the squares of norms from 1e-20 to 4e9 fit float32, at the
+# second scale those from 4e9 to 3e38. Squares below 2⁻¹²⁶ are flushed to zero: they are
+# less than 2⁻⁵⁸ of the sum.
 _SCALE = 2.0**32
 _RESCALE = 2.0**-98
 
@@ -39,21 +40,21 @@ def _sum(leaf, layered: bool):
 
 
 def replicated(values):
-    """The values, gathered where an Explicit mesh shards them: for small arrays."""
+    """Gathers values that an Explicit mesh shards; use it only for small arrays."""
     if all(axis is None for axis in jax.typeof(values).sharding.spec):
         return values
     return reshard(values, PartitionSpec(*[None] * values.ndim))
 
 
 def concatenate(parts) -> jax.Array:
-    """One vector of the numbers of all parts."""
+    """Concatenates numbers and vectors into one vector."""
     if not parts:
         return jnp.zeros((0,), jnp.float32)
     return jnp.concatenate([replicated(jnp.atleast_1d(part)) for part in parts])
 
 
-def _joined(sums: list, leaves: list, join: Join, axis_name: AxisName):
-    """Sums over shards of leaves, joined and added up over devices."""
+def _reduce(sums: list, leaves: list, join: Join, axis_name: AxisName):
+    """Joins the sums over the shards of leaves, and adds them up over the devices."""
     sums = _mesh_axes.count_once(sums, leaves, axis_name)
     return _mesh_axes.psum(join(sums), axis_name)
 
@@ -64,41 +65,41 @@ def _sums_of_squares(leaves, scales, join: Join, layered: Layered, axis_name: Ax
         _sum(jnp.square(x.astype(jnp.float32) * scale), split)
         for x, scale, split in zip(leaves, scales, layered, strict=True)
     ]
-    return _joined(sums, leaves, join, axis_name)
+    return _reduce(sums, leaves, join, axis_name)
 
 
 def _measure_norms(leaves, join: Join, layered: Layered, axis_name: AxisName):
-    """Measures at one scale and, where a square overflowed, at the other."""
-    measure = _measure_twice if cond_is_cheap() else _measure_at_once
+    """Measures at the first scale and, after an overflow, at the second scale."""
+    measure = _measure_in_two_passes if cond_is_cheap() else _measure_in_one_pass
     return measure(leaves, join, layered, axis_name)
 
 
-def _measure_at_once(leaves, join: Join, layered: Layered, axis_name: AxisName):
-    """Both scales in one pass."""
+def _measure_in_one_pass(leaves, join: Join, layered: Layered, axis_name: AxisName):
+    """Measures at both scales in one pass."""
 
-    def at(scale):
+    def norms_at(scale):
         scales = [jnp.float32(scale)] * len(leaves)
         sums = _sums_of_squares(leaves, scales, join, layered, axis_name)
         return jnp.sqrt(sums) / scale
 
-    norms = at(_SCALE)
-    return jnp.where(jnp.isinf(norms), at(_SCALE * _RESCALE), norms)
+    norms = norms_at(_SCALE)
+    return jnp.where(jnp.isinf(norms), norms_at(_SCALE * _RESCALE), norms)
 
 
-def _measure_twice(leaves, join: Join, layered: Layered, axis_name: AxisName):
-    """The second pass only if it is needed."""
+def _measure_in_two_passes(leaves, join: Join, layered: Layered, axis_name: AxisName):
+    """Runs the second pass, at the second scale, only if it is needed."""
 
     def measure(carry):
         _, scales, norms = carry
         scale = scales[0]
         sums = _sums_of_squares(leaves, scales, join, layered, axis_name)
-        # The second time, what was finite the first time stays as it was measured.
+        # The second pass replaces only the norms that are still infinite.
         norms = jnp.where(jnp.isinf(norms), jnp.sqrt(sums) / scale, norms)
-        again = (scale == _SCALE) & jnp.any(jnp.isinf(sums))
-        return again, [scale * _RESCALE for scale in scales], norms
+        repeat = (scale == _SCALE) & jnp.any(jnp.isinf(sums))
+        return repeat, [scale * _RESCALE for scale in scales], norms
 
-    # One scale per leaf, though all are equal: shared by two leaves of one shape, XLA
-    # would write it out as a buffer of that shape.
+    # One scale per leaf, although all scales are equal: if two leaves of the same shape
+    # shared a scale, XLA would write the scale to a buffer of that shape.
     scales = [jnp.float32(_SCALE)] * len(leaves)
     unknown = jnp.full(
         () if join is sum else sum(count_parts(leaves, layered)), jnp.inf
@@ -126,11 +127,11 @@ def _norms_jvp(join: Join, layered: Layered, axis_name: AxisName, primals, tange
             leaves, tangent_leaves, by_leaf, layered, strict=True
         )
     ]
-    return norms, _joined(dots, leaves, join, axis_name)
+    return norms, _reduce(dots, leaves, join, axis_name)
 
 
 def count_parts(leaves, layered: Layered) -> list[int]:
-    """How many norms each leaf has: one, or one per layer."""
+    """The number of norms of each leaf: one, or one per layer."""
     return [
         leaf.shape[0] if split else 1
         for leaf, split in zip(leaves, layered, strict=True)
@@ -138,7 +139,7 @@ def count_parts(leaves, layered: Layered) -> list[int]:
 
 
 def by_parts(values, leaves, layered: Layered) -> list[jax.Array]:
-    """Hands out one value per part, in shapes that broadcast against the leaves."""
+    """For each leaf, the values of its parts, in a shape that broadcasts to it."""
     if not leaves:
         return []
     ends = np.cumsum(count_parts(leaves, layered))[:-1]
@@ -153,21 +154,20 @@ def by_parts(values, leaves, layered: Layered) -> list[jax.Array]:
 def leaf_norms(
     tree: Any, axis_name: AxisName = None, layered: Layered | None = None
 ) -> jax.Array:
-    """L2 norm of each leaf, float32[n_leaves], safe against overflow of the square.
+    """L2 norm of each leaf, float32[n_leaves]; the squares cannot overflow.
 
-    **Guarantees**: finite leaves have finite norms while the norm itself fits float32;
+    **Guarantees**: a finite leaf has a finite norm if the norm itself fits float32;
     multiplying the tree by 2ᵏ multiplies the norms by 2ᵏ; a leaf with a non-finite
-    element has a non-finite norm and does not disturb the others; differentiable, with
-    derivative 0 at a zero leaf.
+    element has a non-finite norm and does not change the other norms; differentiable,
+    with derivative 0 at a zero leaf.
 
-    **Edge cases**: a norm below 1e-20 loses the entries that are below 1e-28; it may
-    read 0.
+    **Edge cases**: a norm below 1e-20 ignores entries below 1e-28; it may be 0.
 
     Args:
       tree: arrays of any float dtype.
       axis_name: mesh axes to sum over under ``shard_map``.
-      layered: for each leaf, whether every entry along its first axis counts as a leaf
-        of its own; the vector then has one entry per part.
+      layered: for each leaf, whether every entry along its first axis is a separate
+        part; the vector then has one entry per part.
     """
     leaves = jax.tree.leaves(tree)
     if not leaves:
@@ -191,16 +191,16 @@ class Norms(NamedTuple):
     """The L2 norms of a tree.
 
     Attributes:
-      leaves: float32[n_leaves] – of each leaf.
-      whole: float32[] – of all together.
+      leaves: float32[n_leaves] – the norm of each leaf.
+      total: float32[] – the norm of the whole tree.
     """
 
     leaves: jax.Array
-    whole: jax.Array
+    total: jax.Array
 
 
 def measure(tree: Any, axis_name: AxisName = None) -> Norms:
-    """The norms of each leaf and of the whole, in one pass."""
+    """The norms of each leaf and of the whole tree, in one pass."""
     norms = leaf_norms(tree, axis_name)
     return Norms(norms, join_norms(norms))
 
@@ -209,23 +209,23 @@ def leaf_sizes(tree: Any, axis_name: AxisName = None):
     """The number of entries of each leaf, over all shards, float32[n_leaves]."""
     leaves = jax.tree.leaves(tree)
     sizes = np.array([leaf.size for leaf in leaves], np.float32)
-    return _mesh_axes.add_up(sizes, leaves, axis_name)
+    return _mesh_axes.sum_shards(sizes, leaves, axis_name)
 
 
-def whole_leaves(norms, leaves: list, axis_name: AxisName) -> jax.Array:
-    """Norms of shards of the leaves as norms of the leaves, float32[n_leaves]."""
+def join_shard_norms(norms, leaves: list, axis_name: AxisName) -> jax.Array:
+    """Joins the norms of the shards of each leaf into its norm, float32[n_leaves]."""
     if axis_name is None:
         return norms
     largest = _mesh_axes.largest(norms, axis_name)
-    # Relative to the largest, no square can overflow.
+    # Squares of ratios to the largest norm cannot overflow.
     squares = jnp.square(_numerics.relative_to(norms, largest))
-    return largest * jnp.sqrt(_mesh_axes.add_up(squares, leaves, axis_name))
+    return largest * jnp.sqrt(_mesh_axes.sum_shards(squares, leaves, axis_name))
 
 
 def join_norms(norms) -> jax.Array:
-    """Joins the norms of parts into the norm of the whole, float32[]."""
+    """Joins the norms of all parts into one norm, float32[]."""
     largest = jnp.max(norms, initial=0.0)
-    # Relative to the largest, no square can overflow.
+    # Squares of ratios to the largest norm cannot overflow.
     ratios = _numerics.relative_to(norms, largest)
     joined = largest * _root(jnp.sum(jnp.square(ratios)))
     return jnp.where(jnp.isfinite(largest), joined, largest)
@@ -237,7 +237,7 @@ def join_norms_by_group(norms, groups, num_groups: int) -> jax.Array:
     Args:
       norms: float32[n] – norms of the parts.
       groups: int[n] – the group of each part, from 0 to ``num_groups`` − 1.
-      num_groups: how many groups there are; an empty one has norm 0.
+      num_groups: number of groups; an empty group has norm 0.
     """
     largest = jnp.zeros((num_groups,), jnp.float32).at[groups].max(norms)
     ratios = _numerics.relative_to(norms, largest[groups])
@@ -246,5 +246,5 @@ def join_norms_by_group(norms, groups, num_groups: int) -> jax.Array:
 
 
 def _root(squares):
-    """√x with a finite derivative at 0, where the caller multiplies by 0."""
+    """√x, but 1 at 0 for a finite derivative; there the caller multiplies by 0."""
     return jnp.sqrt(jnp.where(squares > 0, squares, 1.0))

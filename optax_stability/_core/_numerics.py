@@ -1,10 +1,10 @@
-"""Arithmetic that neither overflows, nor underflows, nor freezes.
+"""Arithmetic without overflow or underflow, and stochastic rounding.
 
-*Problem*: the square of 1e20 overflows float32 and that of 1e-23 vanishes. And at
-β₂ = 0.999 a second-moment root moves by 0.05 % a step, less than half a bfloat16
-spacing: stored to nearest it would never decay.
+*Problem*: the square of 1e20 overflows float32 and the square of 1e-23 underflows to 0.
+And at β₂ = 0.999 the root of the second moment changes by 0.05 % per step, less than
+half a bfloat16 spacing: rounded to nearest, it would never decay.
 
-*Cost*: element-wise; nothing where the dtype is as wide as the arithmetic.
+*Cost*: element-wise; none if the dtype is as wide as the arithmetic.
 
 *Source*: stochastic rounding, Gupta et al., "Deep Learning with Limited Numerical
 Precision", 2015, arXiv:1502.02551, §3. Deviation: the random bits are a hash of the
@@ -25,32 +25,32 @@ _EXPONENT_BITS = 0x7F800000
 
 
 def is_finite(x) -> jax.Array:
-    """Whether float32 x is finite, as one comparison."""
+    """Whether x (float32) is finite, with a single comparison."""
     return jnp.abs(x) <= HUGE
 
 
 def increment(count, by: int | jax.Array = 1) -> jax.Array:
-    """Count + by, or the largest int32 once that is reached; ``by`` ≥ 0."""
+    """Returns ``count + by``, at most the largest int32; ``by`` ≥ 0."""
     return jnp.minimum(count, jnp.iinfo(jnp.int32).max - by) + by
 
 
 def scale(leaf, factor):
-    """A leaf times a float32 factor, in the leaf's dtype."""
+    """Multiplies a leaf by a float32 factor; the result has the dtype of the leaf."""
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     return (leaf.astype(wide) * factor).astype(leaf.dtype)
 
 
 def ratio(part, whole):
-    """Part / whole; 0 where the whole is not above 0."""
-    known = whole > 0
-    return jnp.where(known, part / jnp.where(known, whole, 1.0), 0.0)
+    """Returns ``part / whole``; 0 where ``whole`` is not positive."""
+    positive = whole > 0
+    return jnp.where(positive, part / jnp.where(positive, whole, 1.0), 0.0)
 
 
 def relative_to(values, largest):
-    """Values / largest over the whole range of float32; values where largest is 0.
+    """Returns ``values / largest`` over the full float32 range; ``values`` if it is 0.
 
-    Compiled, a division by a scalar is a product with its reciprocal, which would be
-    flushed to 0 for what is above 8e37.
+    XLA compiles a division by a scalar to a product with its reciprocal. The reciprocal
+    of a number above 8e37 would be flushed to 0.
     """
     shift = jnp.where(largest > 1, 2.0**-20, 2.0**20)
     return values * shift / jnp.where(largest > 0, largest * shift, shift)
@@ -75,17 +75,17 @@ def _uniform(bits):
     return bits.astype(jnp.float32) * 2.0**-24
 
 
-def round_at_random(x, step, dtype):
-    """Stores x ≥ 0 in ``dtype``, rounded up or down with the right mean.
+def round_stochastically(x, step, dtype):
+    """Casts x ≥ 0 to ``dtype``, rounded up or down so that the mean over steps is x.
 
-    **Guarantees**: the mean over steps is x to 1 %; what is not zero stays at least the
-    smallest positive number of ``dtype`` and at most its largest; scaling x by a power
+    **Guarantees**: the mean over steps is x to 1 %; a result for x > 0 is at least the
+    smallest positive number of ``dtype`` and at most the largest; scaling x by a power
     of two scales the result, while both are normal numbers.
 
     Args:
       x: float32, not negative.
-      step: int32[] – makes the rounding of one value differ from step to step.
-      dtype: a float dtype; one as wide as float32 is a plain cast.
+      step: int32[] – the rounding of the same value varies between steps.
+      dtype: a float dtype; if it is as wide as float32, this is a plain cast.
     """
     if not _narrower(dtype, x.dtype):
         return x.astype(dtype)
@@ -95,19 +95,19 @@ def round_at_random(x, step, dtype):
     power = lax.bitcast_convert_type(bits & jnp.uint32(_EXPONENT_BITS), jnp.float32)
     power = jnp.maximum(power, smallest_normal)
     salt = (step.astype(jnp.uint32) + 1) * jnp.uint32(0x9E3779B9)
-    # Only mantissa bits enter: the choice is the same at every scale.
+    # Only mantissa bits are hashed, so that the choice is the same at every scale.
     chance = _uniform((bits & jnp.uint32(_MANTISSA_BITS)) + salt)
     # In units of the spacing eps·power, which itself may be subnormal.
     steps = x / power * (1 / eps)
     below = jnp.floor(steps)
     rounded = jnp.where(chance < steps - below, below + 1, below) * eps * power
     smallest = max(float(info.smallest_subnormal), TINY)
-    kept = jnp.clip(rounded, smallest, float(info.max))
-    return jnp.where(x > 0, kept, 0.0).astype(dtype)
+    clipped = jnp.clip(rounded, smallest, float(info.max))
+    return jnp.where(x > 0, clipped, 0.0).astype(dtype)
 
 
-def round_to_range(x, dtype):
-    """Casts x; what ``dtype`` cannot hold becomes its largest number, never Inf."""
+def saturating_cast(x, dtype):
+    """Casts x; a value out of range becomes ± the largest number of ``dtype``."""
     largest = float(jnp.finfo(dtype).max)
     if _narrower(dtype, x.dtype):
         x = jnp.clip(x, -largest, largest)

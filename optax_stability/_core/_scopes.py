@@ -1,6 +1,6 @@
-"""Which parts of a tree share one norm: all, a leaf, a layer of a leaf, a group.
+"""Scopes, the parts of a tree that share one norm: the tree, a leaf, a layer, a group.
 
-*Cost*: numbers of scopes are worked out while tracing; norms are those of ``_norms``.
+*Cost*: scopes are numbered during tracing; norms cost the same as in ``_norms``.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ Scope = Literal["global", "leaf"] | Callable[[Any], Any]
 
 
 class Parts(NamedTuple):
-    """What has a norm of its own: a leaf, or a layer of a stacked leaf.
+    """The parts of a tree: each is a leaf, or a layer of a stacked leaf.
 
     Attributes:
-      scope: int[n_parts] – the number of the scope each part is in, counted from 0.
-      leaf: int[n_parts] – the number of the leaf each part belongs to.
+      scope: int[n_parts] – the index of the scope of each part, from 0.
+      leaf: int[n_parts] – the index of the leaf of each part, from 0.
       layered: for each leaf, whether it is split along its first axis.
     """
 
@@ -29,17 +29,17 @@ class Parts(NamedTuple):
 
     @property
     def num_scopes(self) -> int:
-        """How many streams there are; an empty tree has one."""
+        """The number of scopes; an empty tree has one."""
         return int(self.scope.max()) + 1 if self.scope.size else 1
 
     @property
     def num_leaves(self) -> int:
-        """How many leaves there are."""
+        """The number of leaves."""
         return len(self.layered)
 
 
 def per_leaf(prefix, tree) -> list:
-    """A value for every leaf, from a tree (or prefix) of values or a callable."""
+    """One value per leaf, from a tree (or tree prefix) of values or a callable."""
     prefix = prefix(tree) if callable(prefix) else prefix
     return jax.tree.leaves(jax.tree.broadcast(prefix, tree))
 
@@ -67,7 +67,7 @@ def _check_layers(tree, layered):
         if split and leaf.ndim == 0:
             raise ValueError(
                 f"stacked marks {name!r}, a scalar without layers; mark only leaves "
-                "whose first axis counts layers."
+                "whose first axis is the layer axis."
             )
 
 
@@ -82,7 +82,7 @@ def scope_norms(tree, parts: Parts, axis_name):
 
 
 def per_leaf_vector(values, parts: Parts):
-    """The value of the scope each leaf is in; of its layers together, √Σ²."""
+    """For each leaf, the value of its scope; over several layers, √Σ value²."""
     values = values[parts.scope]
     if not any(parts.layered):
         return values
@@ -90,8 +90,8 @@ def per_leaf_vector(values, parts: Parts):
 
 
 def for_leaves(values, leaves, parts: Parts) -> list:
-    """The value of its scope for each leaf, in a shape that broadcasts against it."""
-    if any(parts.layered):  # Then every part is a scope of its own.
+    """For each leaf, the value of its scope, in a shape that broadcasts to it."""
+    if any(parts.layered):  # Then every part is a separate scope.
         return _norms.by_parts(values, leaves, parts.layered)
     scalars = list(values)
     return [scalars[scope] for scope in parts.scope]

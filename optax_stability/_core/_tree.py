@@ -1,6 +1,6 @@
-"""What the leaves of a tree are called, with or without their arrays.
+"""Names of the leaves of a tree, with or without their arrays.
 
-*Cost*: nothing on the device; names are worked out from the structure of the tree.
+*Cost*: nothing on the device; names depend only on the structure of the tree.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import jax
 
 
 class Leaf(NamedTuple):
-    """Stands where a leaf stood: keeps a tree's paths without its arrays."""
+    """Placeholder for a leaf: keeps the paths of a tree without its arrays."""
 
 
 def _is_leaf_mark(node: Any) -> bool:
@@ -25,7 +25,7 @@ def is_variable(node: Any) -> bool:
 
 
 def pure(tree: Any) -> Any:
-    """Replaces each NNX variable by its value; other trees come back as they are."""
+    """Replaces each NNX variable by its value; other trees are returned unchanged."""
     return jax.tree.map(
         lambda node: node.get_value() if is_variable(node) else node,
         tree,
@@ -34,12 +34,12 @@ def pure(tree: Any) -> Any:
 
 
 def mark_leaves(tree: Any) -> Any:
-    """The tree with a :class:`Leaf` for every leaf: paths that cost no memory."""
+    """Replaces every leaf by a :class:`Leaf`: keeps the paths, needs no memory."""
     return jax.tree.map(lambda _: Leaf(), pure(tree))
 
 
 def number_leaves(marks: Any) -> Any:
-    """The tree that :func:`mark_leaves` has marked, with 0, 1, 2 … for its leaves."""
+    """Numbers the leaves of a tree from :func:`mark_leaves`: 0, 1, 2 …."""
     count = itertools.count()
     return jax.tree.map(
         lambda node: next(count) if _is_leaf_mark(node) else node,
@@ -56,11 +56,12 @@ def leaf_names(params: Any) -> list[str]:
     **Guarantees**
 
     * One name per leaf, all different.
-    * The same for an NNX state, its pure counterpart and ``ShapeDtypeStruct`` leaves.
+    * The same names for an NNX state, for the same tree with plain arrays, and for
+      ``ShapeDtypeStruct`` leaves.
 
-    **Edge cases**: a tree that is one bare array has the name ``"params"``. If joining
-    the keys with ``/`` would give two leaves one name (a key that contains ``/``), all
-    names are written as subscripts, ``['a/b']``.
+    **Edge cases**: a single bare array has the name ``"params"``. If joining the keys
+    with ``/`` would give two leaves the same name (a key contains ``/``), all names are
+    written as subscripts, ``['a/b']``.
 
     Args:
       params: any pytree: parameters, gradients, an NNX state or module.
@@ -77,7 +78,7 @@ def leaf_names(params: Any) -> list[str]:
 
 
 def names_of_marks(marks: Any) -> list[str]:
-    """The names of the leaves that :func:`mark_leaves` has marked."""
+    """The names of the leaves in a tree from :func:`mark_leaves`."""
     marked = jax.tree_util.tree_flatten_with_path(marks, is_leaf=_is_leaf_mark)[0]
     paths = [path for path, node in marked if _is_leaf_mark(node)]
     names = [

@@ -1,7 +1,7 @@
 """Argument checks, in one place: every message shows name, value and remedy.
 
 Only *concrete* numbers are checked. A traced value (``optax.inject_hyperparams``) or an
-array passes, because its value is unknown while the transformation is being built.
+array passes, because its value is unknown when the transformation is created.
 """
 
 import numbers
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def is_concrete(value: Any) -> bool:
-    """Whether ``value`` is a plain number whose value can be looked at now."""
+    """Whether ``value`` is a plain number, whose value can be read now."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -73,8 +73,8 @@ def check_transformation(name: str, tx: Any) -> None:
     """Raises TypeError unless ``tx`` has the two functions of a transformation."""
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(
-            f"{name} must be an optax.GradientTransformation, got {tx!r}; give one "
-            "that is made, such as optax.adamw(1e-3)."
+            f"{name} must be an optax.GradientTransformation, got {tx!r}; pass "
+            "the result of a call, such as optax.adamw(1e-3)."
         )
 
 

@@ -1,4 +1,4 @@
 """Findings from a history: what is wrong, since when, where, what to do.
 
-Imports no other room; runs on the host with NumPy alone.
+Imports no other package; runs on the host with NumPy only.
 """

@@ -1,4 +1,4 @@
-"""What is likely behind each kind of finding, and what helps."""
+"""Likely causes and remedies of each kind of finding."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from optax_stability._diagnosis._series import History
 
 
 class Advice(NamedTuple):
-    """Causes and remedies of one kind, likeliest and mildest first."""
+    """Causes (likeliest first) and remedies (mildest first) of one kind."""
 
     causes: tuple[str, ...]
     remedies: tuple[str, ...]
@@ -17,23 +17,23 @@ ADVICE = {
     "nonfinite": Advice(
         (
             "overflow in low precision, or 0/0 or log 0 in the loss",
-            "a corrupted batch, or a mask that leaves nothing",
+            "a corrupted batch, or a mask that excludes every element",
             "a divergence that ended in overflow",
         ),
         (
-            "leave such steps out with `spike_guard(inner)`",
-            "leave out only the bad part of a batch with `microbatch_gradients`",
-            "find the operation on the batch of this step with jax.debug_nans(True)",
+            "skip such steps with `spike_guard(inner)`",
+            "leave out only the bad microbatches with `microbatch_gradients`",
+            "run this step again under jax.debug_nans(True) to find the operation",
         ),
     ),
     "divergence": Advice(
         (
-            "the learning rate is too high for the curvature here",
-            "logits or activations grow without a bound",
-            "the data changed for good",
+            "the learning rate is too high for the local curvature",
+            "logits or activations grow without bound",
+            "the data distribution changed permanently",
         ),
         (
-            "go back to a checkpoint from before this step, with a lower learning rate",
+            "restore a checkpoint from before this step, and lower the learning rate",
             "limit the gradient with `clip_by_zscore()`",
             "limit the update with `scale_by_safe_adam(update_rms_max=1.0)`",
             "normalise queries and keys in the model",
@@ -41,123 +41,128 @@ ADVICE = {
     ),
     "underflow": Advice(
         (
-            "gradients below the smallest number of their dtype",
-            "a loss scale that is too small, or none with float16",
+            "gradients below the smallest positive number of their dtype",
+            "a loss scale that is too small, or float16 without a loss scale",
         ),
         (
-            "scale the loss up, and the gradient down again in float32",
-            "compute in bfloat16, whose range is that of float32",
-            "use `safe_adamw`, which needs no ε and no certain scale",
+            "multiply the loss by a scale, and divide the gradient by it in float32",
+            "compute in bfloat16, which has the range of float32",
+            "use `safe_adamw`, which needs neither ε nor a particular gradient scale",
         ),
     ),
     "vanishing_then_surge": Advice(
         (
             "Adam's second moment decayed while the layer had no gradient, so that the "
-            "first large ones make large, correlated updates (Molybog et al. 2023)",
+            "first large gradients cause large, correlated updates "
+            "(Molybog et al. 2023)",
         ),
         (
             "limit the update with `scale_by_safe_adam(update_rms_max=1.0)`",
-            "shrink the gradient of the embedding before the clip with "
+            "scale the gradient of the embedding down before clipping, with "
             "`scale_gradients`",
-            "clip each layer by its own past with `clip_by_leaf_history()`",
-            "forget stale moments with `restart_moments`",
+            "clip each layer relative to its own recent norms with "
+            "`clip_by_leaf_history()`",
+            "reset stale moments with `restart_moments`",
         ),
     ),
     "exploding_gradient": Advice(
         (
-            "a step into a steep region, the learning rate being too high for it",
+            "a step into a steep region, where the learning rate is too high",
             "corrupted or unusual data",
         ),
         (
             "limit the gradient with `clip_by_zscore()`",
             "limit each layer with `clip_by_leaf_history()`",
-            "leave out what the loss confirms with `spike_guard(inner)`",
+            "skip the jumps that the loss confirms with `spike_guard(inner)`",
         ),
     ),
     "loss_spike": Advice(
         (
             "corrupted or unusual data, if the gradient jumps at the same step",
-            "a step too long before it, if the gradient jumped earlier",
+            "too large a step before the spike, if the gradient jumped earlier",
         ),
         (
-            "leave such batches out with `spike_guard(inner)`",
-            "take longer stretches back with `branch_on_spike(inner)`",
-            "forget the spike in the moments with `restart_moments`",
-            "look at the batch of this step",
+            "skip such batches with `spike_guard(inner)`",
+            "roll back after several such batches with `branch_on_spike(inner)`",
+            "remove the spike from the moments with `restart_moments`",
+            "inspect the batch of this step",
         ),
     ),
     "learning_rate_too_high": Advice(
         (
-            "each step overshoots: gradients change faster than Adam's moments follow",
+            "each step overshoots: the gradient changes faster than Adam's moments can "
+            "follow",
             "the warm-up is too short",
         ),
         (
-            "lower the learning rate, by a factor of 3 first",
-            "lengthen the warm-up, `optax.warmup_cosine_decay_schedule`",
-            "normalise queries and keys in the model, which tolerates higher ones",
+            "lower the learning rate, at first by a factor of 3",
+            "lengthen the warm-up of `optax.warmup_cosine_decay_schedule`",
+            "normalise queries and keys in the model, so that it tolerates a higher "
+            "learning rate",
         ),
     ),
     "update_too_large": Advice(
         (
             "the learning rate is too high for the size of the weights",
-            "weights that start too small",
+            "weights that were initialised too small",
         ),
         (
             "lower the learning rate",
             "limit the update with `scale_by_safe_adam(update_rms_max=1.0)`",
-            "bind the update to the weights with `optax.scale_by_trust_ratio`",
+            "scale the update by the norm of the weights with "
+            "`optax.scale_by_trust_ratio`",
         ),
     ),
     "growing_spectral_norm": Advice(
         (
-            "updates that always point the same way feed one singular direction",
-            "attention logits that grow, with little weight decay against it",
+            "successive updates in the same direction increase one singular value",
+            "growing attention logits, and too little weight decay to limit them",
         ),
         (
-            "raise the weight decay, `safe_adamw(weight_decay=0.1)`",
+            "raise the weight decay, for example `safe_adamw(weight_decay=0.1)`",
             "lower the learning rate",
             "normalise queries and keys in the model",
         ),
     ),
     "vanishing_gradient": Advice(
         (
-            "saturated or dead units, or attention that has collapsed on one token",
-            "a layer that was cut off or frozen",
+            "saturated or dead units, or attention that has collapsed to one token",
+            "a layer that is frozen, or disconnected from the loss",
             "underflow in low precision",
         ),
         (
-            "compare `record` of the layers next to it, forwards and backwards",
+            "compare the metrics of `record` for the layers before and after this one",
             "use `safe_adamw`, whose updates do not shrink with the gradient",
-            "limit what comes when it returns with "
+            "limit the update when the gradient returns, with "
             "`scale_by_safe_adam(update_rms_max=1.0)`",
         ),
     ),
     "eps_dominated": Advice(
         (
-            "gradients as small as ε: Adam has become SGD, with tiny steps",
-            "a loss scale or a mean over many tokens that makes gradients small",
+            "gradients as small as ε: Adam then acts like SGD with tiny steps",
+            "a loss scale, or a mean over many tokens, that makes gradients small",
         ),
         (
             "use `safe_adamw` or `scale_by_safe_adam(eps=0.0)`, which need no ε",
-            "lower ε of `optax.adamw(eps=1e-15)`",
+            "lower ε, for example `optax.adamw(eps=1e-15)`",
         ),
     ),
     "frequent_skips": Advice(
         (
-            "a share of the data is corrupted, or of another kind",
+            "part of the data is corrupted, or comes from another distribution",
             "the run is diverging, and skipping cannot stop that",
-            "a limit that is too tight for the noise of the batch",
+            "a limit that is too low for the noise of the batch",
         ),
         (
-            "look at the batches of the skipped steps",
-            "allow more, `spike_guard(inner, budget=64)`",
+            "inspect the batches of the skipped steps",
+            "allow more skips with `spike_guard(inner, budget=64)`",
             "average more examples with `accumulate_moments`",
         ),
     ),
     "clipping_too_often": Advice(
         (
-            "a fixed limit below the usual norm: the length of the gradient is lost",
-            "norms that rise, so that the limit lags behind",
+            "a fixed limit below the usual norm, so that every norm becomes the limit",
+            "rising norms, which the limit follows too slowly",
         ),
         (
             "let the limit follow the norm with `clip_by_zscore()`",
@@ -166,44 +171,44 @@ ADVICE = {
     ),
     "bimodal_updates": Advice(
         (
-            "most coordinates move by the whole learning rate, in step with one "
-            "another: a sign of Adam's instability (Molybog et al. 2023)",
+            "most coordinates move by the full learning rate at the same time: a sign "
+            "of Adam's instability (Molybog et al. 2023)",
             "gradients that do not change from step to step",
         ),
         (
-            "lower the learning rate, or b2 of `safe_adamw(b2=0.95)`",
+            "lower the learning rate, or lower b2, for example `safe_adamw(b2=0.95)`",
             "limit the update with `scale_by_safe_adam(update_rms_max=1.0)`",
-            "forget the moments with `restart_moments`",
+            "reset the moments with `restart_moments`",
         ),
     ),
     "correlated_updates": Advice(
         (
-            "the same gradient at every step: the learning rate is far too low",
+            "nearly the same gradient at every step: the learning rate is far too low",
             "the same batch at every step",
-            "a layer running away in one direction (Molybog et al. 2023)",
+            "a layer that diverges in one direction (Molybog et al. 2023)",
         ),
         (
-            "where the loss falls slowly, raise the learning rate",
+            "if the loss falls slowly, raise the learning rate",
             "limit the update with `scale_by_safe_adam(update_rms_max=1.0)`",
-            "see which layers, with `record('update', correlation=True)`",
+            "find the affected layers with `record('update', correlation=True)`",
         ),
     ),
     "noise_too_high": Advice(
         (
             "a batch too small for the noise of its gradient",
-            "a learning rate that should have come down by now",
+            "a learning rate that should have decayed by now",
         ),
         (
             "average more examples with `accumulate_moments`",
-            "let the batch grow with `batch_size_schedule`",
-            "let the learning rate fall with `scale_by_noise_scale`",
+            "increase the batch size with `batch_size_schedule`",
+            "lower the learning rate with `scale_by_noise_scale`",
         ),
     ),
     "update_too_small": Advice(
         (
             "a learning rate that is far too low",
             "ε or a clip that shrinks the update",
-            "parameters that were handed over frozen",
+            "frozen parameters",
         ),
         (
             "raise the learning rate",
@@ -212,14 +217,16 @@ ADVICE = {
     ),
     "plateau": Advice(
         (
-            "a learning rate that is far too low, or so high that steps cancel",
-            "parameters that do not reach the loss",
-            "labels that have come apart from the inputs",
+            "a learning rate that is far too low, or so high that steps cancel out",
+            "parameters that do not affect the loss",
+            "labels that do not match the inputs",
         ),
         (
-            "see how far the weights move, `record('update', ratio_to_params=True)`",
-            "overfit one batch first: a loss that stays is a bug in model or data",
-            "lengthen the warm-up, `optax.warmup_cosine_decay_schedule`",
+            "measure how far the weights move with "
+            "`record('update', ratio_to_params=True)`",
+            "try to overfit one batch: if its loss does not fall, model or data has "
+            "a bug",
+            "lengthen the warm-up of `optax.warmup_cosine_decay_schedule`",
         ),
     ),
 }
@@ -233,7 +240,7 @@ def finding(
     layer: str | None,
     evidence: str,
 ) -> Finding:
-    """A finding with the advice for its kind."""
+    """A finding, with the causes and remedies of its kind."""
     return Finding(
         kind, metric, int(history.steps[row]), layer, evidence, *ADVICE[kind]
     )

@@ -1,4 +1,4 @@
-"""Asks every rule, and leaves out what only follows from something else."""
+"""Applies every rule, and omits findings that are consequences of another."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from optax_stability._diagnosis import (
     _vanishing,
     _weights,
 )
-from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._finding import Finding, by_severity
 from optax_stability._diagnosis._series import History
 
@@ -40,7 +40,7 @@ _RULES = (
     _standstill.plateau,
 )
 
-# What follows from what, if it does not begin clearly earlier.
+# The consequences of each kind: omitted unless they begin clearly earlier than it.
 _CONSEQUENCES = {
     "divergence": (
         "loss_spike",
@@ -62,14 +62,14 @@ _CONSEQUENCES = {
         "plateau",
     ),
     "vanishing_then_surge": ("vanishing_gradient", "exploding_gradient"),
-    # The loss of a step and its gradient are of the same weights: a jump of both at
-    # once comes from the batch. A gradient that jumps earlier is a finding of its own.
+    # The loss and the gradient of a step belong to the same weights: a jump of both in
+    # one step comes from the batch. A gradient that jumps earlier is its own finding.
     "loss_spike": ("exploding_gradient",),
 }
-# A divergence begins a few rows before the loss is above its limit; and a spike does
-# not explain what comes long after it.
-_LEAD = {"divergence": limits.CENTRE}
-_REACH = {"loss_spike": limits.CENTRE}
+# In rows. A divergence begins a few rows before the loss exceeds its limit, and a spike
+# does not explain findings long after it.
+_MAX_LEAD = {"divergence": limits.CENTRE}
+_MAX_LAG = {"loss_spike": limits.CENTRE}
 
 
 def _follows(each: Finding, cause: Finding, steps: np.ndarray) -> bool:
@@ -77,12 +77,12 @@ def _follows(each: Finding, cause: Finding, steps: np.ndarray) -> bool:
     if each.kind not in _CONSEQUENCES.get(cause.kind, ()):
         return False
     later = np.searchsorted(steps, each.step) - np.searchsorted(steps, cause.step)
-    lead, reach = _LEAD.get(cause.kind, 0), _REACH.get(cause.kind, len(steps))
+    lead, reach = _MAX_LEAD.get(cause.kind, 0), _MAX_LAG.get(cause.kind, len(steps))
     return bool(-lead <= later <= reach)
 
 
 def _without_consequences(findings: list[Finding], steps: np.ndarray) -> list[Finding]:
-    """Leaves out what begins with or after something it follows from."""
+    """Omits findings that are consequences of another finding."""
     return [
         each
         for each in findings
@@ -91,69 +91,71 @@ def _without_consequences(findings: list[Finding], steps: np.ndarray) -> list[Fi
 
 
 def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
-    """Says what is wrong with a run, since when, in which layer, and what helps.
+    """Reports what is wrong with a run: since when, in which layer, and what helps.
 
-    Works on what :func:`history` returns, or on any log of the same form. Nothing is
-    guessed: a rule whose metrics are missing is silent.
+    Reads what :func:`history` returns, or any log of the same form. A rule whose
+    metrics are missing finds nothing.
 
     ==========================  ========================================================
-    kind                        found where
+    kind                        criterion
     ==========================  ========================================================
     ``nonfinite``               NaN or Inf in loss, gradient, update or parameters
-    ``divergence``              the loss rose above its best, and stays
+    ``divergence``              the loss rose above its minimum, and stays there
     ``underflow``               exact zeros in half of the layers, or everywhere
-    ``vanishing_then_surge``    a shallow layer's gradient falls ÷100, and jumps ×10
-    ``exploding_gradient``      ×10 above its trend, lasting or confirmed by the loss
-    ``loss_spike``              half a nat and 7 σ above its trend
+    ``vanishing_then_surge``    a shallow layer's gradient falls ÷100, then jumps ×10
+    ``exploding_gradient``      norm ×10 above its trend, lasting or with a loss jump
+    ``loss_spike``              loss at least 0.5 nat and 7 σ above its trend
     ``learning_rate_too_high``  ρ̂ far below 0 after the warm-up: each step overshoots
-    ``update_too_large``        a tenth of the weights per step, a third of a layer's
-    ``growing_spectral_norm``   a singular value that grows faster and faster
+    ``update_too_large``        ‖update‖/‖parameters‖ ≥ 0.1, or ≥ 0.3 in a layer
+    ``growing_spectral_norm``   a singular value whose growth accelerates
     ``vanishing_gradient``      ÷100 since the early descent, far more than the loss
     ``eps_dominated``           Adam's ε above √v̂
-    ``frequent_skips``          more than one step in 16
-    ``clipping_too_often``      more than 95 of 100 steps
-    ``bimodal_updates``         ± the same, having been spread around zero
-    ``correlated_updates``      the same gradient again and again
-    ``noise_too_high``          noise scale above 20 batches
-    ``update_too_small``        a millionth of the weights per step
+    ``frequent_skips``          more than 1 in 16 steps are skipped
+    ``clipping_too_often``      more than 95 of 100 steps are clipped
+    ``bimodal_updates``         all entries ±a, after a spread around zero
+    ``correlated_updates``      nearly the same gradient at every step
+    ``noise_too_high``          noise scale above 20 batch sizes
+    ``update_too_small``        ‖update‖/‖parameters‖ ≤ 1e-6
     ``plateau``                 a flat loss that has not converged
     ==========================  ========================================================
 
     **Guarantees**
 
-    * At most one finding of a kind: of the first event, with the number of events and
-      the worst in its evidence. What follows from another finding is left out.
-    * A step that is not finite does not blind the statistics of later ones.
-    * Values that are repeated between measurements count once.
-    * The order is by severity, as in the table.
+    * At most one finding per kind: for the first event; the evidence gives the number
+      of events and the worst. Consequences of another finding are omitted.
+    * A non-finite step does not disturb the statistics of later steps.
+    * A value that is repeated between measurements counts once.
+    * The findings are sorted by severity, in the order of the table.
 
-    **Edge cases**: an empty history has no findings; nor has one that is too short for
-    a rule, or that begins too late for it. Steps may have gaps: windows are counted in
-    rows. NaN is a value that was not measured, unless it was until then. Rows of probes
-    (``branch/probed``) are of other parameters, and are left out.
+    **Edge cases**: an empty history has no findings; a rule finds nothing in a history
+    that is too short for it, or that begins too late. Steps may have gaps: windows are
+    counted in rows. NaN means "not measured", unless the metric was measured at every
+    step until then. Rows of probes (``branch/probed``) were measured on the snapshot,
+    and are ignored.
 
     Args:
-      history: metric name to one number per step, oldest first, all of one length, and
-        ``step``. Known names: ``loss`` (or ``skip/value``), ``learning_rate`` (which
-        tells warm-up and decay), ``record`` under ``grad``, ``update`` and ``params``,
-        and the metrics of this library's states, each also ``<key>/<leaf name>``.
+      history: maps metric names, and ``step``, to one number per step, oldest first,
+        all of one length. Known names: ``loss`` (or ``skip/value``), ``learning_rate``
+        (which shows warm-up and decay), the metrics of ``record`` under ``grad``,
+        ``update`` and ``params``, and those of this library's states, each also as
+        ``<key>/<leaf name>``.
 
     Returns:
-      The findings, the most severe first; none for a healthy run.
+      The findings, the most severe first; an empty list for a healthy run.
 
     Raises:
-      TypeError: ``history`` is no dict, or holds what is no numbers.
-      ValueError: it has no ``step``, a step is not finite, or lengths differ.
+      TypeError: ``history`` is not a dict, or holds values that are not numbers.
+      ValueError: ``history`` has no ``step``, a step is not finite, or lengths differ.
 
     Example:
       >>> history = {"step": np.arange(100), "loss": np.full(100, 2.31)}
       >>> history["loss"][60] = 5.81
       >>> print(diagnose(history)[0].evidence)
       loss 5.81 at step 60, 2.31 before (median of 8): +3.50, limit +0.50;
-      steps above: 1, events: 1, worst +3.50 at step 60
+      steps above the limit: 1, events: 1, worst +3.50 at step 60
     """
     checked = History(history).without_probes()
-    # Anything may stand in a history; what overflows is compared, never trusted.
+    # A history may hold any numbers: overflow only affects comparisons.
     with np.errstate(all="ignore"):
         found = [rule(checked) for rule in _RULES] if checked.length else []
     found = [each for each in found if each]

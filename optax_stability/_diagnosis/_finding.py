@@ -1,8 +1,8 @@
-"""What a diagnosis says, and in which order."""
+"""The findings of a diagnosis, and their order."""
 
 from typing import Literal, NamedTuple, get_args
 
-# From what ends a run to what only makes it slow.
+# By severity: from kinds that end a run to kinds that only slow it down.
 Kind = Literal[
     "nonfinite",
     "divergence",
@@ -27,17 +27,17 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong; prints as a short note.
+    """One problem of a run; prints as a short note.
 
     Attributes:
-      kind: Kind – what is wrong, one of the names in the table of :func:`diagnose`.
-      metric: str – the key of the history that shows it.
+      kind: Kind – the problem, one of the names in the table of :func:`diagnose`.
+      metric: str – the key of the history that shows the problem.
       step: int – the first abnormal step, a value of ``history["step"]``.
-      layer: str or None – the layer that was affected first; None where no layer stands
+      layer: str or None – the layer that was affected first; None if no layer stands
         out or none was recorded.
-      evidence: str – the numbers, and what they are held against.
-      causes: tuple of str – what is likely behind it, likeliest first.
-      remedies: tuple of str – what to do, naming functions of this library or of optax.
+      evidence: str – the measured values and their limits.
+      causes: tuple of str – likely causes, likeliest first.
+      remedies: tuple of str – what to do, with functions of this library or of optax.
     """
 
     kind: Kind
@@ -49,7 +49,7 @@ class Finding(NamedTuple):
     remedies: tuple[str, ...]
 
     def __str__(self) -> str:
-        """A note of several lines: what, when and where; evidence; causes; remedies."""
+        """Several lines: kind, step and layer; evidence; causes; remedies."""
         where = f", first in {self.layer}" if self.layer else ""
         lines = [f"{self.kind} at step {self.step}{where} ({self.metric})"]
         lines.append(f"  evidence: {self.evidence}")

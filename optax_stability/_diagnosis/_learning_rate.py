@@ -1,23 +1,24 @@
-"""A learning rate that is too high, before the loss shows it."""
+"""A learning rate that is too high, found before the loss shows it."""
 
 import numpy as np
 
-from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._series import History
 
 
 def learning_rate_too_high(history: History) -> Finding | None:
-    """A ρ̂ far below 0 after the warm-up: as if successive gradients were opposed.
+    """ρ̂ far below 0 after the warm-up, as if successive gradients were opposed.
 
-    It says that Adam's update is smaller than independent gradients would make it, and
-    that is also so where the second moment remembers larger ones.
-    Only what begins before the end of the warm-up can tell: the rule was never tried
-    on later parts of a run. Of several groups of parameters, all must agree.
+    A negative ρ̂ means that Adam's update is smaller than independent gradients would
+    make it. A second moment that still contains larger, older gradients has the same
+    effect. The rule needs a history that begins before the end of the warm-up, because
+    it was never tested on later parts of a run. If there are several parameter groups,
+    all of them must be below the limit.
     """
     start = _start(history)
-    groups = history.streams("adam/correlation")
+    groups = history.find_all("adam/correlation")
     if start is None or not groups:
         return None
     medians, rows = [], np.zeros(0, int)
@@ -43,13 +44,14 @@ def learning_rate_too_high(history: History) -> Finding | None:
 
 
 def _start(history: History) -> int | None:
-    """The first row after a warm-up that the history has seen; None otherwise.
+    """The first row after the warm-up; None if the history begins after the warm-up.
 
-    After a short one not at once: the moments are still those of the first steps.
+    Not before step ``RATE_FROM_STEP``, because after a short warm-up the moments still
+    contain the first gradients.
     """
-    peak = history.peak_rate()
+    peak = history.peak_rate_row()
     if peak:
         return max(peak, int(np.searchsorted(history.steps, limits.RATE_FROM_STEP)))
     if not history.length or history.steps[0] > limits.EARLY_STEPS:
         return None
-    return history.settled()
+    return history.settled_row()

@@ -1,14 +1,14 @@
-"""The norms of the gradient, and which layer was first to leave its past."""
+"""Gradient norms, and the layer that was affected first."""
 
 import numpy as np
 
-from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._series import History, Layers, Series
 from optax_stability._diagnosis._trend import trend
 
 
 def log_norm(values: np.ndarray) -> np.ndarray:
-    """Logarithm of norms; NaN where there is none."""
+    """Logarithm of norms; NaN where the norm is not positive."""
     return np.log(np.where(values > 0, values, np.nan))
 
 
@@ -22,17 +22,18 @@ def gradient_layers(history: History) -> Layers:
     return history.layers("grad/norm", "clip/norm")
 
 
-def furthest(amount: np.ndarray, layers: Layers) -> str | None:
-    """The layer with the largest amount; None if there is none."""
+def largest_layer(amount: np.ndarray, layers: Layers) -> str | None:
+    """The layer with the largest amount; None if every amount is −∞ or NaN."""
     if not np.any(amount > -np.inf):
         return None
     return layers.names[int(np.nanargmax(amount))]
 
 
 def first_affected(history: History, row: int) -> str | None:
-    """The layer whose gradient was the first to leave its past, shortly before a row.
+    """The layer whose gradient norm was first above its trend, shortly before a row.
 
-    Of several at the same step the one that is furthest out for its own scale.
+    Among several layers in the same row, the one with the largest excess relative to
+    its own scale.
     """
     layers = gradient_layers(history)
     start = max(0, row - 2 * (limits.WINDOW + limits.CENTRE))
@@ -44,6 +45,6 @@ def first_affected(history: History, row: int) -> str | None:
     if not len(recently):
         return None
     at = max(len(values) - limits.CENTRE, 0) + int(recently[0])
-    return furthest(
+    return largest_layer(
         np.where(past.above[at], past.excess[at] / past.scale[at], -np.inf), layers
     )

@@ -1,8 +1,8 @@
-"""Numbers that are too small: for their dtype, or for Adam's ε."""
+"""Gradients that are too small for their dtype, or for Adam's ε."""
 
 import numpy as np
 
-from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._location import gradient_norm
@@ -12,7 +12,7 @@ from optax_stability._diagnosis._trend import smooth, stretches, sustained
 
 
 def underflow(history: History) -> Finding | None:
-    """Exact zeros in most layers, or a gradient that is zero altogether."""
+    """Exact zeros in half of the layers, or a gradient that is entirely zero."""
     return _all_zero(history) or _zeros_in_layers(history) or _zeros_rise(history)
 
 
@@ -22,9 +22,9 @@ def _all_zero(history: History) -> Finding | None:
         return None
     zero, loss = norm.values == 0, loss_of(history)
     if loss is not None:
-        # A step whose microbatches were all left out has no loss either.
+        # A step whose microbatches were all left out has gradient 0 and no loss.
         zero &= ~np.isnan(loss.values)
-    long = [(a, b) for a, b in stretches(zero) if b - a >= limits.VANISHED_FOR]
+    long = [(a, b) for a, b in stretches(zero) if b - a >= limits.VANISHED_ROWS]
     if not long:
         return None
     start, stop = long[0]
@@ -37,8 +37,8 @@ def _zeros_in_layers(history: History) -> Finding | None:
     layers = layers.only(lambda name: not is_embedding(name))
     if not layers.keys:
         return None
-    values = np.stack([history.held(key) for key in layers.keys], axis=1)
-    # Frozen layers have no gradient; that is no underflow.
+    values = np.stack([history.forward_filled(key) for key in layers.keys], axis=1)
+    # Frozen layers have no gradient; this is not underflow.
     used = np.flatnonzero((np.nan_to_num(values, nan=1.0) < 1).any(axis=0))
     if not len(used):
         return None
@@ -47,7 +47,7 @@ def _zeros_in_layers(history: History) -> Finding | None:
     row = sustained(low.mean(axis=1) >= 0.5, measured)
     if row is None:
         return None
-    # How long each has been low by now; of those that began together the lowest.
+    # The layer that has been low for longest; on a tie, the one with the most zeros.
     since = row - np.argmax(low[row::-1] == 0, axis=0)
     since = np.where(low[: row + 1].all(axis=0), -1, since)
     first = np.where(low[row], -since, -np.inf)
@@ -65,8 +65,8 @@ def _zeros_in_layers(history: History) -> Finding | None:
 def _zeros_rise(history: History) -> Finding | None:
     if history.layers("grad/zero_fraction").names:
         return None
-    for zeros in history.streams("grad/zero_fraction"):
-        values = history.held(zeros.key)
+    for zeros in history.find_all("grad/zero_fraction"):
+        values = history.forward_filled(zeros.key)
         least = np.fmin.accumulate(smooth(values))
         measured = history.measured(zeros.key, "grad/zero_fraction")
         row = sustained(values >= least + limits.ZERO_RISE, measured)
@@ -80,15 +80,15 @@ def _zeros_rise(history: History) -> Finding | None:
 
 
 def eps_dominated(history: History) -> Finding | None:
-    """Coordinates where Adam's ε is larger than √v̂, in most of a layer."""
+    """Adam's ε outweighs √v̂, on average over a layer."""
     layers = history.layers("adam/eps_share")
     keys, names = layers.keys, layers.names
     if not keys:
-        whole = history.streams("adam/eps_share")
+        whole = history.find_all("adam/eps_share")
         keys, names = [each.key for each in whole], [""] * len(whole)
     found = []
     for key, name in zip(keys, names, strict=True):
-        # Rows that are seldom looked up have next to no √v̂; that is no harm.
+        # Rarely used rows of an embedding have a very small √v̂, which does no harm.
         if is_vector(name) or is_embedding(name):
             continue
         share = _eps_share(history, key)
@@ -100,17 +100,18 @@ def eps_dominated(history: History) -> Finding | None:
         return None
     row, share, key, name = min(found)
     evidence = (
-        f"mean of ε/(√v̂ + ε) = {-share:.2g}, limit {limits.EPS_SHARE} (ε = √v̂), "
-        f"coordinates without a gradient left out; in {len(found)} of {len(keys)}"
+        f"mean of ε/(√v̂ + ε) = {-share:.2g}, limit {limits.EPS_SHARE} (ε = √v̂), over "
+        f"coordinates with a gradient; in {len(found)} of {len(keys)} curves"
     )
     return finding("eps_dominated", history, row, key, name or None, evidence)
 
 
 def _eps_share(history: History, key: str) -> np.ndarray:
-    """The share, over coordinates that ever had a gradient."""
-    share, zero_key = history.held(key), key.replace("eps_share", "zero_fraction")
+    """Mean of ε/(√v̂ + ε) over the coordinates that ever had a gradient."""
+    share = history.forward_filled(key)
+    zero_key = key.replace("eps_share", "zero_fraction")
     if zero_key not in history.columns:
         return share
-    zeros = history.held(zero_key)
+    zeros = history.forward_filled(zero_key)
     seen = np.where(zeros < 1, 1 - zeros, np.nan)
     return (share - zeros) / seen

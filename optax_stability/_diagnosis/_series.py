@@ -1,7 +1,7 @@
-"""The history as rules read it: one curve, or one per layer, by any of its names.
+"""Access to the curves of a history, global or per layer, by any of their names.
 
-A metric may be missing, may have another name in front (``decayed/adam/…``), and may
-hold its last value between measurements.
+A metric may be missing, may have a prefix (``decayed/adam/…``), and may repeat its last
+value between measurements.
 """
 
 import re
@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis import _limits as limits
 
-# What ``record`` measures every few steps, and repeats in between.
-_SELDOM = (
+# Metrics that ``record`` measures every few steps, and repeats in between.
+_SPARSE = (
     "max_abs",
     "zero_fraction",
     "bimodality",
@@ -31,7 +31,7 @@ class Series(NamedTuple):
     """One curve.
 
     Attributes:
-      key: its name in the history.
+      key: name in the history.
       values: float64[T].
     """
 
@@ -43,8 +43,8 @@ class Layers(NamedTuple):
     """One curve per layer.
 
     Attributes:
-      keys: their names in the history.
-      names: of the layers, in the order of the history.
+      keys: names in the history.
+      names: names of the layers, in the order of the history.
       values: float64[T, n_layers].
     """
 
@@ -53,7 +53,7 @@ class Layers(NamedTuple):
     values: np.ndarray
 
     def only(self, wanted: Callable[[str], bool]) -> "Layers":
-        """The layers whose name is wanted."""
+        """The layers for whose names ``wanted`` is true."""
         at = [i for i, name in enumerate(self.names) if wanted(name)]
         return Layers(
             [self.keys[i] for i in at], [self.names[i] for i in at], self.values[:, at]
@@ -61,7 +61,7 @@ class Layers(NamedTuple):
 
 
 def is_embedding(layer: str) -> bool:
-    """Whether rows of a layer are looked up, so that most have no gradient."""
+    """Whether a layer is an embedding, by its name: most rows have no gradient."""
     return bool(_EMBEDDING.search(layer))
 
 
@@ -71,7 +71,7 @@ def is_vector(layer: str) -> bool:
 
 
 def depth(layer: str) -> float:
-    """Place in the model: embeddings −1, blocks their number, others ∞."""
+    """Position in the model: embeddings −1, blocks their number, others ∞."""
     if is_embedding(layer):
         return -1.0
     index = _INDEX.search(layer)
@@ -79,31 +79,31 @@ def depth(layer: str) -> float:
 
 
 class History:
-    """A history that was checked, with every way to look a metric up."""
+    """A checked history, with methods that look up metrics."""
 
     def __init__(self, history: dict[str, np.ndarray]):
-        """Checks and converts; see :func:`diagnose` for what is raised."""
+        """Checks and converts ``history``; :func:`diagnose` lists the errors."""
         self.columns = _checked(history)
         self.steps = np.asarray(history["step"])
         self.length = len(self.steps)
 
     def without_probes(self) -> "History":
-        """Without the rows in which ``branch_on_spike`` asked the kept parameters."""
+        """Without the rows in which ``branch_on_spike`` probed its snapshot."""
         probed = np.zeros(self.length, bool)
-        for each in self.streams("branch/probed"):
+        for each in self.find_all("branch/probed"):
             probed |= each.values == 1
         if not probed.any():
             return self
         return History({key: each[~probed] for key, each in self.columns.items()})
 
     def keys(self, name: str) -> list[str]:
-        """The key of that name, or those that end with it after a prefix."""
+        """The key ``name``; if it is missing, all keys ``<prefix>/<name>``."""
         if name in self.columns:
             return [name]
         return [key for key in self.columns if key.endswith("/" + name)]
 
-    def streams(self, *names: str) -> list[Series]:
-        """The curves of the first of the names that was ever measured."""
+    def find_all(self, *names: str) -> list[Series]:
+        """All curves of the first of the names that was ever measured."""
         for name in names:
             found = [Series(key, self.columns[key]) for key in self.keys(name)]
             measured = [each for each in found if not np.isnan(each.values).all()]
@@ -112,11 +112,11 @@ class History:
         return []
 
     def first(self, *names: str) -> Series | None:
-        """The first such curve."""
-        return next(iter(self.streams(*names)), None)
+        """The first curve of :meth:`find_all`."""
+        return next(iter(self.find_all(*names)), None)
 
-    def exactly(self, *names: str) -> Series | None:
-        """As :meth:`first`, but nothing may stand before the name."""
+    def first_unprefixed(self, *names: str) -> Series | None:
+        """As :meth:`first`, but only for names without a prefix."""
         for name in names:
             if name in self.columns and not np.isnan(self.columns[name]).all():
                 return Series(name, self.columns[name])
@@ -137,13 +137,13 @@ class History:
     def measured(self, key: str, name: str) -> np.ndarray:
         """bool[T]: the rows at which the metric ``name`` was measured, not repeated.
 
-        All that is measured together changes together, so that one of them may stay the
-        same.
+        Metrics of one group are measured in the same rows: a row counts as measured if
+        any of them changed.
         """
         known = np.isfinite(self.columns[key])
         prefix, _, layer = key.partition(name)
         place, _, metric = name.partition("/")
-        group = _ADAM if place == "adam" else _SELDOM
+        group = _ADAM if place == "adam" else _SPARSE
         if metric not in group:
             return known
         together = [f"{prefix}{place}/{each}" for each in group]
@@ -151,30 +151,30 @@ class History:
         columns = [self.columns[each] for each in together if each in self.columns]
         return changed(np.stack(columns, axis=1)) & known
 
-    def held(self, key: str) -> np.ndarray:
-        """A metric with its last value in between, as ``record`` has it."""
+    def forward_filled(self, key: str) -> np.ndarray:
+        """A metric with missing values replaced by the last known one."""
         values = self.columns[key]
         last = np.where(np.isfinite(values), np.arange(self.length), -1)
         last = np.maximum.accumulate(last) if self.length else last
         return np.where(last >= 0, values[last], np.nan)
 
-    def settled(self) -> int:
+    def settled_row(self) -> int:
         """The first row after the warm-up and the early descent; T if there is none."""
         early = np.flatnonzero(self.steps >= limits.EARLY_STEPS)
         first = int(early[0]) if len(early) else self.length
-        return max(first, self.peak_rate() or 0)
+        return max(first, self.peak_rate_row() or 0)
 
-    def peak_rate(self) -> int | None:
+    def peak_rate_row(self) -> int | None:
         """The first row at which the learning rate is at its peak; None if unknown."""
-        rate = self.exactly("learning_rate")
+        rate = self.first_unprefixed("learning_rate")
         if rate is None:
             return None
         values = np.where(np.isfinite(rate.values), rate.values, -np.inf)
         return int(np.argmax(values >= 0.99 * values.max()))
 
-    def undecayed(self) -> np.ndarray:
+    def near_peak_rate(self) -> np.ndarray:
         """bool[T]: the learning rate is near its peak, or unknown."""
-        rate = self.exactly("learning_rate")
+        rate = self.first_unprefixed("learning_rate")
         if rate is None:
             return np.ones(self.length, bool)
         values = np.where(np.isfinite(rate.values), rate.values, -np.inf)
@@ -182,7 +182,7 @@ class History:
 
 
 def changed(values: np.ndarray) -> np.ndarray:
-    """bool[T]: the rows of ``values[T, n]`` that differ from the one before."""
+    """bool[T]: the rows of ``values[T, n]`` that differ from the previous row."""
     if not len(values):
         return np.zeros(0, bool)
     before, after = values[:-1], values[1:]
@@ -191,7 +191,7 @@ def changed(values: np.ndarray) -> np.ndarray:
 
 
 def _checked(history: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The columns as float64, by name."""
+    """The columns as float64, by name; raises for malformed ones."""
     if not isinstance(history, dict):
         raise TypeError(
             f"history must be a dict of arrays, got {type(history).__name__}; pass "
@@ -199,8 +199,8 @@ def _checked(history: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         )
     if "step" not in history:
         raise ValueError(
-            f"history has no 'step' among its {len(history)} keys; add the numbers of "
-            "its rows, as history(state) does."
+            f"history has no 'step' among its {len(history)} keys; add the step of "
+            "each row, as history(state) does."
         )
     columns = {}
     for key, values in history.items():
@@ -208,8 +208,8 @@ def _checked(history: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             columns[key] = np.asarray(values, np.float64)
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"history[{key!r}] must be an array of numbers, got {values!r}; leave "
-                "it out."
+                f"history[{key!r}] must be an array of numbers, got {values!r}; remove "
+                "this key."
             ) from error
     shape = columns["step"].shape
     for key, values in columns.items():
@@ -220,7 +220,7 @@ def _checked(history: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             )
     if not np.isfinite(columns["step"]).all():
         raise ValueError(
-            f"history['step'] = {history['step']!r} holds what is not finite; number "
-            "its rows."
+            f"history['step'] = {history['step']!r} contains NaN or Inf; pass a finite "
+            "step number for each row."
         )
     return columns

@@ -1,8 +1,8 @@
-"""A loss that no longer falls although there is somewhere to go."""
+"""A loss that stands still without having converged."""
 
 import numpy as np
 
-from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._loss import loss_of
@@ -14,16 +14,16 @@ _ERROR_OF_MEDIAN = (np.pi / 2) ** 0.5
 
 
 def plateau(history: History) -> Finding | None:
-    """A loss that is flat for long, and that has not converged.
+    """A loss that is flat for many steps without having converged.
 
-    Flat is also a run that is done. It is told apart by a loss that is still about
-    where it started, or by gradients that still agree from step to step.
+    A converged loss is also flat. The loss has not converged if it is still near its
+    initial value, or if successive gradients are still correlated.
     """
     loss = loss_of(history)
     if loss is None:
         return None
-    judged = history.undecayed() & np.isfinite(loss.values)
-    judged &= np.arange(history.length) >= history.settled()
+    judged = history.near_peak_rate() & np.isfinite(loss.values)
+    judged &= np.arange(history.length) >= history.settled_row()
     rows = np.flatnonzero(judged)
     if len(rows) < limits.PLATEAU_WINDOW:
         return None
@@ -32,10 +32,10 @@ def plateau(history: History) -> Finding | None:
     early, late = median(values[:quarter]), median(values[-quarter:])
     noise = limits.SIGMA_PER_MAD * median(np.abs(values - smooth(values)))
     error = _ERROR_OF_MEDIAN * noise * (2 / quarter) ** 0.5
-    negligible = limits.PLATEAU_FALL * abs(early)
+    negligible = limits.PLATEAU_NEGLIGIBLE * abs(early)
     if early - late > max(limits.PLATEAU_ERRORS * error, negligible):
         return None
-    reason = _not_done(history, loss.values, float(late), rows)
+    reason = _why_not_converged(history, loss.values, float(late), rows)
     if reason is None:
         return None
     evidence = (
@@ -45,15 +45,16 @@ def plateau(history: History) -> Finding | None:
     return finding("plateau", history, int(rows[0]), loss.key, None, evidence)
 
 
-def _not_done(
+def _why_not_converged(
     history: History, loss: np.ndarray, late: float, rows: np.ndarray
 ) -> str | None:
-    """Why a flat loss is not a converged one, if it is not."""
+    """The evidence that a flat loss has not converged; None without any."""
     start = median(loss[: limits.CENTRE])
     began = history.steps[0] <= limits.EARLY_STEPS
-    if began and start - late < limits.PLATEAU_FALLEN * abs(start):
+    if began and start - late < limits.PLATEAU_MIN_FALL * abs(start):
         return (
-            f"it began at {start:.4g} and fell by less than {limits.PLATEAU_FALLEN:.0%}"
+            f"it began at {start:.4g} and fell by less than "
+            f"{limits.PLATEAU_MIN_FALL:.0%}"
         )
     rho = history.first("adam/correlation")
     if rho is None:
@@ -61,4 +62,4 @@ def _not_done(
     level = median(rho.values[rows])
     if level < limits.PLATEAU_CORRELATION:
         return None
-    return f"gradients still agree, with a correlation of {level:.2f}"
+    return f"successive gradients still have a correlation of {level:.2f}"

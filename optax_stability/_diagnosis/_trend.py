@@ -1,13 +1,14 @@
-"""How far a curve is from its own recent past, at every row.
+"""Distance of a curve from the median of its recent values, in every row.
 
-*Rule*: that of ``thresholds.detrended_mad``, for many curves at once and without JAX::
+*Rule*: that of ``thresholds.detrended_mad``, for many curves at once and in NumPy::
 
   c = median of the last 8 values     e = x − c
   s = 1.4826·median|e − median e| of the last 32
-  abnormal if e > max(scales·s, floor); learned is min(x, c + that)
+  abnormal if e > max(scales·s, floor)
+  learned value: min(x, c + max(scales·s, floor))
 
-So an event does not become the norm, a fall of the curve is followed, and what is not
-finite is not learned.
+Abnormal values are clipped before they are learned, a falling curve is followed, and
+non-finite values are not learned.
 """
 
 import math
@@ -15,17 +16,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis import _limits as limits
 
 
 class Trend(NamedTuple):
-    """The recent past of curves, and the present relative to it; [T] or [T, n].
+    """Recent level of curves, and each value relative to it; [T] or [T, n].
 
     Attributes:
-      centre: median of the recent past.
-      scale: robust σ around it.
-      excess: value minus centre; NaN where one of them is not known.
-      bound: what the excess is held against; ∞ until enough is known.
+      centre: median of the recent values.
+      scale: robust σ around the centre.
+      excess: value minus centre; NaN where either is unknown.
+      bound: limit of the excess; ∞ until enough values are known.
     """
 
     centre: np.ndarray
@@ -35,12 +36,12 @@ class Trend(NamedTuple):
 
     @property
     def above(self) -> np.ndarray:
-        """Whether the value is abnormal."""
+        """Whether the excess is above its bound."""
         return self.excess > self.bound
 
 
 def median(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Median of what is not NaN; NaN of nothing."""
+    """Median of the values that are not NaN; NaN if there are none."""
     if not values.shape[axis]:
         return np.full(np.delete(values.shape, axis), np.nan)
     values = np.sort(values, axis=axis)
@@ -53,12 +54,12 @@ def median(values: np.ndarray, axis: int = 0) -> np.ndarray:
 
 
 def finite(values: np.ndarray) -> np.ndarray:
-    """The values with NaN for all that is not finite."""
+    """The values, with NaN in place of non-finite ones."""
     return np.where(np.isfinite(values), values, np.nan)
 
 
 def _push(ring: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The ring with finite values pushed in, in each column on its own."""
+    """The ring buffer after finite values are pushed, in each column separately."""
     pushed = np.concatenate([ring[1:], values[None]])
     return np.where(np.isfinite(values), pushed, ring)
 
@@ -73,8 +74,8 @@ def trend(values: np.ndarray, scales: float, floor: float) -> Trend:
     for i, x in enumerate(flat):
         centre[i] = median(recent)
         scale[i] = limits.SIGMA_PER_MAD * median(np.abs(residuals - median(residuals)))
-        # The first of the values that arm it had no centre to be distant from.
-        armed = np.isfinite(residuals[1 - limits.ARM])
+        # The first of the warm-up values has no centre, and so no residual.
+        armed = np.isfinite(residuals[1 - limits.WARMUP_VALUES])
         bound[i] = np.where(armed, np.maximum(scales * scale[i], floor), np.inf)
         excess[i] = x - centre[i]
         learned = np.fmin(x, centre[i] + bound[i])
@@ -87,7 +88,7 @@ def trend(values: np.ndarray, scales: float, floor: float) -> Trend:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Median of each value and the few before it, [T] or [T, n]; less at the start."""
+    """Trailing median of ``CENTRE`` values, fewer at the start; [T] or [T, n]."""
     if not values.size:
         return values
     flat = finite(values.reshape(len(values), -1))
@@ -98,24 +99,25 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return median(windows, axis=-1).reshape(values.shape)
 
 
-def stretches(flags: np.ndarray, apart: int = 1) -> list[tuple[int, int]]:
-    """(start, stop) of rows of flags; those closer than ``apart`` are one."""
+def stretches(flags: np.ndarray, max_distance: int = 1) -> list[tuple[int, int]]:
+    """(start, stop) of stretches of flags, merged if at most ``max_distance`` apart."""
     at = np.flatnonzero(flags)
     if not len(at):
         return []
-    breaks = np.flatnonzero(np.diff(at) > apart)
+    breaks = np.flatnonzero(np.diff(at) > max_distance)
     starts = at[np.concatenate([[0], breaks + 1])]
     stops = at[np.concatenate([breaks, [len(at) - 1]])] + 1
     return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 def sustained(flags: np.ndarray, measured: np.ndarray, rows: int = 1) -> int | None:
-    """The first row of flags that last: for some measurements, and over some rows.
+    """The first row of the first stretch of flags that lasts; None if none does.
 
-    ``measured`` says at which rows there is a new value.
+    A stretch lasts if it has at least ``rows`` rows, and at least ``MIN_MEASUREMENTS``
+    new values, which ``measured`` marks.
     """
     for start, stop in stretches(flags):
-        enough = np.sum(measured[start:stop]) >= limits.LASTS
+        enough = np.sum(measured[start:stop]) >= limits.MIN_MEASUREMENTS
         if enough and stop - start >= rows:
             return start
     return None

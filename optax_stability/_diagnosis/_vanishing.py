@@ -1,13 +1,13 @@
-"""Gradients that vanish, and gradients that come back.
+"""Gradients that vanish, and gradients that vanish and then surge.
 
-*Source*: a spike begins with shallow layers whose gradient vanishes, so that Adam's
-second moment decays, and returns; Molybog et al., "A Theory on Adam Instability in
+*Source*: before a spike, the gradient of shallow layers vanishes, Adam's second moment
+decays, and then the gradient returns; Molybog et al., "A Theory on Adam Instability in
 Large-Scale Machine Learning", 2023, arXiv:2304.09871.
 """
 
 import numpy as np
 
-from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._location import (
@@ -19,51 +19,54 @@ from optax_stability._diagnosis._loss import loss_of
 from optax_stability._diagnosis._series import History, Layers, depth, is_vector
 from optax_stability._diagnosis._trend import median, smooth, stretches
 
-# Stands for the norm 0, below every float32.
-_NOTHING = 1e-50
+# Replaces a norm of 0 in logarithms; below every positive float32.
+_ZERO_NORM = 1e-50
 
 
-def _fallen(history: History, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """bool[T, n]: norms that are orders below what they were since the early descent.
+def _far_below_past(
+    history: History, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """bool[T, n], twice: norms that are orders below their earlier level.
 
-    First of medians of a few, then of single values. A gradient that falls with its
-    loss is healthy: it must have fallen far more.
+    First for trailing medians, then for single values; the earlier level is the largest
+    median since the early descent. A gradient that falls together with the loss is
+    healthy, so the norm must have fallen far more than the loss.
     """
-    start = history.settled()
+    start = history.settled_row()
     single = np.log(
-        np.where(values == 0, _NOTHING, np.where(values > 0, values, np.nan))
+        np.where(values == 0, _ZERO_NORM, np.where(values > 0, values, np.nan))
     )
     level = smooth(single)
     level[:start] = np.nan
-    due = np.fmax.accumulate(level) - np.log(limits.VANISHED_FACTOR)
+    limit = np.fmax.accumulate(level) - np.log(limits.VANISHED_FACTOR)
     loss = loss_of(history)
     if loss is not None:
-        lower = smooth(log_norm(loss.values))
-        lower[:start] = np.nan
-        fall = np.fmax.accumulate(lower) - lower
-        due -= np.nan_to_num(2 * fall)[:, None]
-    return level <= due, single <= due
+        loss_level = smooth(log_norm(loss.values))
+        loss_level[:start] = np.nan
+        fall = np.fmax.accumulate(loss_level) - loss_level
+        limit -= np.nan_to_num(2 * fall)[:, None]
+    return level <= limit, single <= limit
 
 
 def _falls(history: History, values: np.ndarray) -> list[list[tuple[int, int]]]:
-    """(start, stop) of the falls that last, for each curve."""
+    """(start, stop) of each fall that lasts, for each curve."""
     found = []
     for level, single in zip(
-        *(each.T for each in _fallen(history, values)), strict=True
+        *(each.T for each in _far_below_past(history, values)), strict=True
     ):
         falls = []
         for start, stop in stretches(level, limits.CENTRE):
-            # The median is late by half its window; the values themselves are not.
+            # The median lags by half its window; the single values do not.
             near = max(start + 1 - limits.CENTRE, 0)
             first = near + int(single[near : start + 1].argmax())
-            if stop - start >= limits.VANISHED_FOR:
+            if stop - start >= limits.VANISHED_ROWS:
                 falls.append((first if single[first] else start, stop))
         found.append(falls)
     return found
 
 
 def vanishing_gradient(history: History) -> Finding | None:
-    """A gradient norm, of the whole or of a layer, that is orders below its past."""
+    """A gradient norm, global or of a layer, that is orders below its earlier level."""
     norm, layers = gradient_norm(history), gradient_layers(history)
     layers = layers.only(lambda name: not is_vector(name))
     if norm is not None:
@@ -77,20 +80,20 @@ def vanishing_gradient(history: History) -> Finding | None:
         return None
     row, at = min(found)
     values = layers.values[:, at]
-    before = median(values[history.settled() : row])
+    before = median(values[history.settled_row() : row])
     evidence = (
         f"gradient norm {values[row]:.3g} at step {history.steps[row]}, {before:.3g} "
-        f"before (median since step {history.steps[history.settled()]}), limit "
-        f"÷{limits.VANISHED_FACTOR:.0f} for {limits.VANISHED_FOR} steps; "
-        f"{sum(layers.names[i] != '' for _, i in found)} layers did so"
+        f"before (median since step {history.steps[history.settled_row()]}), limit "
+        f"÷{limits.VANISHED_FACTOR:.0f} for {limits.VANISHED_ROWS} steps; "
+        f"{sum(layers.names[i] != '' for _, i in found)} layers affected"
     )
-    # Where the whole was first, the first of the layers that followed.
+    # If the global norm was first, the first of the layers that followed.
     layer = next((layers.names[i] for _, i in sorted(found) if layers.names[i]), None)
     return finding("vanishing_gradient", history, row, layers.keys[at], layer, evidence)
 
 
 def vanishing_then_surge(history: History) -> Finding | None:
-    """A shallow layer whose gradient vanishes and then comes back at once."""
+    """A shallow layer whose gradient vanishes and then returns abruptly."""
     layers = gradient_layers(history)
     depths = [depth(name) for name in layers.names]
     shallow = np.median(depths) if depths else np.inf
@@ -107,10 +110,10 @@ def vanishing_then_surge(history: History) -> Finding | None:
     row, factor, at, surged = min(found)
     evidence = (
         f"gradient norm {layers.values[row, at]:.3g} from step {history.steps[row]} "
-        f"on, more than ÷{limits.VANISHED_FACTOR:.0f} below its past, and "
+        f"on, more than ÷{limits.VANISHED_FACTOR:.0f} below its earlier level; "
         f"{layers.values[surged, at]:.3g} at step {history.steps[surged]}: "
         f"×{-factor:.3g}, limit ×{limits.SURGE_FACTOR:.0f} within "
-        f"{limits.SURGE_WITHIN} steps"
+        f"{limits.SURGE_ROWS} steps"
     )
     return finding(
         "vanishing_then_surge",
@@ -124,11 +127,11 @@ def vanishing_then_surge(history: History) -> Finding | None:
 
 def _surge(values: np.ndarray, start: int, stop: int) -> tuple[int, float] | None:
     """The row and factor of the rise at the end of a fall, if it is steep."""
-    # The median is late by half its window: the fall ends before it says so.
+    # The median lags by half its window, so the fall ends before ``stop``.
     quiet = median(values[start : max(stop - limits.CENTRE, start + 1)])
     end = max(stop - limits.CENTRE, start)
-    after = values[end : stop + limits.SURGE_WITHIN]
+    after = values[end : stop + limits.SURGE_ROWS]
     after = np.where(np.isfinite(after), after, 0.0)
     surged = end + int(np.argmax(after))
-    factor = float(after.max() / max(quiet, _NOTHING))
+    factor = float(after.max() / max(quiet, _ZERO_NORM))
     return (surged, factor) if factor >= limits.SURGE_FACTOR else None

@@ -1,8 +1,8 @@
-"""Weights that run away."""
+"""Weights that grow without bound."""
 
 import numpy as np
 
-from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._series import History
@@ -10,34 +10,37 @@ from optax_stability._diagnosis._trend import smooth
 
 
 def growing_spectral_norm(history: History) -> Finding | None:
-    """A singular value that grows faster and faster, which bounded updates cannot do.
+    """A singular value whose growth accelerates, which bounded updates cannot cause.
 
-    ``Rule``: of the growth d₁, d₂, d₃ in thirds of the time after the warm-up, d₃ is
-    above all that steady growth gives, and the whole is a multiple.
+    **Rule**: let d₁, d₂, d₃ be the growth in the three thirds of the time after the
+    warm-up, and c = ``GROWTH_PER_THIRD``. Then d₃ ≥ c·max(d₂, c·d₁), and the value has
+    grown by the factor ``GROWTH_TOTAL`` in total.
     """
     layers = history.layers("params/spectral_norm")
     keys, names = layers.keys, layers.names
     if not keys:
-        whole = history.streams("params/spectral_norm")
+        whole = history.find_all("params/spectral_norm")
         keys, names = [each.key for each in whole], [""] * len(whole)
     found = []
     for key, name in zip(keys, names, strict=True):
-        growth = _runaway(history, key)
+        growth = _accelerating_growth(history, key)
         found += [(*growth, key, name)] if growth else []
     if not found:
         return None
     row, factor, start, end, key, name = min(found)
     evidence = (
         f"largest singular value {start:.3g} → {end:.3g}, ×{-factor:.3g} since step "
-        f"{history.steps[history.settled()]} and faster in each third of the time, "
+        f"{history.steps[history.settled_row()]}, faster in each third of this time, "
         f"limit ×{limits.GROWTH_TOTAL:.0f}; {len(found)} of {len(keys)} matrices"
     )
     return finding("growing_spectral_norm", history, row, key, name or None, evidence)
 
 
-def _runaway(history: History, key: str) -> tuple[int, float, float, float] | None:
-    """(first row off a straight line, −factor, start, end) of what accelerates."""
-    values, start = history.columns[key], history.settled()
+def _accelerating_growth(
+    history: History, key: str
+) -> tuple[int, float, float, float] | None:
+    """(first row above linear growth, −factor, start, end), if growth accelerates."""
+    values, start = history.columns[key], history.settled_row()
     rows = np.flatnonzero(
         history.measured(key, "params/spectral_norm") & np.isfinite(values)
     )

@@ -1,4 +1,4 @@
-"""Gradients before the optimizer: penalty, scaling, norms of single examples.
+"""Gradient penalty, gradient scaling and per-example gradient norms.
 
 May import: ``_core``.
 """

@@ -1,14 +1,14 @@
-"""The gradient of a batch in parts, with what the parts say about its noise.
+"""The gradient of a batch from microbatches, with statistics of its noise.
 
-*Problem*: a large batch does not fit into memory; its gradient hides how far the parts
-agree; and one NaN in one sequence costs the whole step.
+*Problem*: a large batch does not fit into memory; its gradient does not show how much
+the microbatches differ; and one NaN in one sequence costs the whole step.
 
 *Where*: in place of ``jax.value_and_grad``, inside the jitted step.
 
-*Cost*: that of a ``lax.scan`` or ``jax.vmap`` over the parts, and one reduction over
-each part's gradient. Memory: the gradients of the ``vmap_size`` parts that are
-evaluated together and one accumulator; with ``mean_square`` one more. A loss scale adds
-a multiplication wherever a part's gradient is read, and no memory.
+*Cost*: a ``lax.scan`` or ``jax.vmap`` over the microbatches, and one reduction over
+each microbatch gradient. Memory: the gradients of the ``vmap_size`` microbatches that
+are evaluated together and one accumulator; with ``mean_square`` one more accumulator. A
+loss scale adds a multiplication wherever a microbatch gradient is read, and no memory.
 """
 
 from collections.abc import Callable
@@ -33,22 +33,27 @@ from optax_stability._moments._moments import Aggregate, Moments
 Params = TypeVar("Params")
 Batch = TypeVar("Batch")
 Value = TypeVar("Value")
-Takes = TypeVar("Takes", contravariant=True)
-Reads = TypeVar("Reads", contravariant=True)
-Gives = TypeVar("Gives", covariant=True)
-Grads = TypeVar("Grads", covariant=True)
+Params_contra = TypeVar("Params_contra", contravariant=True)
+Batch_contra = TypeVar("Batch_contra", contravariant=True)
+Value_co = TypeVar("Value_co", covariant=True)
+Grads_co = TypeVar("Grads_co", covariant=True)
 
 
-class ValueAndGrad(Protocol[Takes, Reads, Gives, Grads]):
-    """What :func:`microbatch_gradients` returns, with the types of its loss function.
+class ValueAndGrad(Protocol[Params_contra, Batch_contra, Value_co, Grads_co]):
+    """The function that :func:`microbatch_gradients` returns, with its types.
 
-    From parameters (or a module) and a batch to the value, the gradient and its
+    Maps parameters (or a module) and a batch to the value, the gradient and its
     :class:`Moments`.
     """
 
     def __call__(
-        self, params: Takes, batch: Reads, /, *, loss_scale: Any = None
-    ) -> tuple[Gives, Grads, Moments]:
+        self,
+        params: Params_contra,
+        batch: Batch_contra,
+        /,
+        *,
+        loss_scale: float | jax.Array | None = None,
+    ) -> tuple[Value_co, Grads_co, Moments]:
         """Evaluates one batch."""
         ...
 
@@ -58,19 +63,19 @@ def check_batch(batch: Any, num_microbatches: int) -> None:
     leaves = jax.tree.leaves(batch)
     if not leaves:
         raise ValueError(
-            f"batch={batch!r} holds no array; its arrays are cut along axis 0."
+            f"batch={batch!r} holds no array; give arrays with examples along axis 0."
         )
     for name, leaf in zip(_tree.leaf_names(batch), leaves, strict=True):
         shape = jnp.shape(leaf)
         if not shape or shape[0] % num_microbatches:
             raise ValueError(
-                f"batch: axis 0 of {name!r}, of shape {shape}, is no multiple of "
+                f"batch: axis 0 of {name!r}, of shape {shape}, is not a multiple of "
                 f"num_microbatches={num_microbatches}; change one of them."
             )
 
 
 def _cut(leaf, sizes: tuple[int, int, int]):
-    """Cuts axis 0 into three, the outermost of which keeps the sharding."""
+    """Splits axis 0 into three axes; the first of them keeps the sharding."""
     shape = (*sizes, *leaf.shape[1:])
     sharding = jax.typeof(leaf).sharding
     if all(axis is None for axis in sharding.spec):
@@ -80,13 +85,13 @@ def _cut(leaf, sizes: tuple[int, int, int]):
 
 
 def _split(batch: Any, groups: int, vmap_size: int, *, across_devices: bool) -> Any:
-    """Cuts axis 0 into [groups, vmap_size, examples], and no row leaves its device."""
+    """Splits axis 0 into [groups, vmap_size, examples]; rows stay on their device."""
 
     def split(leaf):
         leaf = jnp.asarray(leaf)
         examples = leaf.shape[0] // (groups * vmap_size)
         if across_devices:
-            # Each device makes whole microbatches of its rows.
+            # Each device forms whole microbatches from its own rows.
             return jnp.moveaxis(_cut(leaf, (vmap_size, groups, examples)), 0, 1)
         return jnp.moveaxis(_cut(leaf, (examples, groups, vmap_size)), 0, 2)
 
@@ -94,12 +99,12 @@ def _split(batch: Any, groups: int, vmap_size: int, *, across_devices: bool) -> 
 
 
 def count_examples(microbatch: Any) -> float:
-    """The longest first axis: keys and the like may be fewer than examples."""
+    """The largest length of axis 0: arrays of random keys may be shorter."""
     return float(max(leaf.shape[0] for leaf in jax.tree.leaves(microbatch)))
 
 
 def _usable_scale(loss_scale: Any) -> Any:
-    """The loss scale as float32[], between numbers whose reciprocals are normal."""
+    """The loss scale as float32[], clipped so that its reciprocal is normal."""
     if loss_scale is None:
         return None
     remedy = "give a power of two such as 2.0**15, or None"
@@ -108,23 +113,24 @@ def _usable_scale(loss_scale: Any) -> Any:
 
 
 def _check_loss(loss: Any, params: Any) -> None:
-    """Raises if JAX has added up the gradients of devices that differ in the loss."""
+    """Raises if JAX has summed the gradients of devices whose losses differ."""
     names, leaves = _tree.leaf_names(params), jax.tree.leaves(params)
     for name, leaf in zip(names, leaves, strict=True):
-        lost = varying_axes(jax.typeof(loss)) - varying_axes(jax.typeof(leaf))
-        if lost:
-            axes = ", ".join(map(repr, sorted(lost)))
+        summed = varying_axes(jax.typeof(loss)) - varying_axes(jax.typeof(leaf))
+        if summed:
+            axes = ", ".join(map(repr, sorted(summed)))
             raise ValueError(
-                f"under shard_map loss_fn differs along the mesh axis {axes}, while "
-                f"params[{name!r}] does not: JAX adds its gradients up over the "
-                "devices, and what would be their noise is lost. Return "
-                f"jax.lax.pmean(loss, {axes}); or leave shard_map for jit with "
-                f"spmd_axis_name={axes}, where devices have microbatches of their own."
+                f"under shard_map the loss differs along the mesh axis {axes}, while "
+                f"params[{name!r}] does not: JAX then sums the gradients over the "
+                "devices, and the noise between devices is lost. Return "
+                f"jax.lax.pmean(loss, {axes}) from loss_fn; or use jit instead of "
+                f"shard_map, with spmd_axis_name={axes}, which gives every device its "
+                "own microbatches."
             )
 
 
 def _value_and_grad(loss_fn: Callable[..., Any], has_aux: bool, loss_scale: Any):
-    """``jax.value_and_grad``, whose backward pass alone sees the loss scale."""
+    """``jax.value_and_grad`` with the loss scale in the backward pass only."""
     if loss_scale is None:
         return jax.value_and_grad(loss_fn, has_aux=has_aux)
 
@@ -134,9 +140,9 @@ def _value_and_grad(loss_fn: Callable[..., Any], has_aux: bool, loss_scale: Any)
 
     def value_and_grad(params, microbatch):
         grads, value = jax.grad(scaled, has_aux=True)(params, microbatch)
-        # A multiplication is fused into all that reads the gradient.
-        back = 1 / loss_scale
-        return value, jax.tree.map(lambda g: g * back, _moments.widen(grads))
+        # XLA fuses a multiplication into the operations that read the gradient.
+        inverse = 1 / loss_scale
+        return value, jax.tree.map(lambda g: g * inverse, _moments.widen(grads))
 
     return value_and_grad
 
@@ -154,8 +160,8 @@ def microbatch_gradients(
 ) -> ValueAndGrad[Params, Batch, Value, Params]:
     """``jax.value_and_grad`` over K microbatches, with their :class:`Moments`.
 
-    **Rule**, for the losses lₖ and gradients mₖ of K equal parts of the batch, of
-    weight nₖ, over those that are kept::
+    **Rule**, for K equal parts of the batch, the microbatches, with losses lₖ,
+    gradients mₖ and weights nₖ; the sums are over the kept microbatches::
 
       N = Σnₖ    loss = Σnₖ·lₖ/N    grads = ḡ = Σnₖ·mₖ/N
       deviation = Σnₖ‖mₖ − ḡ‖²      mean_square = Σnₖ·mₖ²/N
@@ -164,34 +170,36 @@ def microbatch_gradients(
 
     **Guarantees**
 
-    * If ``loss_fn`` is a mean over examples, or over what ``weight_fn`` counts, loss
-      and gradient are those of the whole batch, to rounding, whatever K and
-      ``vmap_size`` are: within 2⁻²⁰ of the largest |mₖ| in float32, for K up to 64.
-    * A microbatch that is not finite changes nothing but K and N.
+    * If ``loss_fn`` is a mean over examples, or over the units that ``weight_fn``
+      counts, loss and gradient are those of the whole batch for every K and
+      ``vmap_size``, except for rounding: in float32 the error is at most 2⁻²⁰ times the
+      largest |mₖ|, for K up to 64.
+    * A microbatch that is not finite changes only K and N.
     * Sums are formed in float32 at least; the gradient has the dtype of the parameters.
-    * With ``loss_scale=S`` only the backward pass sees S: loss, gradient and moments
-      are those without it, for a power of two bit by bit wherever nothing over- or
-      underflows. Each mₖ is divided by S in float32 at least, before it is judged,
-      summed or rounded. So what overflows costs its microbatch alone.
+    * With ``loss_scale=S`` only the backward pass sees S. Loss, gradient and moments
+      are those without S; for a power of two they are the same bit for bit, wherever
+      nothing overflows or underflows. Each mₖ is divided by S in float32 at least,
+      before it is checked, summed or rounded. So an overflow costs only its microbatch.
     * Rows stay on the device that holds them, under Auto and Explicit meshes.
 
     **Edge cases**
 
-    * If no microbatch is kept, the loss is NaN and the gradient 0: ``skip_spikes``
-      leaves the step out.
+    * If no microbatch is kept, the loss is NaN and the gradient is 0: ``skip_spikes``
+      then skips the step.
     * A leaf whose norm is above 8e37 counts as not finite.
-    * A loss scale beyond 2⁻¹²⁶ or 2¹²⁶ counts as that; at NaN no microbatch is kept.
-      Average in float32: the backward pass of a mean in float16 begins with S in
-      float16, which ends at 65504.
-    * Microbatch k has the rows k, k + K, k + 2K …; with ``spmd_axis_name`` they are
-      neighbours.
-    * The arrays of a batch may differ in length, as long as K divides each. Randomness
-      such as dropout needs a key per microbatch: put ``jax.random.split(key, K)`` into
-      the batch, and take ``batch["key"][0]`` in the loss.
-    * Layers that use statistics of the batch, such as BatchNorm, see the microbatch:
-      neither splitting nor accumulating makes their batch larger.
-    * To clip each microbatch is not to clip their mean; what stands in the chain does
-      the latter.
+    * The loss scale is clipped to 2⁻¹²⁶ … 2¹²⁶; if it is NaN, no microbatch is kept.
+      Average the loss in float32: the backward pass of a float16 mean starts with S in
+      float16, whose maximum is 65504.
+    * Microbatch k has the rows k, k + K, k + 2K …; with ``spmd_axis_name`` its rows are
+      adjacent.
+    * The arrays of a batch may differ in length, as long as K divides each length.
+      Randomness such as dropout needs a key per microbatch: put
+      ``jax.random.split(key, K)`` into the batch, and use ``batch["key"][0]`` in the
+      loss.
+    * Layers that use batch statistics, such as BatchNorm, see the microbatch: neither
+      splitting nor accumulating makes their batch larger.
+    * Clipping each microbatch differs from clipping their mean. A clip in the optimizer
+      chain clips the mean.
     * ``jax.checkpoint`` inside ``loss_fn`` works as usual.
 
     Args:
@@ -201,34 +209,35 @@ def microbatch_gradients(
       vmap_size: how many microbatches are evaluated together, a divisor of K. None: all
         (one ``jax.vmap``, K gradients in memory); 1: one after the other
         (``lax.scan``, two gradients in memory).
-      has_aux: whether ``loss_fn`` returns something beside the loss.
-      weight_fn: from a microbatch to its weight nₖ, such as its number of tokens that
-        are no padding; the unit of the noise scale. None: its number of rows.
-      mean_square: keep Σnₖ·mₖ² as well, for
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+      weight_fn: maps a microbatch to its weight nₖ, such as its number of tokens
+        without padding; the unit of the noise scale. None: its number of rows.
+      mean_square: also keep Σnₖ·mₖ², for
         ``scale_by_safe_adam(second_moment="microbatch")``; costs one buffer.
-      reject_nonfinite: False keeps every microbatch, whatever it holds.
-      spmd_axis_name: mesh axis that shards the batch, to give every device microbatches
-        of its own: the noise between devices at the price of one all-reduce. Its size
-        divides ``vmap_size``. For use under ``jit``, not ``shard_map``.
+      reject_nonfinite: False keeps every microbatch, finite or not.
+      spmd_axis_name: mesh axis that shards the batch; every device then gets its own
+        microbatches. This measures the noise between devices, at the cost of one
+        all-reduce. The size of the axis must divide ``vmap_size``. For use under
+        ``jit``, not ``shard_map``.
 
     Under ``shard_map`` average the loss inside ``loss_fn``, with ``jax.lax.pmean`` over
-    the mesh axes that shard the batch. A microbatch is then the k-th of all devices,
-    who keep it or drop it together; the default weight counts the rows of one device.
-    A loss that devices do not share is an error where the parameters are shared: JAX
-    would add up the gradients, and the noise would read 0. All this goes by the types
-    of ``check_vma=True``, the default.
+    the mesh axes that shard the batch. Microbatch k then consists of the k-th
+    microbatches of all devices, which keep or reject it together; the default weight
+    counts the rows of one device. A loss that differs between devices is an error if
+    the parameters do not differ: JAX would sum the gradients, and the measured noise
+    would be 0. These rules rely on the types of ``check_vma=True``, the default.
 
     Returns:
       ``fn(params, batch, *, loss_scale=None) -> (value, grads, moments)``, to be called
       inside ``jit``. value is the loss, or ``(loss, aux)`` with aux stacked over the K
-      microbatches, in the order in which they were evaluated. ``loss_scale`` is S > 0,
-      a number or float32[], for half precision; see
+      microbatches, in the order of their evaluation. ``loss_scale`` is S > 0, a
+      number or float32[], for half precision; see
       :func:`optax_stability.flax.update_dynamic_scale`.
 
     Raises:
-      TypeError: a size is no integer, or the loss scale no number.
-      ValueError: sizes do not divide each other, K does not divide the batch, the loss
-        scale is not above 0, or devices that share parameters do not share the loss.
+      TypeError: a size is not an integer, or the loss scale is not a number.
+      ValueError: ``vmap_size`` does not divide K, K does not divide the batch, the loss
+        scale is not above 0, or devices share the parameters but not the loss.
 
     Example:
       >>> import jax.numpy as jnp
@@ -268,14 +277,18 @@ def microbatch_gradients(
         return jnp.where(finite, weight, 0) if reject_nonfinite else weight
 
     def add_one(total, params, microbatches, loss_scale):
-        only = jax.tree.map(lambda leaf: leaf[0], microbatches)
-        grads, loss, weight, aux = evaluate(params, only, loss_scale)
+        microbatch = jax.tree.map(lambda leaf: leaf[0], microbatches)
+        grads, loss, weight, aux = evaluate(params, microbatch, loss_scale)
         axes = sharding_axes(grads, loss)
-        apart = None if total is None else _moments.distances(total, grads, axes)
-        finite = _moments.all_finite(grads, loss, apart=apart, axis_name=axes)
+        sq_distances = (
+            None if total is None else _moments.squared_distances(total, grads, axes)
+        )
+        finite = _moments.all_finite(
+            grads, loss, sq_distances=sq_distances, axis_name=axes
+        )
         weight = kept(weight, finite)
         part = _moments.single(grads, loss, weight, mean_square=mean_square)
-        total = part if total is None else _moments.merge(total, part, apart)
+        total = part if total is None else _moments.merge(total, part, sq_distances)
         return total, jax.tree.map(lambda leaf: leaf[None], aux)
 
     def add_group(total, params, microbatches, loss_scale):
@@ -289,22 +302,22 @@ def microbatch_gradients(
         )
         if total is None:
             return part, aux
-        apart = _moments.distances(total, part.mean, axes)
-        return _moments.merge(total, part, apart), aux
+        sq_distances = _moments.squared_distances(total, part.mean, axes)
+        return _moments.merge(total, part, sq_distances), aux
 
     add = add_one if vmap_size == 1 else add_group
 
     def evaluate_all(params, batch, loss_scale) -> tuple[Aggregate, Any]:
         if groups == 1:
-            only = jax.tree.map(lambda leaf: leaf[0], batch)
-            return add(None, params, only, loss_scale)
-        nothing = _moments.empty(params, mean_square=mean_square)
+            group = jax.tree.map(lambda leaf: leaf[0], batch)
+            return add(None, params, group, loss_scale)
+        empty = _moments.empty(params, mean_square=mean_square)
         if all_varying_axes((params, batch)):
             first = jax.tree.map(lambda leaf: leaf[0], batch)
-            after_one, _ = jax.eval_shape(add, nothing, params, first, loss_scale)
-            nothing = typed_like(nothing, after_one)
+            after_one, _ = jax.eval_shape(add, empty, params, first, loss_scale)
+            empty = typed_like(empty, after_one)
         total, aux = lax.scan(
-            lambda total, group: add(total, params, group, loss_scale), nothing, batch
+            lambda total, group: add(total, params, group, loss_scale), empty, batch
         )
         return total, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
 

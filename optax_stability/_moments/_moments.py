@@ -1,10 +1,11 @@
-"""What is worth knowing of K microbatch gradients once only their mean is left.
+"""Statistics of K microbatch gradients that their mean does not contain.
 
-*Problem*: the mean hides how far the K gradients were apart, and the square of the mean
-is not the mean of the squares. Both are sums that can be kept while the mean is formed.
+*Problem*: the mean does not show how much the K gradients differ, and the square of the
+mean is not the mean of the squares. Deviation and mean square are sums that can be
+updated together with the mean.
 
-*Cost*: one reduction over each microbatch gradient (how far it is from the mean, which
-also tells whether it is finite) and one scalar per leaf; with the mean square one
+*Cost*: one reduction over each microbatch gradient (its distance from the mean, which
+also shows whether it is finite) and one scalar per leaf; with the mean square one
 buffer like the parameters.
 
 *Source*: Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983,
@@ -22,29 +23,29 @@ from jax import lax
 from optax_stability._core import _mesh_axes, _norms, _numerics, _tree
 from optax_stability._core._in_place import cond_is_cheap, depends_on
 
-# Two numbers below it can be subtracted without overflow.
+# The difference of two numbers below this limit does not overflow.
 _LARGEST = _numerics.HUGE / 4
 
 
 class Moments(NamedTuple):
-    """Statistics of the K microbatch gradients mₖ, of weight nₖ, behind a mean ḡ.
+    """Statistics of the K microbatch gradients mₖ, with weights nₖ, and mean ḡ.
 
-    Made by :func:`microbatch_gradients` and :func:`accumulate_moments`; read, as the
-    extra argument ``moments=``, by ``scale_by_safe_adam(second_moment="microbatch")``.
-    N = Σnₖ and ḡ = Σnₖ·mₖ/N, over the microbatches that were kept.
+    Computed by :func:`microbatch_gradients` and :func:`accumulate_moments`.
+    ``scale_by_safe_adam(second_moment="microbatch")`` reads them from the extra
+    argument ``moments=``. N = Σnₖ and ḡ = Σnₖ·mₖ/N, over the kept microbatches.
 
     Attributes:
-      num_microbatches: int32[] – K, how many were kept.
+      num_microbatches: int32[] – K, the number of kept microbatches.
       weight: float32[] – N, in the unit of the weights: examples or tokens.
       deviation: float32[n_leaves] – Σ nₖ‖mₖ − ḡ‖² of each leaf. It is ∞ where a
-        distance is above 1e19, loses distances below 1e-19, and digits where one weight
-        is more than 1e4 times the sum of those before.
-      mean_square: tree like the gradients – Σ nₖ·mₖ²/N of each entry, or None. It ends
-        at 3e38, and loses entries below 1e-19.
-      norm: float32[n_leaves] – ‖ḡ‖ of each leaf when it was made, under ``shard_map``
-        of the local shard: what a later clip did to it can be told from that. None
-        where it is not known.
-      leaves: marks that name the entries of the vectors, or None.
+        distance is above 1e19; distances below 1e-19 are lost. It loses digits where
+        one weight is more than 1e4 times the sum of the weights before it.
+      mean_square: tree like the gradients – Σ nₖ·mₖ²/N of each entry, or None. It
+        saturates at 3e38; entries below 1e-19 are lost.
+      norm: float32[n_leaves] – ‖ḡ‖ of each leaf when ḡ was computed, under
+        ``shard_map`` ‖ḡ‖ of the local shard. It shows by what factor a later clip
+        scaled the leaf. None if unknown.
+      leaves: leaf marks that name the entries of ``deviation`` and ``norm``, or None.
     """
 
     num_microbatches: jax.Array
@@ -56,12 +57,12 @@ class Moments(NamedTuple):
 
 
 class Aggregate(NamedTuple):
-    """Some microbatches as one: what is averaged, and how it was spread.
+    """Several microbatches as one: mean gradient, mean loss and statistics.
 
     Attributes:
-      mean: tree like the gradients – ḡ, at least float32 unless it was made narrower.
-      value: float32[] – mean of their losses, with the same weights.
-      moments: statistics of what went into ``mean``.
+      mean: tree like the gradients – ḡ, in float32 at least unless created narrower.
+      value: float32[] – mean of the losses, with the same weights.
+      moments: statistics of the gradients in ``mean``.
     """
 
     mean: Any
@@ -69,13 +70,13 @@ class Aggregate(NamedTuple):
     moments: Moments
 
 
-def _wide(leaf) -> Any:
+def _wide_dtype(leaf) -> Any:
     return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
 def widen(tree: Any) -> Any:
-    """The tree with float32 in place of narrower leaves."""
-    return jax.tree.map(lambda leaf: leaf.astype(_wide(leaf)), tree)
+    """Casts leaves narrower than float32 to float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(_wide_dtype(leaf)), tree)
 
 
 def _stack(scalars: list) -> jax.Array:
@@ -92,7 +93,7 @@ def _square(leaf):
 
 
 def empty(like: Any, *, mean_square: bool, dtype: Any = None) -> Aggregate:
-    """The aggregate of no microbatch; ``dtype`` is that of the mean.
+    """The aggregate of no microbatches; ``dtype`` is the dtype of the mean.
 
     Raises:
       TypeError: a leaf is complex.
@@ -100,13 +101,15 @@ def empty(like: Any, *, mean_square: bool, dtype: Any = None) -> Aggregate:
     for leaf in jax.tree.leaves(like):
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
-                f"gradients of dtype {leaf.dtype} cannot be accumulated; wrap all in "
-                "optax.contrib.split_real_and_imaginary."
+                f"gradients of dtype {leaf.dtype} cannot be accumulated; wrap the "
+                "whole transformation in optax.contrib.split_real_and_imaginary."
             )
     zeros = jax.tree.map(
-        lambda leaf: jnp.zeros_like(leaf, dtype=dtype or _wide(leaf)), like
+        lambda leaf: jnp.zeros_like(leaf, dtype=dtype or _wide_dtype(leaf)), like
     )
-    squares = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=_wide(leaf)), like)
+    squares = jax.tree.map(
+        lambda leaf: jnp.zeros_like(leaf, dtype=_wide_dtype(leaf)), like
+    )
     return Aggregate(
         mean=zeros,
         value=jnp.zeros((), jnp.float32),
@@ -124,30 +127,34 @@ def all_finite(
     tree: Any,
     value: Any = 0.0,
     *,
-    apart: Any = None,
+    sq_distances: Any = None,
     axis_name: _mesh_axes.AxisName = None,
 ) -> jax.Array:
-    """Whether no entry is NaN or Inf, no leaf has a norm above 8e37, and so the loss.
+    """Whether the loss and all entries are finite and no leaf norm is above 8e37.
 
-    By sums: over devices, the maximum of numbers and NaN is a number on some backends.
+    Uses sums, not maxima: on some backends, the maximum of a number and NaN over
+    devices is the number.
 
     Args:
-      tree: what may not be finite.
-      value: a loss.
-      apart: float32[n_leaves] – its :func:`distances` from something, if they are
-        known: where they are finite so is the tree, and no other pass is needed.
-      axis_name: under ``shard_map``, the mesh axes over which ``apart`` was summed.
+      tree: the gradients to check.
+      value: the loss to check.
+      sq_distances: float32[n_leaves] – :func:`squared_distances` of the tree from
+        another tree, if known: if they are finite, so is the tree, and no other pass is
+        needed.
+      axis_name: under ``shard_map``, the mesh axes over which ``sq_distances`` was
+        summed.
     """
 
-    def measured():
+    def norms_are_finite():
         return jnp.all(_norms.leaf_norms(tree, axis_name) <= _LARGEST)
 
-    if apart is None:
-        return measured() & jnp.isfinite(value)
-    surely = jnp.all(jnp.isfinite(apart))
+    if sq_distances is None:
+        return norms_are_finite() & jnp.isfinite(value)
+    known_finite = jnp.all(jnp.isfinite(sq_distances))
     if not cond_is_cheap():
-        return (surely | measured()) & jnp.isfinite(value)
-    return lax.cond(surely, lambda: surely, measured) & jnp.isfinite(value)
+        return (known_finite | norms_are_finite()) & jnp.isfinite(value)
+    tree_is_finite = lax.cond(known_finite, lambda: known_finite, norms_are_finite)
+    return tree_is_finite & jnp.isfinite(value)
 
 
 def each_finite(
@@ -155,23 +162,23 @@ def each_finite(
 ) -> jax.Array:
     """:func:`all_finite` for each of k trees that are stacked along axis 0, bool[k].
 
-    Not by ``vmap`` of it: the loop in the norms does not pass one over a mesh axis.
+    Does not use ``vmap``: over a mesh axis it does not support the loop in the norms.
     """
     finite = jnp.isfinite(values)
     for leaf in jax.tree.leaves(trees):
-        # Above _LARGEST a square at this scale overflows.
+        # At this scale, the square of a number above _LARGEST overflows.
         squares = jnp.square(leaf.astype(jnp.float32) * 2.0**-62)
         finite &= jnp.sum(squares, axis=tuple(range(1, leaf.ndim))) <= _numerics.HUGE
     return _mesh_axes.everywhere(finite, axis_name)
 
 
 def usable_weight(weight) -> jax.Array:
-    """Whether a weight is a number above 0, bool[]."""
+    """Whether a weight is positive and finite, bool[]."""
     return (weight > 0) & (weight <= _LARGEST)
 
 
 def single(grads, value, weight, *, mean_square: bool) -> Aggregate:
-    """One microbatch as an aggregate; of weight 0 if it does not count."""
+    """The aggregate of one microbatch; weight 0 excludes the microbatch."""
     weight = jnp.asarray(weight, jnp.float32)
     return Aggregate(
         mean=grads,
@@ -187,7 +194,7 @@ def single(grads, value, weight, *, mean_square: bool) -> Aggregate:
 
 
 def if_kept(given: Aggregate, keep) -> Aggregate:
-    """The aggregate, or an empty one, its buffers untouched."""
+    """The aggregate if ``keep`` holds, else the same buffers with weight 0."""
     moments = given.moments
     return given._replace(
         moments=moments._replace(
@@ -198,62 +205,63 @@ def if_kept(given: Aggregate, keep) -> Aggregate:
     )
 
 
-def distances(
+def squared_distances(
     a: Aggregate, mean: Any, axis_name: _mesh_axes.AxisName = None
 ) -> jax.Array:
     """‖mean − ḡ‖² of each leaf, float32[n_leaves].
 
     Args:
-      a: ḡ is its mean, or whatever is there if it is of no microbatch.
+      a: the aggregate with mean ḡ; if its weight is 0, ḡ is what its buffers hold.
       mean: another tree.
       axis_name: under ``shard_map``, the mesh axes that shard the means.
     """
 
     def distance(x, y):
-        return _total(jnp.square(y.astype(_wide(x)) - x.astype(_wide(x))))
+        return _total(jnp.square(y.astype(_wide_dtype(x)) - x.astype(_wide_dtype(x))))
 
     squares = _stack(jax.tree.leaves(jax.tree.map(distance, a.mean, mean)))
-    return _mesh_axes.add_up(squares, jax.tree.leaves(mean), axis_name)
+    return _mesh_axes.sum_shards(squares, jax.tree.leaves(mean), axis_name)
 
 
-def merge(a: Aggregate, b: Aggregate, apart: Any = None) -> Aggregate:
-    """Two aggregates as one, with the dtypes of the first.
+def merge(a: Aggregate, b: Aggregate, sq_distances: Any = None) -> Aggregate:
+    """Merges two aggregates, with the dtypes of the first.
 
-    One of weight 0 counts for nothing, whatever its arrays hold.
+    An aggregate of weight 0 is ignored, whatever its arrays hold.
 
     Args:
-      a: an aggregate, say of what came before.
-      b: another.
-      apart: the :func:`distances` of both, if they are known.
+      a: an aggregate, for example of the earlier microbatches.
+      b: another aggregate.
+      sq_distances: the :func:`squared_distances` between both means, if known.
     """
-    apart = distances(a, b.mean) if apart is None else apart
+    if sq_distances is None:
+        sq_distances = squared_distances(a, b.mean)
     weight = a.moments.weight + b.moments.weight
 
-    def towards(x, y, measured=()):
-        # The mean is written over once it was read for its distance.
-        counts = depends_on(b.moments.weight > 0, *measured)
-        wide = _wide(x)
+    def weighted_mean(x, y, distance=()):
+        # The mean is overwritten only after its distance was computed from it.
+        counts = depends_on(b.moments.weight > 0, *distance)
+        wide = _wide_dtype(x)
         share = _numerics.ratio(b.moments.weight.astype(wide), weight.astype(wide))
         old = jnp.where(a.moments.weight > 0, x.astype(wide), 0)
         new = old + share * (y.astype(wide) - old)
         return jnp.where(counts, new, old).astype(x.dtype)
 
     factor = b.moments.weight * _numerics.ratio(a.moments.weight, weight)
-    spread = jnp.where(factor > 0, factor * apart, 0.0)
+    between = jnp.where(factor > 0, factor * sq_distances, 0.0)
     olds, treedef = jax.tree.flatten(a.mean)
     means = [
-        towards(x, y, [apart[i]])
+        weighted_mean(x, y, [sq_distances[i]])
         for i, (x, y) in enumerate(zip(olds, jax.tree.leaves(b.mean), strict=True))
     ]
     return Aggregate(
         mean=jax.tree.unflatten(treedef, means),
-        value=towards(a.value, b.value),
+        value=weighted_mean(a.value, b.value),
         moments=Moments(
             num_microbatches=a.moments.num_microbatches + b.moments.num_microbatches,
             weight=weight,
-            deviation=a.moments.deviation + b.moments.deviation + spread,
+            deviation=a.moments.deviation + b.moments.deviation + between,
             mean_square=jax.tree.map(
-                towards, a.moments.mean_square, b.moments.mean_square
+                weighted_mean, a.moments.mean_square, b.moments.mean_square
             ),
             leaves=a.moments.leaves,
         ),
@@ -268,24 +276,24 @@ def stacked(
     mean_square: bool,
     axis_name: _mesh_axes.AxisName = None,
 ) -> Aggregate:
-    """Microbatches along the first axis of every array, as one aggregate.
+    """The aggregate of microbatches that are stacked along axis 0 of every array.
 
-    Those of weight 0 count for nothing, whatever their arrays hold. ``axis_name`` are
-    the mesh axes that shard the gradients, under ``shard_map``.
+    Microbatches of weight 0 are ignored, whatever their arrays hold. Under
+    ``shard_map``, ``axis_name`` are the mesh axes that shard the gradients.
     """
     kept, weight = weights > 0, jnp.sum(weights)
     shares = _numerics.ratio(weights, weight)
 
-    def along(vector, leaf):
+    def broadcast(vector, leaf):
         return vector.reshape(-1, *[1] * (leaf.ndim - 1))
 
     def average(leaf):
-        parts = along(shares, leaf) * leaf
-        return jnp.sum(jnp.where(along(kept, leaf), parts, 0), axis=0)
+        parts = broadcast(shares, leaf) * leaf
+        return jnp.sum(jnp.where(broadcast(kept, leaf), parts, 0), axis=0)
 
     def deviation(leaf, mean):
-        distances = along(weights, leaf) * jnp.square(leaf - mean)
-        return _total(jnp.where(along(kept, leaf), distances, 0))
+        squares = broadcast(weights, leaf) * jnp.square(leaf - mean)
+        return _total(jnp.where(broadcast(kept, leaf), squares, 0))
 
     grads = widen(grads)
     mean = jax.tree.map(average, grads)
@@ -296,18 +304,18 @@ def stacked(
         mean=mean,
         value=average(values.astype(jnp.float32)),
         moments=Moments(
-            # As float32, so that over devices it travels with the deviations.
+            # In float32, so that one all-reduce carries it with the deviations.
             num_microbatches=_total(kept).astype(jnp.int32),
             weight=weight,
-            deviation=_mesh_axes.add_up(deviations, leaves, axis_name),
+            deviation=_mesh_axes.sum_shards(deviations, leaves, axis_name),
             mean_square=squares if mean_square else None,
             leaves=_tree.mark_leaves(mean),
         ),
     )
 
 
-def _shown(updates: Any, tree: Any) -> Any:
-    """The part of a tree that a mask leaves of the updates."""
+def _visible_part(updates: Any, tree: Any) -> Any:
+    """The tree with ``optax.MaskedNode`` wherever the updates have it."""
 
     def is_masked(node):
         return isinstance(node, optax.MaskedNode)
@@ -321,30 +329,31 @@ def _shown(updates: Any, tree: Any) -> Any:
 
 
 def visible(moments: Moments, updates: Any) -> Moments:
-    """The moments of those leaves that a mask leaves of the gradients.
+    """The moments of the leaves that are not masked in the gradients.
 
-    ``optax.masked`` and ``optax.partition`` hide leaves of the gradients from what they
-    wrap, but hand on extra arguments as they are.
+    ``optax.masked`` and ``optax.partition`` hide leaves of the gradients from the inner
+    transformation, but pass extra arguments on unchanged.
 
     Args:
-      moments: of all leaves.
-      updates: the gradients, with ``optax.MaskedNode`` for what is hidden.
+      moments: the moments of all leaves.
+      updates: the gradients, with ``optax.MaskedNode`` in place of hidden leaves.
 
     Raises:
-      ValueError: the moments are not those of these gradients.
+      ValueError: the moments have another tree than the gradients.
     """
     if moments.leaves is None and moments.mean_square is None:
         return moments
     try:
         squares = moments.mean_square
-        squares = None if squares is None else _shown(updates, squares)
+        squares = None if squares is None else _visible_part(updates, squares)
         leaves = moments.leaves
         leaves = _tree.mark_leaves(moments.mean_square) if leaves is None else leaves
-        marks = _shown(_tree.pure(updates), _tree.number_leaves(leaves))
+        marks = _visible_part(_tree.pure(updates), _tree.number_leaves(leaves))
     except ValueError as error:
         raise ValueError(
-            "moments are of another tree than the gradients; give those that came "
-            f"with them from microbatch_gradients or accumulate_moments. {error}"
+            "moments belong to another tree than the gradients; give the moments that "
+            "microbatch_gradients or accumulate_moments computed with these "
+            f"gradients. {error}"
         ) from error
     places = np.array(jax.tree.leaves(marks), np.int32)
     return moments._replace(
@@ -355,50 +364,53 @@ def visible(moments: Moments, updates: Any) -> Moments:
     )
 
 
-def _factors(
+def _scale_factors(
     moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName = None
 ) -> jax.Array:
-    """By what each leaf of the mean was scaled since it was made, float32[n_leaves]."""
+    """How much each leaf of ḡ was scaled after its computation, float32[n_leaves]."""
     leaves = jax.tree.leaves(grads)
     if moments.norm is None:
         return jnp.ones((len(leaves),), jnp.float32)
-    then = _norms.whole_leaves(moments.norm, leaves, axis_name)
-    factors = _norms.leaf_norms(grads, axis_name) / then
+    original_norms = _norms.join_shard_norms(moments.norm, leaves, axis_name)
+    factors = _norms.leaf_norms(grads, axis_name) / original_norms
     return jnp.where(jnp.isfinite(factors), factors, 1.0)
 
 
 def rescaled(
     moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName = None
 ) -> Moments:
-    """The moments as if every microbatch gradient had been scaled as their mean was."""
+    """Scales the moments as ḡ was scaled after its computation."""
     if moments.norm is None:
         return moments
-    squares = jnp.square(_factors(moments, grads, axis_name))
+    squared_factors = jnp.square(_scale_factors(moments, grads, axis_name))
     leaves, treedef = jax.tree.flatten(moments.mean_square)
-    scaled = [leaf * squares[i] for i, leaf in enumerate(leaves)]
+    scaled = [leaf * squared_factors[i] for i, leaf in enumerate(leaves)]
     return moments._replace(
-        deviation=moments.deviation * squares,
+        deviation=moments.deviation * squared_factors,
         mean_square=jax.tree.unflatten(treedef, scaled),
     )
 
 
-def sizes(moments: Moments, grads: Any) -> Any:
+def rms(moments: Moments, grads: Any) -> Any:
     """Root mean square of the microbatch gradients, entry by entry, float32.
 
-    By what a leaf of their mean was scaled since then, it is scaled as well. It is at
-    least |ḡ|, which holds for exact squares and is needed where they underflowed.
+    If a leaf of ḡ was scaled since ḡ was computed, its root mean square is scaled by
+    the same factor. The result is at least |ḡ|: exact squares satisfy this bound, and
+    it replaces squares that underflowed.
 
     Args:
-      moments: with a ``mean_square``.
-      grads: ḡ as it is now, float32.
+      moments: moments with a ``mean_square``.
+      grads: the current ḡ, float32.
     """
     leaves, treedef = jax.tree.flatten(grads)
-    factors = _factors(moments, grads)
+    factors = _scale_factors(moments, grads)
 
-    def size(square, g, i):
+    def leaf_rms(square, g, i):
         root = jnp.sqrt(square) * factors[i]
-        # A square that was not finite, or a sum of them that is not.
+        # Where a square or the sum of the squares is not finite, the result is |ḡ|.
         return jnp.maximum(jnp.where(_numerics.is_finite(root), root, 0), jnp.abs(g))
 
     squares = jax.tree.leaves(moments.mean_square)
-    return jax.tree.unflatten(treedef, map(size, squares, leaves, range(len(leaves))))
+    return jax.tree.unflatten(
+        treedef, map(leaf_rms, squares, leaves, range(len(leaves)))
+    )

@@ -1,4 +1,4 @@
-"""The gradient noise scale: estimated, read, and acted upon.
+"""The gradient noise scale: estimation, reading, and transformations that use it.
 
 May import: ``_core``, ``_moments``.
 """

@@ -1,4 +1,4 @@
-"""A batch that grows with the noise scale.
+"""A batch size that follows the noise scale.
 
 *Where*: as ``every_k`` of ``accumulate_moments``, around a chain that estimates the
 noise scale. *Cost*: a few scalars.
@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from optax_stability._core import _validate
-from optax_stability._noise._lookup import only_estimate, whole_gradient
+from optax_stability._noise._lookup import find_estimate, global_readings
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchSizeSchedule:
-    """Says how many microbatches a step has; made by :func:`batch_size_schedule`.
+    """The number of microbatches per step; made by :func:`batch_size_schedule`.
 
     Attributes:
-      max_k: most microbatches.
-      min_k: fewest.
-      fraction: of the noise scale that a batch is to have.
+      max_k: largest number of microbatches.
+      min_k: smallest number of microbatches.
+      fraction: batch size as a fraction of the noise scale.
     """
 
     max_k: int
@@ -32,13 +32,13 @@ class BatchSizeSchedule:
     fraction: float
 
     def num_microbatches(self, inner_opt_state: Any) -> jax.Array:
-        """K for the next step, int32[], from the state of what is accumulated for."""
-        estimate = only_estimate(inner_opt_state)
+        """K for the next step, int32[], from the state of the chain inside."""
+        estimate = find_estimate(inner_opt_state)
         size = estimate.microbatch
-        low = whole_gradient(estimate)["low"]
-        share = self.fraction * low / jnp.where(size > 0, size, 1.0)
-        # The exponent of a float is the power of two below it, exactly.
-        _, exponent = jnp.frexp(jnp.clip(share, 1.0, self.max_k))
+        low = global_readings(estimate)["low"]
+        target = self.fraction * low / jnp.where(size > 0, size, 1.0)
+        # frexp gives 2^(exponent − 1) ≤ target < 2^exponent, exactly.
+        _, exponent = jnp.frexp(jnp.clip(target, 1.0, self.max_k))
         power = jnp.left_shift(1, exponent - 1)
         return jnp.clip(power, self.min_k, self.max_k).astype(jnp.int32)
 
@@ -51,34 +51,35 @@ def batch_size_schedule(
 ) -> BatchSizeSchedule:
     """Lets the number of accumulated microbatches follow the noise scale.
 
-    **Rule**, for microbatches of the size b of the last ones, and the lower end of the
-    interval of B_simple after the last step, in the same unit::
+    **Rule**, with b the mean microbatch size of the last step and ``low`` the lower end
+    of the interval of B_simple after it, in the same unit::
 
       K = the largest power of two ≤ fraction·low/b, at least min_k and at most max_k
 
     **Guarantees**
 
-    * The batch is never larger than what the estimate is sure of, ``min_k`` apart.
-    * K changes between steps only, never in a window.
+    * The batch is never larger than ``fraction`` times the lower end of the interval,
+      unless ``min_k`` requires it.
+    * K changes only between steps, never within an accumulation window.
 
-    **Edge cases**: it may fall again. While nothing is known K is ``min_k``. The
-    learning rate stays as it is: what goes with a larger batch is up to the optimizer,
-    see :func:`scale_learning_rate`. Whether the noise scale is a good guide at all is
-    in doubt: see :func:`batch_efficiency`.
+    **Edge cases**: K may also decrease. K is ``min_k`` until there is an estimate. The
+    schedule does not change the learning rate; to adapt it to the batch size, see
+    :func:`scale_learning_rate`. It is disputed whether the noise scale is a good guide:
+    see :func:`batch_efficiency`.
 
     Args:
-      max_k: most microbatches of a step.
-      min_k: fewest; one alone has no noise to see, so from 2 on.
-      fraction: batch, as a share of the noise scale, > 0.
+      max_k: largest number of microbatches per step.
+      min_k: smallest number, ≥ 2: one microbatch gives no noise estimate.
+      fraction: batch size as a fraction of the noise scale, > 0.
 
     Returns:
-      What :func:`accumulate_moments` takes for ``every_k``. The chain in it must hold
-      one :func:`estimate_noise_scale`.
+      A schedule for the argument ``every_k`` of :func:`accumulate_moments`. The chain
+      inside must contain one :func:`estimate_noise_scale`.
 
     Raises:
-      TypeError: an argument is no number.
-      ValueError: an argument is outside its range; or, at ``update``, there is no noise
-        scale in the chain, or more than one.
+      TypeError: an argument is not a number.
+      ValueError: an argument is outside its range; or, at ``update``, the chain
+        contains no noise scale or more than one.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -91,10 +92,10 @@ def batch_size_schedule(
 
     References:
       McCandlish et al., 2018, arXiv:1812.06162, §2. Deviations: the lower end of the
-      interval in place of the estimate, and powers of two, so that chance does not
-      move it.
+      interval in place of the estimate, and powers of two, so that K does not follow
+      random fluctuations.
     """
-    _validate.check_count("min_k", min_k, 2, "one microbatch has no noise to see")
-    _validate.check_count("max_k", max_k, min_k, "it is the most, min_k the fewest")
+    _validate.check_count("min_k", min_k, 2, "one microbatch gives no noise estimate")
+    _validate.check_count("max_k", max_k, min_k, "it must be at least min_k")
     _validate.check_interval("fraction", fraction, "(0, inf)", "1 is the default")
     return BatchSizeSchedule(max_k=max_k, min_k=min_k, fraction=fraction)

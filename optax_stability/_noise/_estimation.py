@@ -1,14 +1,14 @@
-"""How noisy the gradient is, from the microbatches behind it.
+"""Estimates how noisy the gradient is, from its microbatches.
 
 *Problem*: "is my batch too small, is this run getting noisier?" Every known estimate is
-a ratio with a denominator close to 0, reported without an interval, and wrong where
-microbatches count different numbers of tokens.
+a ratio with a denominator close to 0, is reported without an interval, and is wrong
+where microbatches have different numbers of tokens.
 
 *Where in the chain*: first, before clipping, inside ``accumulate_moments`` and
-``skip_spikes``: what they leave out never enters.
+``skip_spikes``: gradients that they leave out do not enter the estimate.
 
-*Cost*: a few dozen scalars per leaf. No pass over the gradient: all comes from
-:class:`Moments`. One reduction over the parameters, for the ratio to them.
+*Cost*: a few dozen scalars per leaf. No pass over the gradient: the inputs are the
+:class:`Moments`. One reduction over the parameters, for ``noise_to_weight``.
 
 *Source*: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018,
 arXiv:1812.06162, App. A.1.
@@ -26,42 +26,42 @@ from optax_stability._moments._moments import Moments
 from optax_stability._noise import _pairs
 from optax_stability._noise._state import (
     EstimateNoiseScaleState,
-    by_stream,
     init_state,
+    sum_by_stream,
     update_streams,
 )
 from optax_stability._noise._statistics import Observed
 
 
-def _needed(moments: Moments | None) -> Moments:
-    """The moments, or an error that says where they come from."""
+def _require_moments(moments: Moments | None) -> Moments:
+    """The moments; raises an error that names the remedy if there are none."""
     if moments is None:
         raise ValueError(
-            "estimate_noise_scale needs moments=: put accumulate_moments around it, or "
-            "pass what microbatch_gradients returns, "
+            "estimate_noise_scale needs moments=; wrap the chain in "
+            "accumulate_moments, or pass the moments from microbatch_gradients: "
             "tx.update(grads, state, params, moments=moments)."
         )
     return moments
 
 
 def _param_rms(params: Any, known, state: EstimateNoiseScaleState, axis_name):
-    """Root mean square of the parameters in each stream, where they are known."""
-    # Not by norms that are safe at any scale: their loop would copy the parameters.
+    """Root mean square of the parameters of each stream, over the known leaves."""
+    # Not with the overflow-safe norms: their loop would copy the parameters.
     leaves = jax.tree.leaves(params)
     squares = [jnp.sum(jnp.square(p.astype(jnp.float32))) for p in leaves]
-    squares = _mesh_axes.add_up(jnp.array(squares), leaves, axis_name)
-    return jnp.sqrt(by_stream(jnp.where(known, squares, 0.0), state) / state.size)
+    squares = _mesh_axes.sum_shards(jnp.array(squares), leaves, axis_name)
+    return jnp.sqrt(sum_by_stream(jnp.where(known, squares, 0.0), state) / state.size)
 
 
 def _squared_norms(moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName):
-    """‖ḡ‖² of each leaf, as it was when it was made."""
+    """‖ḡ‖² of each leaf, before any clip if the moments contain the norm."""
     norms = _norms.leaf_norms(grads) if moments.norm is None else moments.norm
     leaves = jax.tree.leaves(grads)
-    return _mesh_axes.add_up(jnp.square(norms), leaves, axis_name)
+    return _mesh_axes.sum_shards(jnp.square(norms), leaves, axis_name)
 
 
 def _observe(moments: Moments, squared_norms) -> Observed:
-    """What the microbatches of one step say of each leaf."""
+    """S and G² of each leaf, from the microbatches of one step."""
     k = moments.num_microbatches
     trace = moments.deviation / jnp.where(k > 1, k - 1, jnp.nan)
     return Observed(
@@ -71,25 +71,26 @@ def _observe(moments: Moments, squared_norms) -> Observed:
     )
 
 
-def _pair_up(state: EstimateNoiseScaleState, grads, moments: Moments, axis_name):
-    """What a pair says, if there is only one microbatch, and the state after it.
+def _observe_pair(state: EstimateNoiseScaleState, grads, moments: Moments, axis_name):
+    """Updates the pairs; returns the state, the pair's S and G², and whether to use it.
 
-    Averages of pairs give way to better ones.
+    Pairs are used only with one microbatch per step and without unbiased averages. The
+    first step with several microbatches resets averages that come from pairs.
     """
-    better = moments.num_microbatches > 1
+    several = moments.num_microbatches > 1
     averages = jax.tree.map(
-        lambda x: jnp.where(better & state.biased, 0, x), state.averages
+        lambda x: jnp.where(several & state.biased, 0, x), state.averages
     )
-    wanted = state.biased | ~jnp.any(averages.total > 0)
-    alone = (moments.num_microbatches == 1) & wanted
+    only_pairs = state.biased | ~jnp.any(averages.total > 0)
+    use_pair = (moments.num_microbatches == 1) & only_pairs
     pairs, observed = _pairs.update_pairs(
-        state.pairs, grads, jnp.where(alone, moments.weight, 0), axis_name
+        state.pairs, grads, jnp.where(use_pair, moments.weight, 0), axis_name
     )
-    biased = jnp.where(better, False, state.biased | (observed.weight > 0))
+    biased = jnp.where(several, False, state.biased | (observed.weight > 0))
     return (
         state._replace(averages=averages, pairs=pairs, biased=biased),
         observed,
-        alone,
+        use_pair,
     )
 
 
@@ -102,91 +103,94 @@ def estimate_noise_scale(
     difference: bool = False,
     axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Estimates the gradient noise scale, with an interval, and leaves updates alone.
+    """Estimates the gradient noise scale, with an interval; updates pass unchanged.
 
-    The simple noise scale is the batch at which noise and signal are equal in the
-    squared gradient. Far below it a larger batch saves steps, far above it wastes
-    examples: see :func:`batch_efficiency`, and its doubts.
+    The simple noise scale is the batch size at which noise and signal are equal in the
+    squared gradient. Far below it a larger batch saves steps; far above it a larger
+    batch wastes examples. See :func:`batch_efficiency` for the rule and its limits.
 
-    **Rule**, for the moments of K ≥ 2 microbatches of N examples (or tokens) in all, of
-    one step, for each leaf, summed over the leaves of a stream::
+    **Rule**, for one step of K ≥ 2 microbatches with N examples (or tokens) in total,
+    for each leaf, summed over each stream (the whole gradient, a leaf or a label)::
 
       S  = deviation/(K − 1)     E S  = tr Σ, Σ the covariance of one example's gradient
       G² = ‖ḡ‖² − S/N            E G² = ‖G‖², G the true gradient
 
-    Over steps both are averaged, with weights that decay, in memories of three lengths:
-    of ``decay``, its third and its tenth power. Of these the longest is read that no
-    shorter one contradicts (their intervals of 75 % meet), and::
+    Both are averaged over steps with exponentially decaying weights, in three memories:
+    their decays are ``decay``, its third and its tenth power. The longest memory that
+    agrees with all shorter ones (their 75 % intervals overlap) gives::
 
       trace = mean S    grad_sq = mean G²    b_simple = trace/grad_sq
 
     ``low`` and ``high`` are the ends of Fieller's interval for that ratio, from the
     spread of S and G² over the steps. ``noise_to_weight`` is √(var_g/var_p), where
-    var_g = trace·K/(N·d) is the mean variance of an entry of a microbatch gradient and
-    var_p the mean square of a parameter, now.
+    var_g = trace·K/(N·d) is the mean variance of the d entries of a microbatch gradient
+    and var_p is the current mean square of a parameter.
 
     **Guarantees**
 
     * Updates pass bit for bit.
-    * S and G² have no bias, whatever the weights of the microbatches are, and none of
-      them is clamped: G² may be below 0.
-    * The interval holds the true ratio with the stated confidence, for independent
-      steps of one distribution: 93 to 98 % of those for 95 %. Where G² is not told from
-      0 it has no upper end, and holds it more often.
-    * A loss that is multiplied by a constant has the same noise scale.
-    * What is not finite is not learned, nor a step of one microbatch or none.
+    * S and G² are unbiased for any weights of the microbatches. Neither is clamped: G²
+      may be negative.
+    * The interval contains the true ratio with the stated confidence, for independent
+      steps of one distribution: 93 to 98 % of the 95 % intervals do. Where G² cannot be
+      distinguished from 0, the interval has no upper end and its coverage is higher.
+    * Multiplying the loss by a constant does not change the noise scale.
+    * Non-finite values do not enter the averages; neither do steps with fewer than two
+      microbatches.
 
     **Edge cases**
 
-    * ``valid`` is False, and ``b_simple`` NaN, until three steps were seen and while
-      the interval has no upper end. ``low`` is a lower bound then: the noise scale is
-      at least that. ``trace`` and ``grad_sq`` are given all the same.
-    * With one microbatch per step nothing is learned, unless ``difference``.
-    * It says what was so over the last ``steps`` steps, not what is so in the last one,
-      and the interval is that of the mean. A change is seen once a memory is sure of
-      it; the shortest is of 20 steps by default. Where ‖G‖²
-      falls faster than that, as in the first steps of a run, it is too low.
-    * Examples of one batch must be independent. Tokens of one sequence are not: weigh
-      by sequences, or take a figure in tokens for a lower bound.
-    * Squares of norms have the range of float32: a norm above 1e18, or a whole gradient
-      below 1e-19, is not seen. Of bfloat16 gradients the rounding is part of the noise:
+    * ``valid`` is False and ``b_simple`` is NaN until three steps have been seen, and
+      while the interval has no upper end. ``low`` is then a lower bound of the noise
+      scale. ``trace`` and ``grad_sq`` are still reported.
+    * With one microbatch per step there is no estimate, unless ``difference=True``.
+    * The estimate describes the last ``steps`` steps, not the last step alone; the
+      interval is that of the mean over them. A change shows once a memory detects it;
+      the shortest memory has 20 steps by default. Where ‖G‖² falls faster than that, as
+      in the first steps of a run, the estimate is too low.
+    * Examples of one batch must be independent. Tokens of one sequence are not: weight
+      by sequences, or treat an estimate in tokens as a lower bound.
+    * Squared norms have the range of float32: a norm above 1e18, or a global norm below
+      1e-19, is not measured. The rounding of bfloat16 gradients is part of the noise:
       S/n up to 2⁻¹⁸ of ‖g‖² for a microbatch of n.
-    * A clip in the chain before it changes nothing: the moments tell what ‖ḡ‖ was. What
-      clips single microbatches changes what the noise is.
-    * A leaf whose deviation is not known, NaN beside a finite norm, is left out of the
-      sums.
-    * Before anything was learned all but ``low``, ``high`` and ``valid`` is NaN.
+    * A clip earlier in the chain does not change the estimate: the moments contain ‖ḡ‖
+      from before the clip. Clipping single microbatches changes the noise itself.
+    * A leaf with unknown deviation (NaN with a finite norm) is left out of the sums.
+    * Before the first estimate every value is NaN except ``low``, ``high``, ``valid``
+      and ``steps``.
     * 0/0 is NaN in ``noise_to_weight``, and x/0 is ∞ (zero-initialised parameters).
 
     Args:
-      decay: weight of a step relative to the next, in [0, 1); the averages are as good
-        as (1 + decay)/(1 − decay) steps at most, 199 by default. At 0.42 and
-        below that is too few to be valid.
-      half_life: in the unit of the moments, examples or tokens, takes the place of
-        ``decay``: what is that far back weighs half. Stays right when the batch grows.
+      decay: weight of a step relative to the next, in [0, 1); the averages are worth at
+        most (1 + decay)/(1 − decay) steps of equal weight, 199 by default. At 0.42 and
+        below these are too few for a valid estimate.
+      half_life: replaces ``decay``: a step that many examples or tokens (the unit of
+        the moments) ago has half the weight. Stays correct when the batch grows.
       confidence: of the interval, in (0, 1).
       scope: ``"leaf"`` – the whole gradient and every leaf; ``"global"`` – the whole
-        only; or a callable from the tree to a tree (or tree prefix) of labels – the
-        whole and every label, such as "norm" and "other". ``optax.inject_hyperparams``
-        takes callables for schedules: name it in its ``static_args``.
+        gradient only; or a callable from the tree to a tree (or tree prefix) of labels
+        – the whole gradient and every label, such as "norm" and "other".
+        ``optax.inject_hyperparams`` treats callables as schedules: add "scope" to its
+        ``static_args``.
       difference: while there is one microbatch per step, estimate from pairs of
-        successive gradients. They are of different parameters: ``biased`` says so, and
-        the first step with more microbatches begins anew. Costs one buffer.
+        successive gradients. They belong to different parameters: ``biased`` is then
+        True. The first step with several microbatches resets the averages. Costs one
+        buffer.
       axis_name: under ``shard_map``, the mesh axes that shard the gradient, see
-        :func:`clip_by_threshold`; moments of :func:`accumulate_moments` must be of the
-        same. Leave it None under ``jit``.
+        :func:`clip_by_threshold`; :func:`accumulate_moments` must have the same axes.
+        Leave it None under ``jit``.
 
     Returns:
       A transformation with state :class:`EstimateNoiseScaleState`; its ``update`` needs
       ``moments=``. Metrics ``noise_scale/…``: ``b_simple``, ``low``, ``high`` and
       ``trace`` in the unit of the weights, ``valid``, ``grad_sq``, ``noise_to_weight``,
-      ``steps`` (of equal weight) and ``biased``; all but the last also ``…/per_leaf``
-      unless the scope is global, with labels that of the label. To read them, see
-      :func:`noise_scale`.
+      ``steps`` (of equal weight) and ``biased``. Unless the scope is global, all but
+      ``biased`` exist as ``…/per_leaf`` too; with labels, each leaf has the value of
+      its label. To read them, see :func:`noise_scale`.
 
     Raises:
-      TypeError: an argument is no number.
-      ValueError: an argument is outside its range; or ``moments=`` are missing at
+      TypeError: an argument is not a number.
+      ValueError: an argument is outside its range; or ``moments=`` is missing at
         ``update``.
 
     Example:
@@ -207,13 +211,13 @@ def estimate_noise_scale(
       B_simple = 77.8 examples (95 %: 49–175), over 92 steps
 
     References:
-      McCandlish et al., 2018, arXiv:1812.06162, App. A.1, with microbatches in the
-      place of devices. Deviations: any number of microbatches of unequal weight; S from
-      distances to the mean, which cancels no digits; averages of S and G² as published,
-      but debiased by their weights; no clamp. Fieller, 1954, for the interval. Lepski,
-      1990, for the memories.
-      AdaptDL (Qiao et al., "Pollux", 2021, arXiv:2008.12260) for pairs; deviation: they
-      do not overlap, so that steps are independent.
+      McCandlish et al., 2018, arXiv:1812.06162, App. A.1, with microbatches in place of
+      devices. Deviations: any number of microbatches of unequal weight; S from
+      distances to the mean, which avoids cancellation; averages of S and G² as
+      published, but debiased by their weights; no clamp. Fieller, 1954, for the
+      interval. Lepski, 1990, for the memories.
+      AdaptDL (Qiao et al., "Pollux", 2021, arXiv:2008.12260) for pairs; deviation:
+      pairs do not overlap, so that they are independent.
     """
     _validate.check_interval("decay", decay, "[0, 1)", "0.99 is the default")
     if half_life is not None:
@@ -226,27 +230,28 @@ def estimate_noise_scale(
     def init_fn(params):
         return init_state(_tree.pure(params), scope, confidence, difference=difference)
 
-    def decay_of(weight):
+    def decay_for(weight):
         if half_life is None:
             return _validate.as_float32(decay)
         return 0.5 ** (weight / _validate.as_float32(half_life))
 
     def update_fn(updates, state, params=None, *, moments=None, **extra_args):
         del extra_args
-        moments = _moments.visible(_needed(moments), updates)
+        moments = _moments.visible(_require_moments(moments), updates)
         norms = _squared_norms(moments, updates, axis_name)
         observed = _observe(moments, norms)
         if difference:
-            state, pair, alone = _pair_up(state, updates, moments, axis_name)
+            state, pair, use_pair = _observe_pair(state, updates, moments, axis_name)
             observed = jax.tree.map(
-                lambda of_pair, of_step: jnp.where(alone, of_pair, of_step),
+                lambda of_pair, of_step: jnp.where(use_pair, of_pair, of_step),
                 pair,
                 observed,
             )
-        # What is not finite as a whole is no leaf that one may leave out.
+        # A leaf with a non-finite norm stays in, so that the step is rejected.
         known = ~jnp.isnan(moments.deviation) | ~jnp.isfinite(norms)
         sizes = _norms.leaf_sizes(updates, axis_name)
-        state = update_streams(state, observed, known, sizes, decay_of(observed.weight))
+        step_decay = decay_for(observed.weight)
+        state = update_streams(state, observed, known, sizes, step_decay)
         if params is not None:
             rms = _param_rms(_tree.pure(params), known, state, axis_name)
             state = state._replace(param_rms=rms)

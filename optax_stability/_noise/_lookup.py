@@ -1,4 +1,4 @@
-"""The noise scale inside a transformation that acts on it."""
+"""Finds and reads the noise scale, for the transformations that use it."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from optax_stability._noise._state import EstimateNoiseScaleState, readings
 def estimator_or_default(
     estimator: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The estimator, by default one of the whole gradient only.
+    """The estimator, by default one with global scope.
 
     Raises:
-      TypeError: it is no transformation.
+      TypeError: ``estimator`` is not a transformation.
     """
     if estimator is None:
         return estimate_noise_scale(scope="global")
@@ -25,24 +25,24 @@ def estimator_or_default(
 
 
 def init_estimator(estimator: optax.GradientTransformation, params: Any) -> Any:
-    """The state of an estimator.
+    """The initial state of an estimator.
 
     Raises:
-      ValueError: it is not one noise scale that it holds.
+      ValueError: the state contains no noise scale, or more than one.
     """
     state = estimator.init(params)
-    only_estimate(state)
+    find_estimate(state)
     return state
 
 
-def whole_gradient(state: Any) -> dict[str, jax.Array]:
-    """What is known of the whole gradient, by name."""
-    each = readings(only_estimate(state))
-    return {key: values[0] for key, values in each.items()}
+def global_readings(state: Any) -> dict[str, jax.Array]:
+    """The readings of the whole gradient, by name."""
+    by_name = readings(find_estimate(state))
+    return {key: values[0] for key, values in by_name.items()}
 
 
-def only_estimate(state: Any) -> EstimateNoiseScaleState:
-    """The one estimate in an optimizer state.
+def find_estimate(state: Any) -> EstimateNoiseScaleState:
+    """Finds the only estimate in an optimizer state.
 
     Raises:
       ValueError: there is none, or more than one.

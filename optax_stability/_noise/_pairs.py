@@ -1,4 +1,4 @@
-"""What two successive gradients say of the noise, where there is nothing better.
+"""Estimates the noise from pairs of successive gradients.
 
 *Cost*: one buffer like the gradient, and three reductions over it.
 
@@ -16,11 +16,11 @@ from optax_stability._noise._statistics import Observed
 
 
 class Pairs(NamedTuple):
-    """The gradient that waits for the next one.
+    """The stored gradient, to be paired with the next one.
 
     Attributes:
-      previous: tree like the gradient, float32; means nothing while ``weight`` is 0.
-      weight: float32[] – its examples, or 0.
+      previous: tree like the gradient, float32; meaningless while ``weight`` is 0.
+      weight: float32[] – its examples, or 0 if no gradient is stored.
     """
 
     previous: Any
@@ -28,7 +28,7 @@ class Pairs(NamedTuple):
 
 
 def init_pairs(like: Any) -> Pairs:
-    """No gradient waits."""
+    """The initial state: no gradient is stored."""
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), like)
     return Pairs(previous=zeros, weight=jnp.zeros((), jnp.float32))
 
@@ -41,44 +41,45 @@ def _inner_products(a: Any, b: Any, axis_name: _mesh_axes.AxisName):
 
     products = jax.tree.leaves(jax.tree.map(product, a, b))
     stacked = jnp.stack(products) if products else jnp.zeros((0,), jnp.float32)
-    return _mesh_axes.add_up(stacked, jax.tree.leaves(a), axis_name)
+    return _mesh_axes.sum_shards(stacked, jax.tree.leaves(a), axis_name)
 
 
 def update_pairs(
     pairs: Pairs, grads: Any, weight, axis_name: _mesh_axes.AxisName
 ) -> tuple[Pairs, Observed]:
-    """Pairs a gradient with the one that waits, or lets it wait.
+    """Pairs a gradient with the stored one, or stores it.
 
-    For g of weight n and the one before, h of weight m::
+    For the gradient g of weight n and the stored gradient h of weight m::
 
       S = ‖g − h‖²·n·m/(n + m)    G² = ⟨g, h⟩
 
     Args:
-      pairs: what waits.
+      pairs: the stored gradient.
       grads: g.
-      weight: float32[] – n; with 0 the gradient does not count, and none waits after.
-        One that is not finite does not count either, and what waits goes on waiting.
+      weight: float32[] – n. With 0, g is ignored and the stored gradient is cleared. If
+        g is not finite, g is ignored and the stored gradient is kept.
       axis_name: under ``shard_map``, the mesh axes that shard the gradient.
 
     Returns:
-      What waits now, and what the pair says: NaN, of weight 0, if it is none.
+      The new stored gradient, and S and G² of the pair: NaN, of weight 0, if there is
+      no pair.
     """
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     finite = jnp.all(jnp.isfinite(_inner_products(grads, grads, axis_name)))
     complete = finite & (weight > 0) & (pairs.weight > 0)
     total = weight + pairs.weight
-    apart = jax.tree.map(lambda g, old: g - old, grads, pairs.previous)
-    squares = _inner_products(apart, apart, axis_name)
-    shared = weight * pairs.weight / jnp.where(complete, total, 1.0)
+    differences = jax.tree.map(lambda g, old: g - old, grads, pairs.previous)
+    squares = _inner_products(differences, differences, axis_name)
+    factor = weight * pairs.weight / jnp.where(complete, total, 1.0)
     products = _inner_products(grads, pairs.previous, axis_name)
     observed = Observed(
-        trace=jnp.where(complete, shared * squares, jnp.nan),
+        trace=jnp.where(complete, factor * squares, jnp.nan),
         grad_sq=jnp.where(complete, products, jnp.nan),
         weight=jnp.where(complete, total, 0.0),
     )
-    waits = finite & (weight > 0) & ~complete
+    store = finite & (weight > 0) & ~complete
     previous = jax.tree.map(
-        lambda g, old: jnp.where(waits, g, old), grads, pairs.previous
+        lambda g, old: jnp.where(store, g, old), grads, pairs.previous
     )
-    waiting = jnp.where(waits, weight, jnp.where(finite, 0.0, pairs.weight))
-    return Pairs(previous, jnp.where(weight > 0, waiting, 0.0)), observed
+    stored_weight = jnp.where(store, weight, jnp.where(finite, 0.0, pairs.weight))
+    return Pairs(previous, jnp.where(weight > 0, stored_weight, 0.0)), observed

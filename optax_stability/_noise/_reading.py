@@ -1,4 +1,4 @@
-"""The noise scale as a person reads it, and what follows from it.
+"""Reads the noise scale on the host, and derives batch sizes from it.
 
 *Where*: on the host, after the step. *Cost*: a few dozen scalars are fetched.
 
@@ -8,17 +8,17 @@ arXiv:1812.06162, §2.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, overload
 
 import jax
 
 from optax_stability._core import _tree, _validate
-from optax_stability._noise._lookup import only_estimate
+from optax_stability._noise._lookup import find_estimate
 from optax_stability._noise._state import readings
 
 
 def _digits(value: float) -> str:
-    """Three digits, as people write them: 1,234,567 is 1.23M."""
+    """Three significant digits and a suffix: 1,234,567 is 1.23M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if 0.9995 * size <= value < math.inf:
             return f"{value / size:#.3g}".rstrip(".") + letter
@@ -33,13 +33,13 @@ class NoiseScale:
       b_simple: tr Σ/‖G‖², in ``unit``; NaN where it is not ``valid``.
       low: lower end of its interval; a lower bound where it is not ``valid``.
       high: upper end, ∞ where it is not ``valid``.
-      valid: whether the gradient is told from the noise.
-      trace: mean of S, of tr Σ.
-      grad_sq: mean of G², of ‖G‖²; may be below 0.
-      noise_to_weight: √(var_g/var_p), noise of a microbatch relative to weights.
+      valid: whether the gradient can be distinguished from the noise.
+      trace: mean of S, which estimates tr Σ.
+      grad_sq: mean of G², which estimates ‖G‖²; may be negative.
+      noise_to_weight: √(var_g/var_p), noise of a microbatch relative to the parameters.
       steps: how many steps of equal weight the averages are worth.
       confidence: of the interval.
-      biased: whether it is from pairs of successive gradients.
+      biased: whether the estimate is from pairs of successive gradients.
       unit: what the weights of the microbatches count.
       per_leaf: the same for every leaf, or every label, by name.
     """
@@ -58,14 +58,14 @@ class NoiseScale:
     per_leaf: dict[str, "NoiseScale"] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """One line: the estimate, its interval, and what it rests on."""
-        share = f"{100 * self.confidence:g} %"
+        """One line: the estimate, its interval, and the number of steps."""
+        confidence = f"{100 * self.confidence:g} %"
         if self.valid:
             low, high = _digits(self.low), _digits(self.high)
             text = f"B_simple = {_digits(self.b_simple)} {self.unit} "
-            text += f"({share}: {low}–{high})"
+            text += f"({confidence}: {low}–{high})"
         elif self.low > 0:
-            text = f"B_simple ≥ {_digits(self.low)} {self.unit} ({share})"
+            text = f"B_simple ≥ {_digits(self.low)} {self.unit} ({confidence})"
         else:
             text = "B_simple unknown"
         text += f", over {self.steps:.0f} steps"
@@ -73,25 +73,26 @@ class NoiseScale:
 
 
 def noise_scale(state: Any, *, unit: str = "examples") -> NoiseScale:
-    """Reads the noise scale out of an optimizer state.
+    """Reads the noise scale from an optimizer state.
 
-    **Guarantees**: finds the estimate wherever it is, as :func:`metrics` does.
+    **Guarantees**: finds the estimate at any depth of the state, as :func:`metrics`
+    does.
 
-    **Edge cases**: outside ``jit`` only; inside, take the keys ``noise_scale/…`` of
+    **Edge cases**: outside ``jit`` only; inside, use the keys ``noise_scale/…`` of
     :func:`metrics`.
 
     Args:
-      state: an optimizer state, ``TrainState`` or ``nnx.Optimizer`` in which there is
-        one :func:`estimate_noise_scale`.
+      state: an optimizer state, ``TrainState`` or ``nnx.Optimizer`` that contains one
+        :func:`estimate_noise_scale`.
       unit: what the weights of the microbatches count, for printing: "examples", or
-        "tokens" where ``weight_fn`` counts those.
+        "tokens" where ``weight_fn`` counts tokens.
 
     Returns:
       The estimate of the whole gradient, with those of leaves or labels in
       ``per_leaf``.
 
     Raises:
-      ValueError: there is no estimate in the state, or more than one.
+      ValueError: the state contains no estimate, or more than one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -100,7 +101,7 @@ def noise_scale(state: Any, *, unit: str = "examples") -> NoiseScale:
       >>> noise_scale(estimate_noise_scale().init(params))
       B_simple unknown, over 0 steps
     """
-    found = only_estimate(state)
+    found = find_estimate(state)
     values = jax.device_get(readings(found))
     shared = {
         "confidence": float(found.confidence),
@@ -117,29 +118,37 @@ def noise_scale(state: Any, *, unit: str = "examples") -> NoiseScale:
     return NoiseScale(**read(0), per_leaf=leaves)
 
 
-def batch_efficiency(b_simple: Any, batch_size: Any) -> Any:
-    """The share of the examples that a batch of some size does not waste.
+@overload
+def batch_efficiency(b_simple: float, batch_size: float) -> float: ...
 
-    **Rule**: 1/(1 + B/B_simple). Relative to a tiny batch, each example of a batch of
-    size B_simple brings half as far.
+
+@overload
+def batch_efficiency(b_simple: Any, batch_size: Any) -> Any: ...
+
+
+def batch_efficiency(b_simple: Any, batch_size: Any) -> Any:
+    """The fraction of its examples that a batch of a given size does not waste.
+
+    **Rule**: 1/(1 + B/B_simple). An example in a batch of size B_simple makes half the
+    progress of an example in a tiny batch.
 
     **Edge cases**: B_simple = 0 gives 0, ∞ gives 1, NaN gives NaN.
 
-    Doubts: the rule holds for SGD with the learning rate tuned for every batch, and for
-    noise that is alike in all directions. The noise scale depends on the learning rate
-    and grows along a run; for Adam it is a proxy. Merrill et al. (2025) measured the
-    critical batch size directly and found the noise scale no reliable stand-in for it.
+    Limits: the rule holds for SGD with the learning rate tuned for every batch size,
+    and for isotropic noise. The noise scale depends on the learning rate and grows
+    along a run; for Adam it is a proxy. Merrill et al. (2025) measured the critical
+    batch size directly and found that the noise scale is not a reliable substitute.
 
     Args:
       b_simple: noise scale, in any unit; a number or an array.
       batch_size: B > 0, in the same unit.
 
     Returns:
-      A share from 0 to 1.
+      A fraction from 0 to 1.
 
     Raises:
-      TypeError: an argument is no number.
-      ValueError: ``batch_size`` is not above 0, or ``b_simple`` below 0.
+      TypeError: an argument is not a number.
+      ValueError: ``batch_size`` is not above 0, or ``b_simple`` is below 0.
 
     Example:
       >>> batch_efficiency(400.0, 400)
@@ -149,7 +158,7 @@ def batch_efficiency(b_simple: Any, batch_size: Any) -> Any:
       McCandlish et al., 2018, arXiv:1812.06162, §2. Against it: Merrill et al.,
       "Critical Batch Size Revisited", 2025, arXiv:2505.23971.
     """
-    _validate.check_interval("batch_size", batch_size, "(0, inf)", "count examples")
+    _validate.check_interval("batch_size", batch_size, "(0, inf)", "use a size > 0")
     if not _validate.is_concrete(b_simple):
         _validate.check_number("b_simple", b_simple)
         return 1 / (1 + batch_size / b_simple)
@@ -160,24 +169,24 @@ def batch_efficiency(b_simple: Any, batch_size: Any) -> Any:
 
 
 def critical_batch_range(estimate: NoiseScale) -> tuple[float, float]:
-    """Between which sizes the critical batch is, as far as the noise scale tells.
+    """The range of the critical batch size, according to the noise scale.
 
-    **Rule**: the interval of B_simple; its upper end is ∞ where there is none, and both
-    are what they are at the present point of the run.
+    **Rule**: the interval of B_simple at the present point of the run. The upper end is
+    ∞ where the interval has none.
 
-    Doubts, beside those of :func:`batch_efficiency`: the critical batch weighs the
-    noise by the curvature, which B_simple leaves out. Zhang et al. (2024) find that the
-    critical batch grows with the amount of data. Take the range for an order of
-    magnitude, and try.
+    Limits, in addition to those of :func:`batch_efficiency`: the critical batch size
+    weights the noise by the curvature, which B_simple leaves out. Zhang et al. (2024)
+    find that the critical batch size grows with the amount of data. Treat the range as
+    an order of magnitude, and test it.
 
     Args:
-      estimate: what :func:`noise_scale` has read.
+      estimate: the result of :func:`noise_scale`.
 
     Returns:
       (low, high), in the unit of the estimate.
 
     Raises:
-      TypeError: the argument is something else.
+      TypeError: ``estimate`` is not a :class:`NoiseScale`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What the noise scale remembers, and what may be read from it.
+"""The state of the noise scale estimate, and its metrics.
 
 *Cost*: a few dozen scalars per stream; with pairs one buffer like the gradient.
 """
@@ -18,16 +18,16 @@ class EstimateNoiseScaleState(NamedTuple):
 
     Attributes:
       averages: of S and G², float32[n_memories, n_streams] each.
-      size: float32[n_streams] – coordinates that count, d.
+      size: float32[n_streams] – number of entries that were measured, d.
       param_rms: float32[n_streams] – root mean square of the parameters; NaN where they
         were not given.
       batch: float32[] – weight of the last step, N.
       microbatch: float32[] – mean weight of its microbatches, N/K.
       biased: bool[] – whether the averages are of pairs of successive gradients.
-      pairs: what pairs of gradients need, or None without them.
+      pairs: the stored gradient for pairs, or None without ``difference``.
       confidence: float32[] – of the intervals.
-      stream: int32[n_leaves] – the stream each leaf is in besides.
-      leaves: marks that name the entries of per-leaf vectors, or None if the whole is
+      stream: int32[n_leaves] – the stream of each leaf; all are in stream 0 too.
+      leaves: marks that name the entries of per-leaf vectors, or None if stream 0 is
         the only stream.
       labels: marks that name the streams from 1 on, or None if they are the leaves.
     """
@@ -46,21 +46,21 @@ class EstimateNoiseScaleState(NamedTuple):
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
-        """``noise_scale/…``: the estimate and its interval, whole and per leaf."""
-        each = readings(self)
-        whole = {f"noise_scale/{key}": values[0] for key, values in each.items()}
-        whole["noise_scale/biased"] = self.biased
-        whole["noise_scale/batch_size"] = self.batch
+        """``noise_scale/…``: the estimate and its interval, global and per leaf."""
+        by_name = readings(self)
+        found = {f"noise_scale/{key}": values[0] for key, values in by_name.items()}
+        found["noise_scale/biased"] = self.biased
+        found["noise_scale/batch_size"] = self.batch
         if self.leaves is None:
-            return whole
-        return whole | {
+            return found
+        return found | {
             f"noise_scale/{key}/per_leaf": values[self.stream]
-            for key, values in each.items()
+            for key, values in by_name.items()
         }
 
 
 def readings(state: EstimateNoiseScaleState) -> dict[str, jax.Array]:
-    """All that is known of each stream, by name, [n_streams] each."""
+    """The estimates of all streams, by name, [n_streams] each."""
     averages = _statistics.longest_consistent(state.averages)
     scale = _statistics.interval(averages, state.confidence)
     learned = averages.total > 0
@@ -86,14 +86,14 @@ def _streams(tree: Any, scope: _scopes.Scope) -> tuple[list[int], Any, Any]:
     if scope == "leaf":
         return list(range(1, 1 + count)), _tree.mark_leaves(tree), None
     labels = [str(label) for label in _scopes.per_leaf(scope, tree)]
-    # In the order in which jax flattens a dict.
+    # Sorted, as JAX flattens a dict.
     names = sorted(set(labels))
     stream = [1 + names.index(label) for label in labels]
     return stream, _tree.mark_leaves(tree), dict.fromkeys(names, _tree.Leaf())
 
 
-def by_stream(values, state: EstimateNoiseScaleState):
-    """Sums over all leaves, in stream 0, and over those of each other stream."""
+def sum_by_stream(values, state: EstimateNoiseScaleState):
+    """Sums of per-leaf values over each stream; stream 0 contains all leaves."""
     streams = state.size.shape[0]
     sums = jnp.zeros((streams,), jnp.float32)
     if streams > 1:
@@ -125,12 +125,12 @@ def init_state(
 def update_streams(
     state: EstimateNoiseScaleState, observed: Observed, known, sizes, decay
 ):
-    """The averages of all streams after one more step."""
-    size = by_stream(jnp.where(known, sizes, 0.0), state)
+    """Adds one step to the averages of all streams."""
+    size = sum_by_stream(jnp.where(known, sizes, 0.0), state)
 
     def total(values):
-        # A stream of which nothing is known learns nothing.
-        sums = by_stream(jnp.where(known, values, 0.0), state)
+        # A stream without known leaves is not updated.
+        sums = sum_by_stream(jnp.where(known, values, 0.0), state)
         return jnp.where(size > 0, sums, jnp.nan)
 
     trace, grad_sq = total(observed.trace), total(observed.grad_sq)

@@ -1,16 +1,16 @@
 """Averages of two noisy numbers, and an interval for the ratio of their means.
 
-*Problem*: the noise scale is the ratio of two means, and the lower one may be close to
-0. The mean of ratios is then meaningless, and so is an interval from the delta method,
-which is always finite. And both means move: an average that is long enough to be sure
-of is sure of the past.
+*Problem*: the noise scale is the ratio of two means, and the denominator may be close
+to 0. The mean of ratios is then meaningless, and so is an interval from the delta
+method, which is always finite. Both means also change over time: an average long enough
+to be precise describes the past.
 
 *Cost*: 21 scalars per stream; element-wise.
 
 *Source*: Fieller, "Some Problems in Interval Estimation", 1954, J. R. Stat. Soc. B 16,
 §2, for the interval. West, "Updating Mean and Variance Estimates", 1979, CACM 22(9),
 with weights that decay, for the averages. Lepski, "On a Problem of Adaptive Estimation
-in Gaussian White Noise", 1990, Theory Probab. Appl. 35(3), for how far back to look.
+in Gaussian White Noise", 1990, Theory Probab. Appl. 35(3), for the memory length.
 Student's quantile from the normal one by
 Abramowitz & Stegun, "Handbook of Mathematical Functions", 1964, eq. 26.7.5.
 """
@@ -23,25 +23,26 @@ from jax.scipy.special import ndtri
 
 from optax_stability._core._numerics import hypot, ratio
 
-# From fewer steps no variance is taken: three steps under a decay count for a little
-# less than three.
+# Fewer effective steps give no variance. The limit is below 3 because three steps with
+# decaying weights count for a little less than three.
 _FEWEST_STEPS = 2.5
-# Of larger numbers the spread would overflow.
+# The spread of larger numbers would overflow.
 _LARGEST = 1e36
-# Decays are powers of the longest one: memories of a third and a tenth of its steps.
-_POWERS = (1, 3, 10)
-# Memories agree if their intervals of this confidence meet. With wider ones a change is
-# noticed late; with narrower ones chance looks like one, and coverage suffers.
-_AGREEMENT = 0.75
+# The decays of the memories are these powers of ``decay``: a third and a tenth of the
+# steps of the longest memory.
+_DECAY_POWERS = (1, 3, 10)
+# Memories agree if their intervals of this confidence overlap. Wider intervals detect a
+# change late; narrower intervals mistake chance for a change, and coverage suffers.
+_AGREEMENT_CONFIDENCE = 0.75
 
 
 class Averages(NamedTuple):
     """Weighted means of trace S and squared gradient G², with their spread.
 
-    Each step weighs ``decay`` times the one after it. As they are learned, they have a
-    first axis for memories of several lengths, the longest first. The spread is kept as
-    the Cholesky factor of the weighted sums of squares and products about the means: no
-    square is formed, so it has the range of S and G² themselves.
+    Each step has ``decay`` times the weight of the next. In the state a first axis is
+    added: memories of several lengths, the longest first. The spread is stored as the
+    Cholesky factor of the weighted sums of squares and products about the means: no
+    square is formed, so the spread has the range of S and G² themselves.
 
     Attributes:
       total: float32[n] – W, sum of the weights.
@@ -63,17 +64,17 @@ class Averages(NamedTuple):
 
     @property
     def steps(self) -> jax.Array:
-        """How many steps of equal weight would say as much, float32[n]."""
+        """The equivalent number of steps of equal weight, float32[n]."""
         return jnp.square(self.total) / jnp.maximum(self.total_sq, 1e-30)
 
 
 class Observed(NamedTuple):
-    """What one step says of each leaf.
+    """S and G² of each leaf, from one step.
 
     Attributes:
-      trace: float32[n_leaves] – S; NaN where nothing is known.
+      trace: float32[n_leaves] – S; NaN where it is unknown.
       grad_sq: float32[n_leaves] – G².
-      weight: float32[] – of the examples it is from.
+      weight: float32[] – total weight of the examples.
     """
 
     trace: jax.Array
@@ -82,13 +83,13 @@ class Observed(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """What is known of the ratio S/G².
+    """The ratio S/G², with a confidence interval.
 
     Attributes:
       ratio: float32[n] – ratio of the means, NaN where it is not ``valid``.
-      low: float32[n] – lower end, 0 where nothing is known.
+      low: float32[n] – lower end, 0 where it is unknown.
       high: float32[n] – upper end, ∞ where there is none.
-      valid: bool[n] – whether G² is told from 0.
+      valid: bool[n] – whether G² can be distinguished from 0.
     """
 
     ratio: jax.Array
@@ -98,13 +99,13 @@ class Interval(NamedTuple):
 
 
 def init_averages(streams: int) -> Averages:
-    """The averages of no step, of [memories, streams]."""
-    shape = len(_POWERS), streams
+    """The averages before the first step, of [memories, streams]."""
+    shape = len(_DECAY_POWERS), streams
     return Averages(*(jnp.zeros(shape, jnp.float32) for _ in Averages._fields))
 
 
 def _givens_rotation(a, b):
-    """Cosine and sine that turn (a, b) into (√(a² + b²), 0), for a ≥ 0."""
+    """Length √(a² + b²), and cosine and sine that turn (a, b) to (length, 0); a ≥ 0."""
     length = hypot(a, jnp.abs(b))
     known = length > 0
     safe = jnp.where(known, length, 1.0)
@@ -112,34 +113,34 @@ def _givens_rotation(a, b):
 
 
 def update_averages(averages: Averages, trace, grad_sq, decay) -> Averages:
-    """The averages with one more step, where both numbers are finite, up to 1e36.
+    """Adds one step to the averages, where both numbers are finite and at most 1e36.
 
     Args:
       averages: of [memories, n streams].
       trace: float32[n] – S of this step.
       grad_sq: float32[n] – G² of this step.
-      decay: float32[] – weight of all that came before, relative to this step, in the
+      decay: float32[] – weight of the earlier steps relative to this one, in the
         longest memory.
     """
-    old, decay = averages, decay ** jnp.array(_POWERS, jnp.float32)[:, None]
+    old, decay = averages, decay ** jnp.array(_DECAY_POWERS, jnp.float32)[:, None]
     total = decay * old.total + 1
     trace_step, grad_sq_step = trace - old.trace, grad_sq - old.grad_sq
-    # The first step has no distance to a mean.
+    # 0 at the first step, when there is no mean yet.
     weight = jnp.sqrt(decay * old.total / total)
-    keep = jnp.sqrt(decay)
+    root_decay = jnp.sqrt(decay)
     trace_spread, cos, sin = _givens_rotation(
-        keep * old.trace_spread, jnp.where(weight > 0, weight * trace_step, 0.0)
+        root_decay * old.trace_spread, jnp.where(weight > 0, weight * trace_step, 0.0)
     )
-    shared, beside = keep * old.shared_spread, weight * grad_sq_step
+    shared, added = root_decay * old.shared_spread, weight * grad_sq_step
     new = Averages(
         total=total,
         total_sq=decay**2 * old.total_sq + 1,
         trace=old.trace + trace_step / total,
         grad_sq=old.grad_sq + grad_sq_step / total,
         trace_spread=trace_spread,
-        shared_spread=cos * shared + sin * beside,
+        shared_spread=cos * shared + sin * added,
         grad_sq_spread=hypot(
-            keep * old.grad_sq_spread, jnp.abs(cos * beside - sin * shared)
+            root_decay * old.grad_sq_spread, jnp.abs(cos * added - sin * shared)
         ),
     )
     known = (jnp.abs(trace) <= _LARGEST) & (jnp.abs(grad_sq) <= _LARGEST)
@@ -166,56 +167,56 @@ def student_quantile(confidence, dof):
 def interval(averages: Averages, confidence) -> Interval:
     """Fieller's interval for mean(S)/mean(G²), where both means may be uncertain.
 
-    All r for which mean(S) − r·mean(G²) is within t standard deviations of 0; of them
-    those ≥ 0, as both true means are. Where mean(G²) is below 0 it counts as 0.
+    The interval contains all r ≥ 0 for which mean(S) − r·mean(G²) is within t standard
+    deviations of 0; r ≥ 0 because both true means are. A negative mean(G²) counts as 0.
 
     Args:
       averages: of n streams.
-      confidence: share of such intervals that hold the true ratio, in (0, 1).
+      confidence: fraction of intervals that contain the true ratio, in (0, 1).
     """
     enough = averages.steps > _FEWEST_STEPS
     steps = jnp.where(enough, averages.steps, 3.0)
     total = jnp.where(enough, averages.total, 1.0)
-    # The variance of a weighted mean is Σ(x − mean)² of weight w, times this square.
-    per_mean = student_quantile(confidence, steps - 1) / jnp.sqrt(total * (steps - 1))
-    above, below = averages.trace, jnp.maximum(averages.grad_sq, 0)
+    # The variance of a weighted mean is Σw(x − mean)²/(total·(steps − 1)).
+    per_root = student_quantile(confidence, steps - 1) / jnp.sqrt(total * (steps - 1))
+    upper, lower = averages.trace, jnp.maximum(averages.grad_sq, 0)
     spreads = (
-        per_mean * averages.trace_spread,
-        per_mean * averages.shared_spread,
-        per_mean * averages.grad_sq_spread,
+        per_root * averages.trace_spread,
+        per_root * averages.shared_spread,
+        per_root * averages.grad_sq_spread,
     )
-    # In units of the largest, no square over- or underflows.
-    unit_above = jnp.maximum(jnp.abs(above), spreads[0])
-    unit_below = jnp.maximum(below, jnp.maximum(jnp.abs(spreads[1]), spreads[2]))
-    a, s = ratio(above, unit_above), ratio(spreads[0], unit_above)
-    b, c, d = (ratio(x, unit_below) for x in (below, spreads[1], spreads[2]))
+    # In units of the largest, no square overflows or underflows.
+    upper_unit = jnp.maximum(jnp.abs(upper), spreads[0])
+    lower_unit = jnp.maximum(lower, jnp.maximum(jnp.abs(spreads[1]), spreads[2]))
+    a, s = ratio(upper, upper_unit), ratio(spreads[0], upper_unit)
+    b, c, d = (ratio(x, lower_unit) for x in (lower, spreads[1], spreads[2]))
 
     # (a − r·b)² ≤ t²·Var(a − r·b) is q₂r² − 2q₁r + q₀ ≤ 0.
     q0, q1, q2 = (a - s) * (a + s), a * b - s * c, b * b - c * c - d * d
-    # q₁² − q₀q₂, of which nothing would be left where the interval is narrow.
+    # √(q₁² − q₀q₂), written without the cancellation of a narrow interval.
     root = jnp.sqrt(jnp.maximum(jnp.square(a * c - s * b) + d * d * q0, 0))
     bounded = enough & (q2 > 0)
     low = jnp.where((q0 > 0) & (q1 + root > 0), ratio(q0, q1 + root), 0.0)
     high = jnp.where(bounded, ratio(jnp.maximum(q1 + root, 0), q2), jnp.inf)
-    unit = ratio(unit_above, unit_below)
+    unit = ratio(upper_unit, lower_unit)
     return Interval(
         ratio=jnp.where(bounded, ratio(averages.trace, averages.grad_sq), jnp.nan),
-        low=jnp.where(enough & (unit_below > 0), low * unit, 0.0),
+        low=jnp.where(enough & (lower_unit > 0), low * unit, 0.0),
         high=jnp.where(bounded, high * unit, jnp.inf),
         valid=bounded,
     )
 
 
 def longest_consistent(averages: Averages) -> Averages:
-    """The averages of the longest memory that no shorter one contradicts, [n].
+    """The averages of the longest memory that agrees with all shorter ones, [n].
 
-    A long memory knows best as long as nothing has changed. From the shortest on, each
-    longer one is taken while its interval meets those of all shorter ones, and has an
-    upper end if one of these has: a spike long ago, which leaves a long memory at a
-    loss, is no news to a short one.
+    A long memory is the most precise while nothing changes. Starting at the shortest,
+    each longer memory is chosen while its interval overlaps those of all shorter ones,
+    and has an upper end if one of theirs has. After a spike a long memory may have no
+    upper end long after a short one has forgotten the spike.
     """
-    found = interval(averages, _AGREEMENT)
-    shortest = len(_POWERS) - 1
+    found = interval(averages, _AGREEMENT_CONFIDENCE)
+    shortest = len(_DECAY_POWERS) - 1
     chosen = jnp.full(found.low.shape[1:], shortest)
     low, high, agree = found.low[shortest], found.high[shortest], True
     for longer in reversed(range(shortest)):

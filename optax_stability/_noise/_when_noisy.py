@@ -1,12 +1,13 @@
-"""Lets a transformation act only while the gradient is noisy.
+"""Applies a transformation only while the gradient is noisy.
 
-*Problem*: clipping biases a gradient that is nearly all signal, and is wanted where
+*Problem*: clipping biases a gradient that is nearly all signal, but is useful where
 noise makes its tails heavy.
 
-*Where in the chain*: in the place of what it wraps, and of ``estimate_noise_scale``,
-which it contains.
+*Where in the chain*: in place of the inner transformation and of
+``estimate_noise_scale``; it contains both.
 
-*Cost*: that of both. The inner transformation runs on every step; a select decides.
+*Cost*: that of both. The inner transformation runs at every step; a select chooses the
+updates.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -40,12 +41,12 @@ class WhenNoisyState(NamedTuple):
         return {"when_noisy/active": self.active}
 
 
-def _range(estimate, measure: Measure):
-    """What the measure certainly is above, and what it is certainly below."""
-    known = _lookup.whole_gradient(estimate)
+def _bounds(estimate, measure: Measure):
+    """Lower and upper bound of the measure; equal if it has no interval."""
+    readings = _lookup.global_readings(estimate)
     if measure == "b_simple":
-        return known["low"], known["high"]
-    return known[measure], known[measure]
+        return readings["low"], readings["high"]
+    return readings[measure], readings[measure]
 
 
 def when_noisy(
@@ -56,36 +57,36 @@ def when_noisy(
     measure: Measure = "b_simple",
     estimator: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Applies ``inner``, say a clip, while the noise scale is above a level.
+    """Applies ``inner``, such as a clip, while the noise scale is above a level.
 
     **Rule**, for the interval of the noise scale after this step::
 
       on   if low > above
       off  if high < below
-      else as it was; off at first
+      else unchanged; off at first
 
-    The interval is the hysteresis: nothing is switched by what may be chance. A noise
-    scale without an upper end can switch on, and not off.
+    The interval acts as hysteresis: random fluctuations within it do not switch. A
+    noise scale without an upper end can switch on, but not off.
 
     **Guarantees**
 
     * While off, updates pass bit for bit.
-    * ``inner`` sees every gradient: an adaptive clip knows what is normal when it is
-      switched on. Only its updates are left out, so that its own metrics, such as
-      ``clip/fraction``, say what it would have done.
+    * ``inner`` sees every gradient: an adaptive clip has current statistics when it is
+      switched on. While off, only its updates are discarded, so that its own metrics,
+      such as ``clip/fraction``, report what it would have done.
 
-    **Edge cases**: while off, what ``inner`` would stop passes, NaN and Inf included;
-    put ``skip_spikes`` around. With one microbatch per step it never switches, unless
-    the estimator takes differences.
+    **Edge cases**: while off, gradients that ``inner`` would stop pass, NaN and Inf
+    included; wrap the chain in ``skip_spikes``. With one microbatch per step it never
+    switches, unless the estimator has ``difference=True``.
 
     Args:
-      inner: what acts while it is noisy.
-      above: level of the measure, ≥ 0; examples for ``"b_simple"``.
-      below: lower level to switch off, ≤ ``above``; None for the same.
+      inner: the transformation to apply while the gradient is noisy.
+      above: level of the measure to switch on, ≥ 0; in examples for ``"b_simple"``.
+      below: level to switch off, ≤ ``above``; None: the same as ``above``.
       measure: ``"b_simple"``, or ``"noise_to_weight"``, which has no interval: then
         give ``below``.
-      estimator: an :func:`estimate_noise_scale` with settings of your own; by default
-        with those it has, of the whole gradient only.
+      estimator: an :func:`estimate_noise_scale` with your own settings; by default one
+        with its default settings and global scope.
 
     Returns:
       A transformation with state :class:`WhenNoisyState`; its ``update`` needs
@@ -93,9 +94,10 @@ def when_noisy(
       ``inner``.
 
     Raises:
-      TypeError: ``inner`` or ``estimator`` is no transformation, a level no number.
+      TypeError: ``inner`` or ``estimator`` is not a transformation, or a level is not a
+        number.
       ValueError: an argument is outside its range; at ``init``, ``estimator`` holds no
-        noise scale; at ``update``, ``moments=`` are missing.
+        noise scale; at ``update``, ``moments=`` is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -105,19 +107,18 @@ def when_noisy(
       False
     """
     _validate.check_transformation("inner", inner)
-    _validate.check_interval("above", above, "[0, inf)", "count examples")
+    _validate.check_interval("above", above, "[0, inf)", "use a level ≥ 0")
     _validate.check_choice("measure", measure, get_args(Measure))
     if below is None and measure != "b_simple":
         raise ValueError(
-            f"measure={measure!r} has no interval that would keep it from switching to "
-            "and fro; give below=, a level lower than above."
+            f"measure={measure!r} has no interval to prevent switching on and off at "
+            "every step; give below=, a level lower than above."
         )
     below = above if below is None else below
-    _validate.check_interval("below", below, "[0, inf)", "count examples")
+    _validate.check_interval("below", below, "[0, inf)", "use a level ≥ 0")
     if _validate.is_concrete(above) and _validate.is_concrete(below) and below > above:
         raise ValueError(
-            f"below={below!r} is above above={above!r}; it switches off at a lower "
-            "level, or the same."
+            f"below={below!r} exceeds above={above!r}; lower below or raise above."
         )
     estimator = _lookup.estimator_or_default(estimator)
     inner = optax.with_extra_args_support(inner)
@@ -131,12 +132,14 @@ def when_noisy(
 
     def update_fn(updates, state, params=None, **extra_args):
         _, estimate = estimator.update(updates, state.estimate, params, **extra_args)
-        low, high = _range(estimate, measure)
+        low, high = _bounds(estimate, measure)
         active = (low > above) | (state.active & ~(high < below))
-        acted, inner_state = inner.update(
+        inner_updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
-        updates = jax.tree.map(lambda a, u: jnp.where(active, a, u), acted, updates)
+        updates = jax.tree.map(
+            lambda new, old: jnp.where(active, new, old), inner_updates, updates
+        )
         return updates, WhenNoisyState(
             active=active, estimate=estimate, inner_state=inner_state
         )

@@ -1,12 +1,12 @@
-"""How the entries of a tree are distributed: largest, zeros, one mode or two.
+"""Statistics of the entries of a tree: maximum, share of zeros, bimodality.
 
-*Problem*: a norm does not tell one huge entry from many small ones, nor updates around
-zero from updates that are all plus or minus the same.
+*Problem*: a norm cannot tell one huge entry from many small ones, nor updates centred
+at zero from updates that are all plus or minus the same value.
 
 *Cost*: one pass over the leaves for each quantity. Only element-wise operations, sums
-and maxima: what is sharded stays so.
+and maxima, so sharded leaves stay sharded.
 
-*Source*: bimodality as 1/kurtosis about zero; that updates turn bimodal before a spike,
+*Source*: bimodality is 1/kurtosis about zero. Updates become bimodal before a spike:
 Molybog et al., "A Theory on Adam Instability in Large-Scale Machine Learning", 2023,
 arXiv:2304.09871.
 """
@@ -20,18 +20,18 @@ from optax_stability._core import _mesh_axes, _norms, _numerics
 from optax_stability._core._in_place import cond_is_cheap, run_if
 from optax_stability._core._leafwise import leafwise
 
-# Of the whole, and of each part.
+# One quantity: of the whole tree, and of each part.
 Pair = tuple[jax.Array, jax.Array]
 
 _SMALLEST_NORM = 2.0**-90
 
 
 class Parts(NamedTuple):
-    """What is measured: leaves, or layers of leaves, and where.
+    """A tree, split into the parts that are measured: leaves, or layers of leaves.
 
     Attributes:
       leaves: the arrays.
-      layered: for each leaf, whether every entry along its first axis is a part.
+      layered: for each leaf, whether each index of its first axis is a separate part.
       axis_name: mesh axes to sum over under ``shard_map``.
     """
 
@@ -41,26 +41,26 @@ class Parts(NamedTuple):
 
     @property
     def num_parts(self) -> int:
-        """How many parts there are."""
+        """The number of parts."""
         return sum(_norms.count_parts(self.leaves, self.layered))
 
     def sizes(self) -> jax.Array:
-        """The number of entries of each part, on all shards, float32[n_parts]."""
+        """The number of entries of each part, over all shards, float32[n_parts]."""
         counts = _norms.count_parts(self.leaves, self.layered)
         sizes = [
             [leaf.size // max(count, 1)] * count
             for leaf, count in zip(self.leaves, counts, strict=True)
         ]
         flat = jnp.array([size for each in sizes for size in each], jnp.float32)
-        return self.add_up(flat)
+        return self.sum_shards(flat)
 
-    def add_up(self, values) -> jax.Array:
-        """Sums over the shards of each part, [n_parts, …], as sums over the parts."""
+    def sum_shards(self, values) -> jax.Array:
+        """Adds the values of all shards, [n_parts, …]: local sums become global."""
         counts = _norms.count_parts(self.leaves, self.layered)
-        return _mesh_axes.add_up(values, self.leaves, self.axis_name, counts)
+        return _mesh_axes.sum_shards(values, self.leaves, self.axis_name, counts)
 
     def times(self, factors) -> list[jax.Array]:
-        """Every leaf, in float32, times the factor of its part."""
+        """The leaves in float32, each part multiplied by its factor."""
         by_leaf = _norms.by_parts(factors, self.leaves, self.layered)
         return [
             leaf.astype(jnp.float32) * factor
@@ -69,11 +69,11 @@ class Parts(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """What is known of the entries of each part, float32[n_parts] each.
+    """Statistics of the entries x of each part, float32[n_parts] each.
 
     Attributes:
-      largest: max|x|; 0 where there are none.
-      nonzero: the number that is not 0; NaN if one is NaN.
+      largest: max|x|; 0 for an empty part.
+      nonzero: the number of nonzero entries; NaN if an entry is NaN.
       fourth: Σ(scale·x)⁴.
     """
 
@@ -83,13 +83,13 @@ class Entries(NamedTuple):
 
 
 def measure_entries(parts: Parts, scale) -> Entries:
-    """Three passes over each part."""
+    """Measures the entries in three passes over each part."""
 
     def measure(batch):
         x, axes = batch.astype(jnp.float32), tuple(range(1, batch.ndim))
         return (
             jnp.max(jnp.abs(x), axis=axes, initial=0),
-            # On CPU a sum of signs vectorises, one of comparisons does not.
+            # On CPU a sum of signs is vectorised, a sum of comparisons is not.
             jnp.sum(jnp.abs(jnp.sign(x)), axis=axes),
             jnp.sum(jnp.square(jnp.square(x * scale)), axis=axes),
         )
@@ -99,48 +99,51 @@ def measure_entries(parts: Parts, scale) -> Entries:
     )
     return Entries(
         largest=_mesh_axes.largest(largest, parts.axis_name),
-        nonzero=parts.add_up(nonzero),
-        fourth=parts.add_up(fourth),
+        nonzero=parts.sum_shards(nonzero),
+        fourth=parts.sum_shards(fourth),
     )
 
 
-def scale_of(norms) -> jax.Array:
+def safe_scale(norms) -> jax.Array:
     """A scale at which no sum of fourth powers overflows.
 
-    One for all parts: a number cut out of a vector for every leaf would be a small
-    program of its own.
+    All parts share one scale: indexing a vector of scales would add a small kernel for
+    every leaf.
     """
     finite = _numerics.is_finite(norms)
     return 2.0**24 / jnp.max(norms, initial=_SMALLEST_NORM, where=finite)
 
 
 def share(counts, sizes) -> Pair:
-    """What part of the whole, and of each part, a count is; 0 of nothing."""
-    whole = jnp.sum(counts) / jnp.maximum(jnp.sum(sizes), 1.0)
-    return whole, counts / jnp.maximum(sizes, 1.0)
+    """Count / size, of the whole tree and of each part; 0 where the size is 0."""
+    total = jnp.sum(counts) / jnp.maximum(jnp.sum(sizes), 1.0)
+    return total, counts / jnp.maximum(sizes, 1.0)
 
 
 def count_nonfinite(parts: Parts, norms) -> jax.Array:
-    """The entries of each part that are NaN or Inf; on CPU a pass only if needed."""
+    """The number of NaN and Inf in each part.
+
+    On CPU the leaves are read only if a norm is not finite.
+    """
 
     def measure(batch):
-        holds = jnp.where(jnp.isfinite(batch), 0.0, 1.0)
-        return (jnp.sum(holds, axis=tuple(range(1, batch.ndim))),)
+        nonfinite = jnp.where(jnp.isfinite(batch), 0.0, 1.0)
+        return (jnp.sum(nonfinite, axis=tuple(range(1, batch.ndim))),)
 
     def count(_):
         (found,) = leafwise(measure, parts.leaves, outputs=1, layered=parts.layered)
-        return parts.add_up(found)
+        return parts.sum_shards(found)
 
-    suspect = ~jnp.all(jnp.isfinite(norms))
-    none = jnp.zeros_like(norms)
-    return run_if(suspect, count, none) if cond_is_cheap() else count(none)
+    needed = ~jnp.all(jnp.isfinite(norms))
+    zeros = jnp.zeros_like(norms)
+    return run_if(needed, count, zeros) if cond_is_cheap() else count(zeros)
 
 
 def bimodality(entries: Entries, norms, scale) -> Pair:
-    """(Σx²)²/(n·Σx⁴) over the n entries that are not 0; 0 if there are none.
+    """(Σx²)²/(n·Σx⁴) over the n nonzero entries; 0 if there are none.
 
-    Of the whole with every part relative to its own size. A part whose norm is below
-    1e-16 of the largest reads 0, and so does one below 1e-27.
+    For the whole tree every part is divided by its own RMS. A part whose norm is below
+    1e-16 of the largest norm, or below 1e-27, measures 0.
     """
     squares, finite = jnp.square(jnp.square(norms * scale)), jnp.isfinite(norms)
     measured = (squares > 0) & (entries.fourth > 0) & finite
@@ -148,10 +151,10 @@ def bimodality(entries: Entries, norms, scale) -> Pair:
     kurtosis = jnp.where(measured, entries.nonzero * ratio, 1.0)
     weights = jnp.where(measured, entries.nonzero, 0.0)
 
-    total = jnp.sum(weights * kurtosis)
-    whole = jnp.where(total > 0, jnp.sum(weights) / total, 0.0)
-    of_each = jnp.where(measured, 1 / kurtosis, 0.0)
+    weighted = jnp.sum(weights * kurtosis)
+    total = jnp.where(weighted > 0, jnp.sum(weights) / weighted, 0.0)
+    per_part = jnp.where(measured, 1 / kurtosis, 0.0)
     return (
-        jnp.where(jnp.all(finite), whole, jnp.nan),
-        jnp.where(finite, of_each, jnp.nan),
+        jnp.where(jnp.all(finite), total, jnp.nan),
+        jnp.where(finite, per_part, jnp.nan),
     )

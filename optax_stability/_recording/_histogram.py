@@ -1,10 +1,10 @@
 """How many entries lie between successive powers of two.
 
-*Problem*: whether a low-precision format would hold a gradient is a matter of its
-exponents, which no mean shows.
+*Problem*: whether a low-precision format can represent a gradient depends on the
+exponents of its entries. A mean does not show them.
 
 *Cost*: one pass over the leaves per bin, in a loop, so that the program stays small.
-Comparisons and sums only: no sort, no gather, nothing that moves a sharded leaf.
+Only comparisons and sums, no sort and no gather, so a sharded leaf is never moved.
 """
 
 import jax
@@ -15,16 +15,16 @@ from jax import lax
 from optax_stability._core._leafwise import leafwise
 from optax_stability._recording._distribution import Parts
 
-# Made by NumPy: XLA's exp2 is not exact. 2⁻⁴⁰ … 2⁸.
+# 2⁻⁴⁰ … 2⁸, computed by NumPy because XLA's exp2 is not exact.
 _POWERS = np.exp2(np.arange(-40, 9)).astype(np.float32)
 NUM_BINS = len(_POWERS) + 1
 
 
 def histogram_edges() -> np.ndarray:
-    """Where the bins of the ``histogram`` metrics of :func:`record` begin and end.
+    """Returns the bin edges of the ``histogram`` metrics of :func:`record`.
 
-    **Rule**: bin i counts entries with edges[i] ≤ x < edges[i + 1], x the absolute
-    value. 0 itself is in no bin (see ``zero_fraction``); the last bin has no end.
+    **Rule**: bin i counts the entries with edges[i] ≤ |x| < edges[i + 1]. Exact zeros
+    are in no bin (see ``zero_fraction``); the last bin has no upper limit.
 
     Returns:
       float32[n_bins + 1]: 0, 2⁻⁴⁰, 2⁻³⁹ … 2⁸, ∞.
@@ -38,7 +38,7 @@ def histogram_edges() -> np.ndarray:
 
 
 def measure(parts: Parts) -> tuple[jax.Array, jax.Array]:
-    """Entries per bin, of the whole, float32[n_bins], and of each part, [n, n_bins].
+    """Entries per bin: of the tree, float32[n_bins], of each part, [n_parts, n_bins].
 
     Inf is counted in the last bin, NaN in none.
     """
@@ -47,15 +47,15 @@ def measure(parts: Parts) -> tuple[jax.Array, jax.Array]:
 
     def count(i, counts):
         def measure(batch):
-            # |x| would be the same in every turn, and be kept as a copy.
+            # |x| does not depend on i: XLA would hoist it, and keep a copy of the leaf.
             x, one = batch.astype(jnp.float32), jnp.float32(1)
             beyond = jnp.where(x > above[i], one, 0) + jnp.where(x < -above[i], one, 0)
             return (jnp.sum(beyond, axis=tuple(range(1, batch.ndim))),)
 
         (found,) = leafwise(measure, parts.leaves, outputs=1, layered=parts.layered)
-        return counts.at[i].set(parts.add_up(found))
+        return counts.at[i].set(parts.sum_shards(found))
 
-    # One row more, for what is above every power: nothing.
+    # The extra last row stays 0: the differences below then give every bin.
     start = jnp.zeros((len(above) + 1, parts.num_parts), jnp.float32)
     counts = lax.fori_loop(0, len(above), count, start)
     counts = counts[:-1] - counts[1:]

@@ -1,15 +1,15 @@
-"""A flight recorder: the metrics of the last steps, kept where the checkpoint is.
+"""A flight recorder: the metrics of the last steps, kept in the optimizer state.
 
-*Problem*: when a run dies, the log that would explain it was on another machine, at
-every hundredth step, and without the layers.
+*Problem*: when a run dies, the log that would explain it is on another machine, has
+every hundredth step only, and has no values per layer.
 
 *Where in the chain*: around everything but ``accumulate_moments``:
-``accumulate_moments(record_history(skip_spikes(chain)))`` has one row per step, the
-other way round one per microbatch.
+``accumulate_moments(record_history(skip_spikes(chain)))`` has one row per step; the
+opposite order has one row per microbatch.
 
 *Cost*: one row of float32 per step. State: ``length`` × (numbers per step), on the
-device; nothing goes to the host. What takes a pass over the moments to be known
-(``adam/…``) is read every ``slow_every`` steps.
+device; nothing goes to the host. Metrics that need a pass over the moments
+(``adam/…``) are read every ``slow_every`` steps.
 """
 
 from typing import Any, NamedTuple
@@ -38,10 +38,10 @@ class RecordHistoryState(NamedTuple):
 
     Attributes:
       step: int32[] – calls of ``update``.
-      rows: float32[length, n_numbers] – loss and metrics of the last steps; those of
-        step i are in row i mod ``length``.
+      rows: float32[length, n_numbers] – ring buffer of loss and metrics; step i is in
+        row i mod ``length``.
       has_loss: bool[] – whether a loss was ever given.
-      inner_state: state of ``inner``, whose structure says what the numbers are.
+      inner_state: state of ``inner``; its structure defines the columns of ``rows``.
     """
 
     step: jax.Array
@@ -51,12 +51,12 @@ class RecordHistoryState(NamedTuple):
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
-        """``history/steps``: how many steps were recorded, kept or not."""
+        """``history/steps``: steps recorded so far, including overwritten ones."""
         return {"history/steps": self.step}
 
 
-def _by_cost(inner_state: Any) -> tuple[States, States]:
-    """The states that report, and those for which that takes a pass over arrays."""
+def _split_by_cost(inner_state: Any) -> tuple[States, States]:
+    """The states with cheap metrics, and those that need a pass over arrays."""
     found = _metrics.reporting_states(inner_state)
     costly = [getattr(type(node), "costly_metrics", False) for _, node in found]
     pairs = list(zip(found, costly, strict=True))
@@ -65,8 +65,8 @@ def _by_cost(inner_state: Any) -> tuple[States, States]:
     ]
 
 
-def _numbers(node: Any) -> dict[str, jax.Array]:
-    """The metrics of a state that are numbers, or vectors with one per leaf."""
+def _recorded_metrics(node: Any) -> dict[str, jax.Array]:
+    """The metrics of a state that are scalars, or vectors with one entry per leaf."""
     return {
         key: value
         for key, value in sorted(node.metrics.items())
@@ -75,44 +75,46 @@ def _numbers(node: Any) -> dict[str, jax.Array]:
 
 
 def _row(states: States) -> jax.Array:
-    """All their numbers, one after the other, float32[n]."""
-    values = [value for _, node in states for value in _numbers(node).values()]
+    """Concatenates the recorded metrics of all states, float32[n]."""
+    values = [value for _, node in states for value in _recorded_metrics(node).values()]
     return _norms.concatenate([value.astype(jnp.float32) for value in values])
 
 
 def _columns(states: States, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """What :func:`_row` has put into rows, by key; the last axis is time."""
-    taken, at = [], 0
+    """Splits rows made by :func:`_row` into metrics by key; the last axis is time."""
+    columns, start = [], 0
     for _, node in states:
-        own = {}
-        for key, value in jax.eval_shape(lambda node=node: _numbers(node)).items():
-            own[key] = rows[:, at : at + value.size].T.reshape(*value.shape, -1)
-            at += value.size
-        taken.append(own)
-    return taken
+        column = {}
+        shapes = jax.eval_shape(lambda node=node: _recorded_metrics(node))
+        for key, value in shapes.items():
+            end = start + value.size
+            column[key] = rows[:, start:end].T.reshape(*value.shape, -1)
+            start = end
+        columns.append(column)
+    return columns
 
 
 def history(state: Any) -> dict[str, np.ndarray]:
-    """Unrolls what :func:`record_history` has kept, oldest step first.
+    """Returns the steps that :func:`record_history` has kept, oldest first.
 
-    Fetches the rows from the device, once.
+    Fetches the rows from the device in one transfer.
 
     **Guarantees**
 
-    * Every metric that was kept, under the name that ``metrics(state, params=params)``
-      gives it, vectors by leaf.
-    * The steps are consecutive and end with the last; so they do after any number of
-      turns of the ring, and after a restart from a checkpoint.
+    * Every recorded metric has the name that ``metrics(state, params=params)`` gives
+      it; vectors are split by leaf.
+    * The steps are consecutive and end with the last step, also after the ring buffer
+      has wrapped around and after a restart from a checkpoint.
 
-    **Edge cases**: before the first step all arrays are empty. Without a loss there is
-      no ``loss``. Of several recorders the outermost is read.
+    **Edge cases**: before the first step all arrays are empty. If no loss was given,
+      there is no ``loss``. With several recorders the outermost is read.
 
     Args:
       state: any optimizer state, or an object that holds one.
 
     Returns:
-      ``step``, int64[n], counted from 0 by calls of ``record_history``; ``loss`` and
-      the metrics, float32[n].
+      ``step``, int64[n]: calls of the recorder's ``update``, counted from 0; ``loss``
+      and the metrics, float32[n].
 
     Raises:
       ValueError: there is no recorder in ``state``.
@@ -135,14 +137,14 @@ def history(state: Any) -> dict[str, np.ndarray]:
             f"state={type(state).__name__} holds no history; put record_history(...) "
             "around the chain."
         )
-    recorded = found[0]
-    # Not the whole state: it holds the moments.
-    step, kept, has_loss = jax.device_get(recorded[:3])
+    recorder = found[0]
+    # Only the first three fields: the inner state contains the moments.
+    step, ring, has_loss = jax.device_get(recorder[:3])
     step = int(step)
-    quick, slow = _by_cost(recorded.inner_state)
-    steps = np.arange(max(0, step - len(kept)), step)
-    rows = kept[steps % len(kept)]
-    columns = _metrics.by_leaf(quick + slow, _columns(quick + slow, rows[:, 1:]))
+    cheap, costly = _split_by_cost(recorder.inner_state)
+    steps = np.arange(max(0, step - len(ring)), step)
+    rows = ring[steps % len(ring)]
+    columns = _metrics.by_leaf(cheap + costly, _columns(cheap + costly, rows[:, 1:]))
     loss = {"loss": rows[:, 0]} if has_loss else {}
     return {"step": steps} | loss | columns
 
@@ -154,35 +156,36 @@ def record_history(
     slow_every: int = 50,
     axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps loss and metrics of the last steps in the state, to be read after a crash.
+    """Keeps the loss and the metrics of the last steps in the optimizer state.
 
-    Updates are those of ``inner``. What is kept is read by :func:`history`, explained
-    by :func:`diagnose` and shown by :func:`write_report`; it lies in the checkpoint.
+    The updates are those of ``inner``. The history is part of the checkpoint, so it
+    can be read after a crash: by :func:`history`, :func:`diagnose` and
+    :func:`write_report`.
 
-    **Rule**: after every step of ``inner`` one row is written, over the oldest: the
-    loss and all metrics of all states within that are numbers, or vectors with one per
-    leaf.
+    **Rule**: after every step of ``inner`` one row overwrites the oldest row. It holds
+    the loss and all metrics of the inner states that are scalars, or vectors with one
+    entry per leaf.
 
     **Guarantees**
 
-    * Updates and state of ``inner`` are what they would be without, bit for bit.
-    * Nothing is sent to the host, and no step is left out: a step that
-      :func:`skip_spikes` skips has its row, with what was measured.
-    * What does not change in a step, as metrics of an ``inner`` that was skipped, is
-      written as it is.
-    * The norms of the gradient are measured once, for all ``record``, ``skip_…`` and
-      ``clip_…`` within that look at this same gradient.
+    * Updates and state of ``inner`` are bit for bit those without the recorder.
+    * Nothing is sent to the host, and no step is missing: a step that
+      :func:`skip_spikes` skips has a row with its measurements.
+    * A metric that does not change in a step, such as one of a skipped ``inner``, is
+      written with its last value.
+    * The norms of the gradient are measured once, for every ``record``, ``skip_…`` and
+      ``clip_…`` inside that receives this same gradient.
 
     **Edge cases**: counts are kept in float32, exact up to 2²⁴. A loss that is not
     given is NaN. Histograms are not kept. Under ``shard_map`` each device measures
     ``adam/…`` on its shard; the mean over devices is kept.
 
     Args:
-      inner: what is watched: the whole chain.
+      inner: the transformation to record: the whole chain.
       length: steps to keep, ≥ 1.
-      slow_every: steps between readings of metrics that take passes over the moments
-        (``adam/…``); in between they keep their value. Where the model takes most of
-        the time they may be read more often, and what reacts to them is sooner.
+      slow_every: steps between readings of metrics that need passes over the moments
+        (``adam/…``); in between they keep their value. If the model takes most of the
+        time, a smaller value costs little, and findings from them come sooner.
       axis_name: under ``shard_map``, the mesh axes that shard the gradient. Leave it
         None under ``jit``.
 
@@ -192,7 +195,7 @@ def record_history(
       of ``inner``, and ``history/steps``.
 
     Raises:
-      TypeError: ``inner`` is no transformation.
+      TypeError: ``inner`` is not a transformation.
       ValueError: ``length`` or ``slow_every`` is below 1.
 
     Example:
@@ -218,14 +221,14 @@ def record_history(
         )
 
     def next_row(state, loss, inner_state):
-        quick, slow = _by_cost(inner_state)
-        head = jnp.concatenate([loss[None], _row(quick)])
-        before = state.rows[(state.step - 1) % length, len(head) :]
+        cheap, costly = _split_by_cost(inner_state)
+        head = jnp.concatenate([loss[None], _row(cheap)])
+        last_tail = state.rows[(state.step - 1) % length, len(head) :]
 
         def read(_):
-            return _mesh_axes.made_alike(_row(slow), axis_name)
+            return _mesh_axes.mean_over_varying(_row(costly), axis_name)
 
-        tail = run_if(state.step % slow_every == 0, read, before)
+        tail = run_if(state.step % slow_every == 0, read, last_tail)
         return jnp.concatenate([head, tail])
 
     def update_fn(updates, state, params=None, **extra_args):

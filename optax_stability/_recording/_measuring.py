@@ -1,6 +1,6 @@
-"""All that ``record`` measures on a tree, and what it needs of the time before.
+"""The measurements of ``record`` on a tree, and their memory between steps.
 
-*Cost*: that of :mod:`_norms`, and of what the options ask for.
+*Cost*: that of :mod:`_norms`, and that of the chosen options.
 """
 
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from optax_stability._core._norms import Norms
 from optax_stability._recording import _distribution, _histogram, _similarity, _spectrum
 from optax_stability._recording._distribution import Parts
 
-# What is known of a quantity: of the whole, and of each part.
+# By name, each quantity: of the whole tree, and of each part.
 Measured = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Options(NamedTuple):
-    """What :func:`record` measures beside the norms."""
+    """The optional measurements of :func:`record`."""
 
     ratio_to_params: bool
     correlation: bool
@@ -27,11 +27,11 @@ class Options(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a measurement needs of the one before.
+    """Memory from one measurement to the next.
 
     Attributes:
-      previous: what passed, or None without ``correlation``.
-      spectrum: where power iteration ended, or None without ``spectral``.
+      previous: the tree that was measured, or None without ``correlation``.
+      spectrum: state of the power iteration, or None without ``spectral``.
     """
 
     previous: Any
@@ -39,7 +39,7 @@ class Memory(NamedTuple):
 
 
 def init_measured(num_parts: int, options: Options) -> Measured:
-    """Zeros, for every quantity that will be there."""
+    """Zeros for every quantity that will be measured."""
     names = ["norm", "rms", "max_abs", "zero_fraction", "nonfinite", "bimodality"]
     names += ["param_ratio"] * options.ratio_to_params
     names += ["correlation"] * options.correlation
@@ -57,20 +57,20 @@ def init_measured(num_parts: int, options: Options) -> Measured:
 
 
 def _rms(norms: Norms, sizes) -> tuple[jax.Array, jax.Array]:
-    whole = norms.whole / jnp.sqrt(jnp.maximum(jnp.sum(sizes), 1.0))
-    return whole, norms.leaves / jnp.sqrt(jnp.maximum(sizes, 1.0))
+    total = norms.total / jnp.sqrt(jnp.maximum(jnp.sum(sizes), 1.0))
+    return total, norms.leaves / jnp.sqrt(jnp.maximum(sizes, 1.0))
 
 
 def _ratio(norms: Norms, others: Norms) -> tuple[jax.Array, jax.Array]:
-    """Norm over norm; 0 where there is nothing to compare with."""
+    """The ratios of the norms; 0 where the second norm is 0."""
     return (
-        _numerics.ratio(norms.whole, others.whole),
+        _numerics.ratio(norms.total, others.total),
         _numerics.ratio(norms.leaves, others.leaves),
     )
 
 
 def measure_norms(parts: Parts) -> Norms:
-    """The norms of the parts; not measured again where they are known."""
+    """The norms of the parts; known norms are reused."""
     if not any(parts.layered):
         return _known_norms.measure(parts.leaves, parts.axis_name)
     norms = _norms.leaf_norms(parts.leaves, parts.axis_name, parts.layered)
@@ -78,18 +78,18 @@ def measure_norms(parts: Parts) -> Norms:
 
 
 def measure_every_step(parts: Parts, norms: Norms) -> Measured:
-    """What follows from the norms."""
-    return {"norm": (norms.whole, norms.leaves), "rms": _rms(norms, parts.sizes())}
+    """The quantities that follow from the norms."""
+    return {"norm": (norms.total, norms.leaves), "rms": _rms(norms, parts.sizes())}
 
 
 def measure_when_due(
     parts: Parts, norms: Norms, params: Parts | None, memory: Memory, options: Options
 ) -> tuple[Measured, Memory]:
-    """What takes passes of its own, and what is remembered for the next time."""
+    """The quantities that need passes of their own, and the updated memory."""
     previous, spectrum = memory
-    sizes, scale = parts.sizes(), _distribution.scale_of(norms.leaves)
+    sizes, scale = parts.sizes(), _distribution.safe_scale(norms.leaves)
     entries = _distribution.measure_entries(parts, scale)
-    # The maximum over devices of numbers and NaN is a number, on some backends.
+    # On some backends the maximum over devices ignores NaN.
     largest = jnp.where(jnp.isnan(norms.leaves), jnp.nan, entries.largest)
     nonfinite = _distribution.count_nonfinite(parts, norms.leaves)
     measured = {

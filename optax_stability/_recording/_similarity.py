@@ -1,10 +1,10 @@
-"""How much successive updates point the same way.
+"""The cosine similarity of successive updates.
 
 *Cost*: one buffer like the parameters, two passes over it. State: that buffer.
 
 *Source*: the time correlation of Molybog et al., "A Theory on Adam Instability in
-Large-Scale Machine Learning", 2023, arXiv:2304.09871, as the cosine of two successive
-updates.
+Large-Scale Machine Learning", 2023, arXiv:2304.09871, here as the cosine of two
+successive updates.
 """
 
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ from optax_stability._recording._distribution import Parts
 
 
 class Previous(NamedTuple):
-    """What passed before.
+    """The updates at the previous measurement.
 
     Attributes:
-      directions: tree like the updates, in their dtype – every part at length 1.
-      norms: float32[n_parts] – and its length; 0 before the first.
+      directions: tree like the updates, in their dtype – each part divided by its norm.
+      norms: float32[n_parts] – norm of each part; 0 before the first measurement.
     """
 
     directions: Any
@@ -30,7 +30,7 @@ class Previous(NamedTuple):
 
 
 def init_previous(tree: Any, num_parts: int) -> Previous:
-    """Nothing has passed."""
+    """Zeros: there is no previous measurement."""
     return Previous(
         directions=jax.tree.map(jnp.zeros_like, tree),
         norms=jnp.zeros((num_parts,), jnp.float32),
@@ -40,28 +40,28 @@ def init_previous(tree: Any, num_parts: int) -> Previous:
 def measure(
     previous: Previous, parts: Parts, norms: _norms.Norms
 ) -> tuple[tuple[jax.Array, jax.Array], Previous]:
-    """The cosine with what passed before, of the whole and of each part.
+    """The cosine with the previous updates, of the whole tree and of each part.
 
-    0 where one of the two is 0, NaN where the new one is not finite: that is not
-    remembered.
+    It is 0 where either is 0, and NaN where the new updates are not finite. Non-finite
+    parts are not remembered.
     """
     usable = _numerics.is_finite(norms.leaves) & (norms.leaves > 0)
     units = parts.times(1 / jnp.where(usable, norms.leaves, 1.0))
     before, treedef = jax.tree.flatten(previous.directions)
     products = [u * b.astype(jnp.float32) for u, b in zip(units, before, strict=True)]
-    (of_each,) = leafwise(_sums, products, outputs=1, layered=parts.layered)
-    of_each = parts.add_up(of_each)
+    (per_part,) = leafwise(_sums, products, outputs=1, layered=parts.layered)
+    per_part = parts.sum_shards(per_part)
 
     weights = _relative(norms.leaves) * _relative(previous.norms)
-    whole = jnp.sum(jnp.where(weights > 0, of_each * weights, 0.0))
-    whole = jnp.where(_numerics.is_finite(norms.whole), whole, jnp.nan)
+    total = jnp.sum(jnp.where(weights > 0, per_part * weights, 0.0))
+    total = jnp.where(_numerics.is_finite(norms.total), total, jnp.nan)
 
     by_leaf = _norms.by_parts(usable, parts.leaves, parts.layered)
     directions = [
         jnp.where(keep, unit.astype(b.dtype), b)
         for keep, unit, b in zip(by_leaf, units, before, strict=True)
     ]
-    return (whole, of_each), Previous(
+    return (total, per_part), Previous(
         directions=jax.tree.unflatten(treedef, directions),
         norms=jnp.where(usable, norms.leaves, previous.norms),
     )
@@ -72,6 +72,6 @@ def _sums(batch):
 
 
 def _relative(norms):
-    """Each norm over that of the whole; 0 where there is none."""
-    whole = _norms.join_norms(norms)
-    return jnp.where(whole > 0, _numerics.relative_to(norms, whole), 0.0)
+    """Each norm divided by the global norm; 0 if the global norm is 0."""
+    total = _norms.join_norms(norms)
+    return jnp.where(total > 0, _numerics.relative_to(norms, total), 0.0)

@@ -1,4 +1,4 @@
-"""Starting again: from a checkpoint before a divergence, or from another state.
+"""Restarts a run: from a checkpoint before a divergence, or from another state.
 
 May import: ``_core``.
 """

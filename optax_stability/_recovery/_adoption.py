@@ -1,7 +1,7 @@
-"""Takes up a checkpoint that was written before these transformations were added.
+"""Adopts a checkpoint that was written before these transformations were added.
 
-*Problem*: another chain has another state. Initialised anew it forgets Adam's moments,
-and the resumed run jumps.
+*Problem*: a different chain has a different state. A freshly initialised state has lost
+Adam's moments, and the loss of the resumed run jumps.
 
 *Where*: once, on the host, when a run is resumed. *Cost*: that of ``init``.
 """
@@ -15,11 +15,11 @@ from optax_stability._core import _tree
 
 
 class _Refusal(NamedTuple):
-    """Why an old state has no place in a new one.
+    """Why an old state does not fit into a new one.
 
     Attributes:
       reason: the end of a sentence that begins with "cannot adopt".
-      near: whether a state of the same class was there, and only its content differs.
+      near: whether there is a state of the same class, and only its content differs.
     """
 
     reason: str
@@ -40,13 +40,13 @@ def _name(node: Any) -> str:
     return "the chain" if _is_chain(node) else type(node).__name__
 
 
-def _units(node: Any) -> list[Any]:
-    """The states that a chain holds, also in chains within it."""
+def _chain_members(node: Any) -> list[Any]:
+    """The states in a chain, those of nested chains included."""
     return jax.tree.leaves(node, is_leaf=lambda node: not _is_chain(node))
 
 
 def _children(node: Any) -> list[tuple[str, Any]]:
-    """Names and values of what a wrapper's state holds."""
+    """Names and values of the fields of a wrapper's state."""
     if hasattr(node, "_fields"):
         return list(zip(node._fields, node, strict=True))
     if isinstance(node, dict):
@@ -59,36 +59,38 @@ def _rebuild(node: Any, children: dict[str, Any]) -> Any:
 
 
 def _graft(new: Any, old: Any) -> Any:
-    """The new state with the old one in its place, or a refusal."""
+    """The new state with the old one inserted, or a refusal."""
     if _signature(new) == _signature(old):
         return old
     if _is_chain(new):
         return _graft_chain(new, old)
     if type(new) is type(old):
-        within = _graft_fields(new, old)
-        if not isinstance(within, _Refusal):
-            return within
-        below = _graft_below(new, old)
-        return _named(within, old) if isinstance(below, _Refusal) else below
-    return _graft_below(new, old)
+        by_field = _graft_fields(new, old)
+        if not isinstance(by_field, _Refusal):
+            return by_field
+        wrapped = _graft_into_child(new, old)
+        return _add_name(by_field, old) if isinstance(wrapped, _Refusal) else wrapped
+    return _graft_into_child(new, old)
 
 
 def _graft_fields(new: Any, old: Any) -> Any:
-    """Two states of one class: each field into the field of its name."""
+    """Two states of one class: each field goes into the field of the same name."""
     old_children, new_children = dict(_children(old)), dict(_children(new))
     if not new_children:
-        return _differs(new, old)
-    odd = {
+        return _mismatch(new, old)
+    unmatched = {
         *(name for name, child in old_children.items() if name not in new_children),
         *(
             name
             for name, child in new_children.items()
-            # Beside the old ones a new state may stand, but not a new parameter.
+            # The new state may have additional states, but no additional parameters.
             if name not in old_children and hasattr(child, "shape")
         ),
     }
-    if odd:
-        return _Refusal(f"{min(odd)!r} is in one of the two states only", near=True)
+    if unmatched:
+        return _Refusal(
+            f"{min(unmatched)!r} is in only one of the two states", near=True
+        )
     grafted = {
         name: _graft(child, old_children[name]) if name in old_children else child
         for name, child in new_children.items()
@@ -99,61 +101,67 @@ def _graft_fields(new: Any, old: Any) -> Any:
     return _rebuild(new, grafted)
 
 
-def _graft_below(new: Any, old: Any) -> Any:
-    """A wrapper was put around: the old state into the one child that takes it."""
+def _graft_into_child(new: Any, old: Any) -> Any:
+    """A new wrapper: the old state goes into the one child that accepts it."""
     found = {name: _graft(child, old) for name, child in _children(new)}
     fits = {n: each for n, each in found.items() if not isinstance(each, _Refusal)}
     if len(fits) > 1:
         return _ambiguous(old)
     if fits:
         return _rebuild(new, dict(_children(new)) | fits)
-    return _closest(list(found.values()), old)
+    return _most_specific(list(found.values()), old)
 
 
 def _graft_chain(new: Any, old: Any) -> Any:
-    """Every state of the old chain into the one of the new chain that takes it."""
-    wholes = _units(new)
-    parts = [part for part in _units(old) if jax.tree.leaves(part)]
-    together = tuple(parts)
-    takers = _takers(wholes, together) if len(parts) > 1 else ()
-    # All of them into one, a wrapper around them; or each into its own.
-    places = {takers: [together]} if takers else _places(wholes, parts)
-    for takers, group in places.items():
-        if not takers:
-            return _closest([_graft(whole, group[0]) for whole in wholes], group[0])
-        if len(takers) == 1:
+    """Each state of the old chain goes into the new state that accepts it."""
+    new_states = _chain_members(new)
+    old_states = [state for state in _chain_members(old) if jax.tree.leaves(state)]
+    old_chain = tuple(old_states)
+    matches = _matches(new_states, old_chain) if len(old_states) > 1 else ()
+    # Either all go into one new state, a wrapper around the old chain, or each into its
+    # own.
+    groups = (
+        {matches: [old_chain]} if matches else _group_by_matches(new_states, old_states)
+    )
+    for matches, group in groups.items():
+        if not matches:
+            refusals = [_graft(state, group[0]) for state in new_states]
+            return _most_specific(refusals, group[0])
+        if len(matches) == 1:
             group = [group[0] if len(group) == 1 else tuple(group)]
-        if len(takers) != len(group):
+        if len(matches) != len(group):
             return _ambiguous(group[0])
-        for place, part in zip(takers, group, strict=True):
-            grafted = _graft(wholes[place], part)
+        for i, state in zip(matches, group, strict=True):
+            grafted = _graft(new_states[i], state)
             if isinstance(grafted, _Refusal):
                 return grafted
-            wholes[place] = grafted
+            new_states[i] = grafted
     treedef = jax.tree.structure(new, is_leaf=lambda node: not _is_chain(node))
-    return jax.tree.unflatten(treedef, wholes)
+    return jax.tree.unflatten(treedef, new_states)
 
 
-def _takers(wholes: list[Any], part: Any) -> tuple[int, ...]:
-    """The numbers of the new states in which an old one has a place."""
-    grafts = [_graft(whole, part) for whole in wholes]
+def _matches(new_states: list[Any], old: Any) -> tuple[int, ...]:
+    """The indices of the new states that accept an old one."""
+    grafts = [_graft(state, old) for state in new_states]
     return tuple(i for i, g in enumerate(grafts) if not isinstance(g, _Refusal))
 
 
-def _places(wholes: list[Any], parts: list[Any]) -> dict[tuple[int, ...], list[Any]]:
-    """Which new states take which old ones.
+def _group_by_matches(
+    new_states: list[Any], old_states: list[Any]
+) -> dict[tuple[int, ...], list[Any]]:
+    """The old states, grouped by the new states that accept them.
 
-    Equal ones, such as two schedules, have the same takers; their order tells them
-    apart.
+    Equal states, such as two schedules, have the same matches; they are assigned in
+    their order.
     """
-    places: dict[tuple[int, ...], list[Any]] = {}
-    for part in parts:
-        places.setdefault(_takers(wholes, part), []).append(part)
-    return places
+    groups: dict[tuple[int, ...], list[Any]] = {}
+    for state in old_states:
+        groups.setdefault(_matches(new_states, state), []).append(state)
+    return groups
 
 
-def _named(refusal: _Refusal, old: Any) -> _Refusal:
-    """Says in which state it is, if that has a class of its own."""
+def _add_name(refusal: _Refusal, old: Any) -> _Refusal:
+    """Adds the name of the state, if it has its own class."""
     if not hasattr(old, "_fields"):
         return refusal
     return _Refusal(f"{_name(old)}.{refusal.reason}", refusal.near)
@@ -165,7 +173,7 @@ def _ambiguous(old: Any) -> _Refusal:
     )
 
 
-def _differs(new: Any, old: Any) -> _Refusal:
+def _mismatch(new: Any, old: Any) -> _Refusal:
     if not (hasattr(old, "shape") and hasattr(new, "shape")):
         return _Refusal(f"{_name(old)}: it has no place in {_name(new)}")
     return _Refusal(
@@ -175,8 +183,8 @@ def _differs(new: Any, old: Any) -> _Refusal:
     )
 
 
-def _closest(results: list[Any], old: Any) -> _Refusal:
-    """The most telling of several refusals."""
+def _most_specific(results: list[Any], old: Any) -> _Refusal:
+    """The most specific of several refusals."""
     for each in results:
         if isinstance(each, _Refusal) and each.near:
             return each
@@ -184,11 +192,11 @@ def _closest(results: list[Any], old: Any) -> _Refusal:
 
 
 def _check_restored(old_state: Any) -> None:
-    """Raises for what a restore without a target, or a failed one, leaves behind."""
-    whole = old_state is not None and all(
+    """Raises for None or a non-array: the restore failed, or had no target."""
+    complete = old_state is not None and all(
         hasattr(leaf, "shape") for leaf in jax.tree.leaves(_tree.pure(old_state))
     )
-    if not whole:
+    if not complete:
         raise TypeError(
             f"old_state must be an optimizer state of arrays, got {old_state!r}; "
             "restore it with old_tx.init(params) as the target."
@@ -197,34 +205,33 @@ def _check_restored(old_state: Any) -> None:
 
 def adopt_state(
     new_tx: optax.GradientTransformation, params: Any, old_state: Any
-) -> Any:
-    """Makes the state of ``new_tx`` with everything that ``old_state`` knows.
+) -> optax.OptState:
+    """Makes a state of ``new_tx`` that contains all of ``old_state``.
 
-    For a run that goes on with more protection than it began with: the checkpoint holds
-    the state of, say, ``optax.adamw``, and the new transformation has something before
-    it, behind it or around it. Moments, step counts and schedules go on as they were;
-    only what is new starts afresh.
+    Use it to add protection to a running job: the checkpoint holds the state of, say,
+    ``optax.adamw``, and the new transformation adds something before, after or around
+    it. Moments, step counts and schedules continue; only the new states are fresh.
 
-    **Rule**: every state in ``old_state`` goes to the one state of the same class,
-    shapes and dtypes in ``new_tx.init(params)``, wherever that is: in a chain,
-    in a wrapper, or both. Several equal ones (two schedules) go in their order.
+    **Rule**: every state in ``old_state`` replaces the one state of the same class,
+    shapes and dtypes in ``new_tx.init(params)``, wherever that is: in a chain, in a
+    wrapper, or both. Several equal states (two schedules) are assigned in their order.
 
     **Guarantees**
 
-    * All of the old state is taken up, or an error says what has no place. Nothing is
-      dropped silently.
+    * All of the old state is adopted, or an error names the part that does not fit.
+      Nothing is dropped silently.
     * The arrays are the old ones, with their values, dtypes and shardings.
-    * If the new parts are inactive, the next update is the one ``old_tx`` would have
-      made, but for the rounding of another program.
+    * If the new parts are inactive, the next update is the one that ``old_tx`` would
+      have made, up to the rounding of a different program.
 
     **Edge cases**: old states without arrays (``clip_by_global_norm``) may be missing
     in the new chain. To go from ``optax.adam`` to ``scale_by_safe_adam``, convert the
-    Adam state with :func:`from_optax_adam_state` first. From a chain to a
-    ``named_chain`` works in the order of its names, if no two states are equal. From
+    Adam state with :func:`from_optax_adam_state` first. A chain can become a
+    ``named_chain``, in the order of its names, if no two states are equal. From
     ``optax.MultiSteps``, between two windows, pass its ``inner_opt_state``.
 
     Args:
-      new_tx: the transformation to go on with.
+      new_tx: the transformation to continue with.
       params: the parameters, or ``ShapeDtypeStruct`` of them.
       old_state: a state of the old transformation, with its own classes: restore it
         with ``old_tx.init(params)`` as the target. With NNX
@@ -234,8 +241,8 @@ def adopt_state(
       A state for ``new_tx``.
 
     Raises:
-      ValueError: an old state has no place in the new one, or several.
-      TypeError: ``old_state`` is None, or holds something that is no array.
+      ValueError: an old state fits nowhere in the new one, or in several places.
+      TypeError: ``old_state`` is None, or holds a leaf that is not an array.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -254,7 +261,7 @@ def adopt_state(
         raise ValueError(
             f"cannot adopt {adopted.reason}. Every state of the old transformation "
             "needs one place of its class, shapes and dtypes in the new one. Convert "
-            "the state of optax.adam with from_optax_adam_state; start from "
-            "new_tx.init(params) if the old state is meant to be dropped."
+            "the state of optax.adam with from_optax_adam_state; to drop the old "
+            "state, start from new_tx.init(params)."
         )
     return adopted

@@ -1,15 +1,15 @@
-"""Says when to go back to a checkpoint, to which, and which batches to leave out.
+"""Decides when to go back to a checkpoint, to which one, and which batches to skip.
 
 *Problem*: once the parameters are bad, skipping no longer helps: the run stays where it
-diverged. PaLM went back to a checkpoint some 100 steps before each spike and left out
+diverged. PaLM went back to a checkpoint some 100 steps before each spike and skipped
 the 200 to 500 batches around it; the same batches did no harm to other parameters.
 
-*Where*: on the host, in the loop, fed with the numbers that are logged anyway.
+*Where*: on the host, in the training loop, from the metrics that are logged anyway.
 
 *Cost*: a median of a few numbers per step.
 
 *Source*: Chowdhery et al. 2022, "PaLM: Scaling Language Modeling with Pathways", arXiv
-2204.02311, section 5.1. The rule that sees the divergence is ours.
+2204.02311, section 5.1. The rule that detects the divergence is ours.
 """
 
 import math
@@ -26,9 +26,10 @@ class Decision(NamedTuple):
 
     Attributes:
       action: ``"continue"``, ``"rewind"`` or ``"stop"``.
-      restore_step: with ``"rewind"``, restore the newest checkpoint not after it.
-      skip_until: with ``"rewind"``, the step, as steps were counted before the rewind,
-        whose batch comes next.
+      restore_step: with ``"rewind"``, restore the newest checkpoint not after this
+        step.
+      skip_until: with ``"rewind"``, the step whose batch comes next, in the step
+        numbers from before the rewind.
       reason: one sentence for the log; empty with ``"continue"``.
     """
 
@@ -42,9 +43,9 @@ _CONTINUE = Decision("continue")
 
 
 class RewindPolicy:
-    """Rewinds a run whose loss has risen and stays there.
+    """Rewinds a run whose loss has risen and stays high.
 
-    **Rule**, for the losses lₜ, those that are not finite counted as ∞::
+    **Rule**, for the losses lₜ, with non-finite ones counted as ∞::
 
       medₜ = median of the last ``patience`` losses
       ref  = lowest med of the last 10·steps_back steps
@@ -55,31 +56,31 @@ class RewindPolicy:
 
     **Guarantees**
 
-    * What is over after less than half of ``patience`` steps never triggers: that is
-      for ``spike_guard``, or for nobody.
-    * A rise for good by more than ``rise`` is found within ``patience`` steps; so is a
-      loss that is no number for good.
-    * No batch is trained on again: neither what was seen after the step that is
-      restored, nor what did the harm.
-    * At most ``max_rewinds`` in a row. The next divergence is ``"stop"``, unless the
-      run had gone ``steps_back + skip_batches`` steps past the last one by then.
+    * A rise that ends after less than half of ``patience`` steps never triggers: it is
+      left to ``spike_guard``.
+    * A lasting rise by more than ``rise`` is detected within ``patience`` steps; so is
+      a loss that stays non-finite.
+    * No batch is used twice: neither those after the restored step, nor those that did
+      the harm.
+    * At most ``max_rewinds`` rewinds in a row. The next divergence is ``"stop"``,
+      unless it comes more than ``steps_back + skip_batches`` steps after the last one.
 
     **Edge cases**
 
-    * Until there are ``patience`` losses, nothing is compared; only half of them not
-      being finite counts.
-    * A rise over thousands of steps is followed, and is no divergence.
-    * A change of the data that raises the loss by ``rise`` for good looks like a
-      divergence, after a rewind as before: in the end it is ``"stop"``. Raise ``rise``
-      then, or set ``max_rewinds=0`` and ignore what it says.
+    * Until there are ``patience`` losses, no medians are compared; only non-finite
+      losses, more than half of ``patience``, count as a divergence.
+    * A slow rise over thousands of steps raises ref as well, and is no divergence.
+    * A lasting change of the data that raises the loss by ``rise`` looks like a
+      divergence, also after each rewind: in the end the action is ``"stop"``. Then
+      increase ``rise``, or set ``max_rewinds=0`` and ignore the decision.
 
     Args:
       steps_back: how far before the onset to go back, in steps.
-      skip_batches: how many batches to leave out from the step restored on.
+      skip_batches: how many batches to skip, counted from the restored step.
       max_rewinds: rewinds in a row; 0 stops at the first divergence.
-      rise: what is too much, in units of the loss (nats).
-      patience: how many losses must agree, at least 2.
-      metric: name of the loss in what :meth:`update` is given.
+      rise: increase that counts as a divergence, in units of the loss (nats).
+      patience: number of losses in the median, at least 2.
+      metric: name of the loss in the metrics given to :meth:`update`.
 
     Raises:
       TypeError: an argument is of the wrong kind.
@@ -118,67 +119,67 @@ class RewindPolicy:
         patience: int = 16,
         metric: str = "loss",
     ):
-        """Has seen nothing yet."""
+        """Checks the settings and starts without any losses."""
         _validate.check_count("steps_back", steps_back, 1, "it counts steps")
         _validate.check_count("skip_batches", skip_batches, 1, "it counts steps")
-        _validate.check_count("max_rewinds", max_rewinds, 0, "0 is to stop at once")
+        _validate.check_count("max_rewinds", max_rewinds, 0, "0 stops at once")
         _validate.check_count("patience", patience, 2, "it counts steps")
         _validate.check_interval("rise", rise, "(0, inf)", "it is in units of the loss")
         self._steps_back, self._skip_batches = steps_back, skip_batches
         self._max_rewinds, self._rise, self._metric = max_rewinds, rise, metric
         self._patience = patience
         self._losses: deque[float] = deque(maxlen=patience)
-        # Medians that are lower than all before them in reach, with their steps: the
-        # first is the lowest, and each that follows is the lowest of what is younger.
-        self._lowest: deque[tuple[int, float]] = deque()
-        self._rewinds, self._last = 0, 0
+        # A monotonic queue of (step, median): the first entry is the minimum of the
+        # recent medians, each further entry the minimum of the newer ones.
+        self._minima: deque[tuple[int, float]] = deque()
+        self._rewinds, self._last_divergence = 0, 0
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> Decision:
-        """Learns what a step measured, and says how to go on.
+        """Records the loss of a step and decides what to do next.
 
         Args:
-          step: the step that was taken, from 1. It grows by one from call to call, but
-            after a rewind goes on behind the step that was restored.
-          metrics: holds the loss under ``metric``, as anything that is a number.
+          step: the step that was taken, from 1. It grows by one from call to call;
+            after a rewind it continues from the restored step.
+          metrics: mapping with the loss under ``metric``, as a number of any type.
 
         Raises:
-          ValueError: the loss is not there.
+          ValueError: the loss is missing.
         """
         loss = self._read(metrics)
         self._losses.append(loss if math.isfinite(loss) else math.inf)
-        # After a rewind: what lies ahead was another run.
-        while self._lowest and self._lowest[-1][0] >= step:
-            self._lowest.pop()
-        while self._lowest and self._lowest[0][0] < step - 10 * self._steps_back:
-            self._lowest.popleft()
-        if step > self._last + self._steps_back + self._skip_batches:
+        # After a rewind, entries of later steps belong to the abandoned run.
+        while self._minima and self._minima[-1][0] >= step:
+            self._minima.pop()
+        while self._minima and self._minima[0][0] < step - 10 * self._steps_back:
+            self._minima.popleft()
+        if step > self._last_divergence + self._steps_back + self._skip_batches:
             self._rewinds = 0
-        limit = self._lowest[0][1] + self._rise if self._lowest else math.inf
+        limit = self._minima[0][1] + self._rise if self._minima else math.inf
         median = self._median()
         if median is None:
             return _CONTINUE
         if median > limit or median == math.inf:
             return self._diverged(step, median, limit)
-        while self._lowest and self._lowest[-1][1] >= median:
-            self._lowest.pop()
-        self._lowest.append((step, median))
+        while self._minima and self._minima[-1][1] >= median:
+            self._minima.pop()
+        self._minima.append((step, median))
         return _CONTINUE
 
     def get_state(self) -> dict[str, Any]:
-        """All it has learned, as plain numbers for ``json``: keep it in checkpoints."""
+        """The state as plain numbers for ``json``, to be saved in checkpoints."""
         return {
             "losses": [x if math.isfinite(x) else None for x in self._losses],
-            "lowest": [list(each) for each in self._lowest],
+            "lowest": [list(each) for each in self._minima],
             "rewinds": self._rewinds,
-            "last": self._last,
+            "last": self._last_divergence,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Takes up what :meth:`get_state` gave, to decide as that policy would."""
+        """Restores a state from :meth:`get_state`; the decisions are then the same."""
         losses = (math.inf if x is None else x for x in state["losses"])
         self._losses = deque(losses, maxlen=self._patience)
-        self._lowest = deque((step, median) for step, median in state["lowest"])
-        self._rewinds, self._last = state["rewinds"], state["last"]
+        self._minima = deque((step, median) for step, median in state["lowest"])
+        self._rewinds, self._last_divergence = state["rewinds"], state["last"]
 
     def _read(self, metrics: Mapping[str, Any]) -> float:
         if self._metric not in metrics:
@@ -190,7 +191,7 @@ class RewindPolicy:
         return float(metrics[self._metric])
 
     def _median(self) -> float | None:
-        """Of the last losses; None while there are too few to tell."""
+        """Median of the last losses; None while there are too few."""
         if len(self._losses) == self._patience:
             return statistics.median(self._losses)
         many = self._losses.count(math.inf) > self._patience / 2
@@ -201,12 +202,12 @@ class RewindPolicy:
             i for i, x in enumerate(self._losses) if x > limit or x == math.inf
         )
         onset = step - len(self._losses) + 1 + first
-        reason = f"no number since step {onset}"
+        reason = f"not finite since step {onset}"
         if math.isfinite(median):
             low = limit - self._rise
-            above = f"{median - low:.2g} above the lowest of late"
+            above = f"{median - low:.2g} above the recent minimum"
             reason = f"at {median:.4g} since step {onset}, {above}"
-        self._last = max(self._last, step)
+        self._last_divergence = max(self._last_divergence, step)
         if self._rewinds >= self._max_rewinds:
             reason = f"{self._metric} is {reason}, after {self._rewinds} rewinds"
             return Decision("stop", reason=reason)

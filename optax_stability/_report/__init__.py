@@ -1,4 +1,4 @@
-"""Pictures of a history, and the report: one HTML page.
+"""Plots of a history, and a report as one HTML page.
 
 May import: ``_core``, ``_diagnosis``; matplotlib only when it draws.
 """

@@ -1,4 +1,4 @@
-"""The parts of a report as HTML. Every text is escaped here, and nowhere else."""
+"""The parts of a report as HTML. All texts are escaped in this module only."""
 
 import html
 import re
@@ -10,7 +10,7 @@ from optax_stability._diagnosis._finding import Finding
 from optax_stability._report import _style
 
 TITLES = {
-    "nonfinite": "A number that is not finite",
+    "nonfinite": "NaN or Inf",
     "divergence": "The loss diverged",
     "underflow": "Gradients underflow to zero",
     "vanishing_then_surge": "A layer's gradient vanished, then surged",
@@ -23,39 +23,39 @@ TITLES = {
     "eps_dominated": "ε outweighs the gradient in Adam",
     "frequent_skips": "Steps are skipped too often",
     "clipping_too_often": "Nearly every step is clipped",
-    "bimodal_updates": "Updates are all of one size",
-    "correlated_updates": "Updates keep one direction",
+    "bimodal_updates": "All entries of the update have the same size",
+    "correlated_updates": "Successive updates have the same direction",
     "noise_too_high": "The gradient is mostly noise",
     "update_too_small": "Updates are too small for the weights",
-    "plateau": "The loss stands still",
+    "plateau": "The loss does not fall",
 }
-# What the table shows, where it was measured.
+# The metrics of the table, each shown if it was measured.
 SCALARS = {
-    "loss": "loss of training",
+    "loss": "training loss",
     "eval/loss": "loss on held-out data",
     "learning_rate": "learning rate",
     "grad/norm": "norm of the gradient",
     "grad/max_abs": "largest entry of the gradient",
     "grad/zero_fraction": "share of the gradient that is exactly 0",
     "clip/norm": "norm before clipping",
-    "clip/limit": "what it is held to",
+    "clip/limit": "limit to which the norm is clipped",
     "clip/fraction": "share of steps clipped so far",
-    "skip/norm_limit": "norm from which a step is skipped",
+    "skip/norm_limit": "norm above which a step may be skipped",
     "skip/total": "steps skipped so far",
     "skip/nonfinite_total": "steps with NaN or Inf so far",
-    "branch/rollbacks": "branches taken back so far",
-    "branch/accepted": "branches that are the run now",
-    "accumulate/rejected_total": "microbatches left out so far",
+    "branch/rollbacks": "branches rolled back so far",
+    "branch/accepted": "branches accepted so far",
+    "accumulate/rejected_total": "microbatches rejected so far",
     "noise_scale/b_simple": "simple noise scale",
-    "noise_scale/low": "lower end of its interval",
-    "noise_scale/high": "upper end of its interval",
+    "noise_scale/low": "lower end of its confidence interval",
+    "noise_scale/high": "upper end of its confidence interval",
     "noise_scale/batch_size": "batch size",
     "adam/update_rms": "RMS of Adam's step before the learning rate",
     "adam/correlation": "correlation of successive gradients",
     "adam/eps_share": "share of ε in Adam's denominator",
-    "adam/zero_fraction": "coordinates that never had a gradient",
+    "adam/zero_fraction": "share of coordinates that never had a gradient",
     "update/rms": "RMS of the update",
-    "update/param_ratio": "update relative to the parameters",
+    "update/param_ratio": "norm of the update over that of the parameters",
     "params/norm": "norm of the parameters",
     "params/spectral_norm": "largest singular value of a weight matrix",
 }
@@ -64,17 +64,17 @@ _SVG = re.compile(r"<svg[^>]*>(.*)</svg>", re.DOTALL)
 
 
 def title_of(kind: str) -> str:
-    """The kind of a finding, for people."""
+    """The title of a kind of finding."""
     return TITLES.get(kind, kind.replace("_", " ").capitalize())
 
 
 def text(value: str) -> str:
-    """Escaped, with code where it stands between backticks."""
+    """Escaped text; text between backticks becomes code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(value))
 
 
 def code(value: str) -> str:
-    """Escaped, as code."""
+    """Escaped text, as code."""
     return f"<code>{html.escape(value)}</code>"
 
 
@@ -83,7 +83,7 @@ def _items(tag: str, values: Iterable[str]) -> str:
 
 
 def card(number: int, finding: Finding) -> str:
-    """One finding."""
+    """One finding as a card."""
     where = f" · first in {code(finding.layer)}" if finding.layer else ""
     return f"""<li><article class="finding" id="finding-{number}" \
 aria-labelledby="finding-{number}-title">
@@ -98,16 +98,16 @@ aria-labelledby="finding-{number}-title">
 
 
 def findings(found: list[Finding], steps: str, metrics: int) -> str:
-    """All findings; without one, what was looked at."""
+    """All findings; if there are none, what was examined."""
     if found:
         cards = "\n".join(card(i, each) for i, each in enumerate(found, 1))
         body = f'<ol class="findings">\n{cards}\n</ol>'
     else:
         what = f"{metrics:,} metric{'' if metrics == 1 else 's'}"
         body = (
-            f'<p class="calm"><strong>No finding:</strong> nothing in {steps}, over '
-            f"{what}, is beyond the limits of the diagnosis. It sees only what was "
-            "recorded, and knows only the kinds of trouble that it has rules for.</p>"
+            f'<p class="calm"><strong>No finding:</strong> in {steps}, over {what}, '
+            "no limit of the diagnosis is exceeded. The diagnosis reads only recorded "
+            "metrics, and finds only the kinds of problems that it has rules for.</p>"
         )
     return section("findings", "Findings", body)
 
@@ -121,14 +121,16 @@ def section(name: str, title: str, body: str) -> str:
 
 
 def figure(title: str, note: str, description: str, svg: str) -> str:
-    """A picture inside the page, with a text for those who do not see it.
+    """An SVG inside the page, with a description for screen readers.
 
-    Metadata, sizes and the ids of groups, which are the same in all, are left out.
+    Metadata, sizes and ids of groups are removed: the ids are the same in every SVG.
     """
     opening = re.search(r'viewBox="[^"]*"', svg)
     body = _SVG.search(svg)
     if opening is None or body is None:
-        raise ValueError("svg is no picture of matplotlib's; render it with kind='svg'")
+        raise ValueError(
+            f"svg={svg[:40]!r} is not an SVG of matplotlib; render it with kind='svg'"
+        )
     inner = re.sub(r"<metadata>.*?</metadata>", "", body[1], flags=re.DOTALL)
     inner = re.sub(r'<g id="[^"]*"', "<g", inner)
     inner = re.sub(r"<style type=.*?</style>", "", inner, flags=re.DOTALL)
@@ -144,7 +146,7 @@ def figure(title: str, note: str, description: str, svg: str) -> str:
 
 
 def tiles(values: list[tuple[str, str, str]]) -> str:
-    """(name, value, remark) each in a tile."""
+    """A tile for each (name, value, remark)."""
     each = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}"
         f"<small>{html.escape(remark)}</small></dd></div>"
@@ -154,10 +156,10 @@ def tiles(values: list[tuple[str, str, str]]) -> str:
 
 
 def table(rows: list[tuple[str, list[str]]]) -> str:
-    """(metric, numbers) each in a row."""
-    heads = "Metric", "What it is", "Last", "Smallest", "Largest", "Measured", "∞"
+    """A row for each (metric, numbers)."""
+    heads = "Metric", "Meaning", "Last", "Smallest", "Largest", "Measured", "∞"
     head = "".join(f'<th scope="col">{each}</th>' for each in heads)
-    head = head.replace('scope="col">What', 'scope="col" class="what">What')
+    head = head.replace('scope="col">Meaning', 'scope="col" class="what">Meaning')
     body = "\n".join(
         f'<tr><th scope="row">{code(key)}</th><td class="what">{text(SCALARS[key])}'
         f"</td>{''.join(f'<td>{each}</td>' for each in numbers)}</tr>"
@@ -165,14 +167,15 @@ def table(rows: list[tuple[str, list[str]]]) -> str:
     )
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Table of numbers">'
-        "<table><caption>Smallest and largest of what is finite; rows in which it was "
-        f"measured; rows in which it was infinite.</caption><thead><tr>{head}</tr>"
+        "<table><caption>Smallest and largest finite value; number of rows with a "
+        "measurement; number of rows with an infinite value.</caption>"
+        f"<thead><tr>{head}</tr>"
         f"</thead><tbody>\n{body}\n</tbody></table></div>"
     )
 
 
 def keys(history: dict[str, np.ndarray]) -> str:
-    """Every name in the history."""
+    """The names of all metrics in the history."""
     listed = "\n".join(f"<li>{code(str(key))}</li>" for key in history)
     return (
         f"<details><summary>{len(history):,} names, in the order of the history"
@@ -203,7 +206,7 @@ def page(title: str, subtitle: str, parts: Iterable[str]) -> str:
 <a href="#numbers">Numbers</a><a href="#metrics">All metrics</a></nav>
 </header>
 {body}
-<footer>Written by optax_stability. Charts are thinned to what a page can show; \
+<footer>Written by optax_stability. Charts are reduced to the resolution of a page; \
 extremes are kept.</footer>
 </main>
 </body>

@@ -1,13 +1,13 @@
-"""Draws a run: what it did, and where the findings of the diagnosis begin.
+"""Plots a history, and marks the first step of each finding.
 
-*Problem*: what went wrong is seen when curves stand above one another, on the same
-steps.
+*Problem*: a cause is found by comparing several curves at the same steps.
 
 *Where*: on the host, after the run or its crash. Needs matplotlib, which is imported
-when it is needed.
+only when a function is called.
 
-*Cost*: a second or two for the picture, whatever the length, as curves are thinned to
-what a page can show; and that of :func:`diagnose`, which grows with it.
+*Cost*: one or two seconds for the plot, whatever the length of the history, because
+curves are thinned to the resolution of a page; and the time of :func:`diagnose`, which
+grows with the length.
 """
 
 import importlib.util
@@ -24,56 +24,57 @@ KINDS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 
 
 def check_matplotlib(function: str) -> None:
-    """Raises ImportError, with the remedy, without matplotlib."""
+    """Raises ImportError, with the remedy, if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(
-            f"{function} draws with matplotlib, which is not installed; "
+            f"{function} needs matplotlib, which is not installed; "
             'pip install "optax_stability[plot]".'
         )
 
 
 def check_path(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:
-    """The path, if its suffix is one of those; raises otherwise."""
+    """The path, if its suffix is one of ``suffixes``; raises otherwise."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
-            f"path must be a str or os.PathLike, got {path!r}; give the name of a file."
+            f"path must be a str or os.PathLike, got {path!r}; pass the name of a file."
         )
     if Path(path).suffix.lower() not in suffixes:
         raise ValueError(
             f"path={os.fspath(path)!r} must end with one of {', '.join(suffixes)}; "
-            "the suffix sets the format."
+            "the suffix selects the format."
         )
     return Path(path)
 
 
 def plot_history(history: dict[str, np.ndarray], path: str | os.PathLike[str]) -> None:
-    """Draws a history as one picture, with a panel for whatever was recorded.
+    """Plots a history as one figure, with a panel for each recorded group of metrics.
 
-    Loss, gradient norm, gradient norm by layer, noise scale, updates and learning rate,
-    one above the other on the same steps. Dotted lines with a number stand at the first
-    step of each finding of :func:`diagnose`, in its order.
+    The panels show loss, gradient norm, gradient norm by layer, noise scale, updates
+    and learning rate, one above the other, on the same steps. A numbered dotted line
+    marks the first step of each finding of :func:`diagnose`, in the order of findings.
 
     **Guarantees**
 
-    * Whatever the numbers are, a picture is written: NaN, Inf, 0 and no rows at all.
-    * No event is lost to thinning: of the steps that share a pixel the extremes are
-      shown, and what is not finite before all else.
-    * The file is whole, or is not there.
-    * Nothing of matplotlib's settings or of pyplot is used or changed for good.
+    * A figure is written for any numbers: NaN, Inf, 0, and a history without rows.
+    * Thinning hides no event: of the steps that share a pixel, the extremes are shown,
+      and non-finite values take precedence.
+    * The write is atomic: the file is complete, or is not written.
+    * The settings of matplotlib are neither used nor changed, and pyplot is not used.
 
-    **Edge cases**: what is not finite is marked at the upper edge, and a norm of 0 at
-    the lower. NaN counts as not finite after three rows in which it was measured, and
-    as not measured otherwise.
+    **Edge cases**: non-finite values are marked at the upper edge, and a norm of 0 at
+    the lower edge. NaN counts as non-finite after three rows in which the metric was
+    measured, and as "not measured" otherwise.
 
     Args:
-      history: what :func:`history` returns, or any log of the form that
-        :func:`diagnose` reads. ``eval/loss`` is the loss on held-out data, NaN where
-        there is none; rows that hold nothing else are of no step of training.
-      path: ends with ``.png``, ``.svg`` or ``.pdf``. Folders are made.
+      history: what :func:`history` returns, or any log in the form that
+        :func:`diagnose` reads. ``eval/loss`` is the loss on held-out data, NaN in rows
+        without an evaluation. Rows with ``eval/loss``, but without training loss and
+        gradient norm, are not training steps.
+      path: ends with ``.png``, ``.svg`` or ``.pdf``. Missing folders are created.
 
     Raises:
       ImportError: matplotlib is not installed.
-      TypeError: ``history`` is no dict of numbers, or ``path`` no path.
+      TypeError: ``history`` is not a dict of numbers, or ``path`` is not a path.
       ValueError: ``history`` has no ``step``, lengths differ, or the suffix is unknown.
 
     Example:

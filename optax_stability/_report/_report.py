@@ -1,12 +1,12 @@
-"""Writes what an engineer needs after a run into one page: findings, charts, numbers.
+"""Writes a report on a run as one HTML page: findings, charts and numbers.
 
-*Problem*: a run that dies leaves thousands of numbers, and nobody who was watching.
+*Problem*: a failed run leaves thousands of numbers, and nobody watched it.
 
 *Where*: on the host, after the run or its crash. Needs matplotlib, which is imported
-when it is needed.
+only when a function is called.
 
-*Cost*: a second or two for the page, whatever the length, and that of :func:`diagnose`,
-which grows with it; a file of a few hundred kilobytes.
+*Cost*: one or two seconds for the page, whatever the length of the history, and the
+time of :func:`diagnose`, which grows with the length; a file of some hundred kilobytes.
 """
 
 import os
@@ -29,7 +29,7 @@ def _number(value: float) -> str:
 
 
 def _steps(history: dict[str, np.ndarray]) -> str:
-    """Which steps a history covers, in words."""
+    """The range of steps of a history, as text."""
     steps = np.asarray(history["step"], float)
     steps = steps[np.isfinite(steps)]
     if not len(steps):
@@ -46,15 +46,15 @@ def _figures(run: Run, findings: list[Finding], steps: str) -> str:
         drawn = _figures.render(
             run, [panel], findings, "svg", titled=False, salt=panel.name
         )
-        told = f"Over {steps}: {'; '.join(drawn.legend)}."
+        description = f"Over {steps}: {'; '.join(drawn.legend)}."
         svg = drawn.content.decode()
-        parts.append(html.figure(panel.title, panel.note, told, svg))
-    nothing = '<p class="soft">Nothing that could be drawn was recorded.</p>'
-    return "\n".join(parts) or nothing
+        parts.append(html.figure(panel.title, panel.note, description, svg))
+    empty = '<p class="soft">None of the metrics that can be plotted was recorded.</p>'
+    return "\n".join(parts) or empty
 
 
 def _last(values: np.ndarray | None) -> str:
-    """The last value that was measured."""
+    """The last measured value, as text."""
     known = np.array([]) if values is None else values[~np.isnan(values)]
     return _number(known[-1]) if len(known) else "–"
 
@@ -76,8 +76,10 @@ def _tiles(run: Run, findings: list[Finding]) -> str:
             share = f"{flags.mean():.1%} of {len(flags):,} steps"
             found.append((name, f"{flags.sum():,}", share))
     if run.branches is not None:
-        back, in_vain = run.branches.taken_back.sum(), run.branches.in_vain.sum()
-        found.append(("Taken back", f"{back:,}", f"{in_vain:,} probed in vain"))
+        rollbacks = run.branches.rolled_back.sum()
+        failed = run.branches.failed_probes.sum()
+        remark = f"{failed:,} failed {'probe' if failed == 1 else 'probes'}"
+        found.append(("Rolled back", f"{rollbacks:,}", remark))
     return html.tiles(found)
 
 
@@ -117,32 +119,32 @@ def write_report(
     *,
     title: str = "Training report",
 ) -> None:
-    """Writes a report on a history as one HTML file that needs nothing else.
+    """Writes a report on a history as one self-contained HTML file.
 
-    On top the findings of :func:`diagnose`, with evidence, likely causes and what
-    helps; then the panels of :func:`plot_history`, with the findings by number; then
-    the most useful numbers, and the names of all metrics. Readable on a phone, in the
-    dark, on paper, and without seeing colours.
+    The page begins with the findings of :func:`diagnose`, with evidence, likely causes
+    and remedies. Then come the panels of :func:`plot_history`, with the numbers of the
+    findings, the most useful values, and the names of all metrics. The page is readable
+    on a phone, in dark mode, on paper, and without colour vision.
 
     **Guarantees**
 
-    * The file loads nothing, from nowhere, and runs no script.
-    * Whatever stands in names of layers or in the title is shown as it is.
-    * Whatever the numbers are, a report is written: NaN, Inf, 0 and no rows at all.
-    * The file is whole, or is not there: a report that was there before remains until
-      the new one is complete.
+    * The file loads no other resource and runs no script.
+    * Names of layers and the title are escaped, and shown literally.
+    * A report is written for any numbers: NaN, Inf, 0, and a history without rows.
+    * The write is atomic: an existing report remains until the new one is complete.
 
-    **Edge cases**: without a finding it says so, and what was looked at.
+    **Edge cases**: if there is no finding, the report says so, and names the steps and
+    the number of metrics that were examined.
 
     Args:
-      history: what :func:`history` returns, or any log of the form that
+      history: what :func:`history` returns, or any log in the form that
         :func:`diagnose` and :func:`plot_history` read.
-      path: ends with ``.html`` or ``.htm``. Folders are made.
+      path: ends with ``.html`` or ``.htm``. Missing folders are created.
       title: heading and title of the page.
 
     Raises:
       ImportError: matplotlib is not installed.
-      TypeError: ``history`` is no dict of numbers, or ``path`` no path.
+      TypeError: ``history`` is not a dict of numbers, or ``path`` is not a path.
       ValueError: ``history`` has no ``step``, lengths differ, or the suffix is unknown.
 
     Example:

@@ -1,4 +1,4 @@
-"""How a report looks: on a phone and a wide screen, in the dark, and on paper."""
+"""The CSS of a report, for phones, wide screens, dark mode and paper."""
 
 CSS = """
 :root {

@@ -1,4 +1,4 @@
-"""Loss spikes: detect an abnormal step, then skip it or go on as a branch.
+"""Loss spikes: detect an abnormal step, then skip it or continue on a branch.
 
 May import: ``_core``, ``thresholds``.
 """

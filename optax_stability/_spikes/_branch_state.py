@@ -1,6 +1,6 @@
-"""What ``branch_on_spike`` remembers, and how its mode changes: a small state machine.
+"""The state of ``branch_on_spike`` and its transitions: a small state machine.
 
-*Cost*: a dozen scalars, and what is kept aside.
+*Cost*: a dozen scalars, and the snapshot.
 """
 
 from typing import Any, NamedTuple
@@ -12,22 +12,23 @@ from optax_stability._core._numerics import increment
 from optax_stability._spikes._detection import Detector, DetectorState, Reading
 from optax_stability._spikes._skip_state import SkipSpikesState, Verdict, count
 
-# What the parameters are that the next gradient will be of: the only ones; those of the
-# branch; those that were kept, put back for one step.
+# The parameters at which the next gradient is taken: the only ones; those of the
+# branch; or, for one step, those of the snapshot.
 NORMAL, BRANCH, PROBE = range(3)
-# Normal steps that earn a rollback.
-PRICE = 60
-# A branch asks the kept parameters after so many steps without a reason, doubled each
-# time it was in vain, and for a reason not before so many, doubled too.
-_GAP, _PATIENCE, _MOST_PATIENCE = 16, 2, 32
+# Normal steps that earn one rollback.
+STEPS_PER_ROLLBACK = 60
+# A branch probes the snapshot after _GAP steps even without a reason. A surprise
+# triggers a probe after _PATIENCE steps at the earliest. Each failed probe doubles its
+# own number of steps, the patience up to _MAX_PATIENCE.
+_GAP, _PATIENCE, _MAX_PATIENCE = 16, 2, 32
 
 
-class Kept(NamedTuple):
-    """What is kept aside while a branch is open; leftovers while none is.
+class Snapshot(NamedTuple):
+    """Copy of the parameters from before a branch; unused while no branch is open.
 
     Attributes:
       params: tree like the parameters, of their dtypes.
-      detector: what the thresholds had learned.
+      detector: state of the detector.
       inner_state: state of ``inner`` with ``keep="all"``, else ().
     """
 
@@ -36,8 +37,8 @@ class Kept(NamedTuple):
     inner_state: Any
 
     @property
-    def aside(self) -> bool:
-        """True: metrics of states in here are none of the run."""
+    def is_snapshot(self) -> bool:
+        """True: metrics of the states in a snapshot are not reported."""
         return True
 
 
@@ -46,21 +47,24 @@ class BranchOnSpikeState(NamedTuple):
 
     Attributes:
       mode: int32[] – 0 normal; 1 a branch is open; 2 the next step is a probe: the
-        parameters are the kept ones.
-      probed: bool[] – whether the last step was a probe, its loss not the branch's.
+        parameters in use are those of the snapshot.
+      probed: bool[] – whether the last step was a probe, so that its loss is that of
+        the snapshot.
       length: int32[] – steps since the branch was opened, 0 if none is open.
-      waited: int32[] – steps since it was opened or last probed, 0 if none is open.
-      gap: int32[] – steps after which it probes without a reason.
-      patience: int32[] – steps before it probes because of a surprise.
-      trusting: bool[] – whether a familiar loss is a reason: until that was in vain.
-      reasons: bool[2] – whether the last probe was for a familiar loss, a surprise.
+      waited: int32[] – steps since the branch was opened or last probed, 0 if none is
+        open.
+      gap: int32[] – steps after which a probe needs no reason.
+      patience: int32[] – steps before a surprise may trigger a probe.
+      trusting: bool[] – whether a familiar loss triggers a probe: until such a probe
+        has failed.
+      reasons: bool[2] – whether a familiar loss, and whether a surprise, triggered the
+        last probe.
       credit: int32[] – rollbacks saved up, in units of 1/60.
-      rollbacks: int32[] – branches dropped because the old data were back.
-      probes: int32[] – probes, those that failed included.
-      accepted: int32[] – branches that became too long and are the run now.
-      kept: what a rollback goes back to.
-      skip: the counts and the detector that ``skip_spikes`` has, and the state of
-        ``inner``.
+      rollbacks: int32[] – branches dropped because the old data returned.
+      probes: int32[] – probes, including failed ones.
+      accepted: int32[] – branches accepted as the run because they became too long.
+      kept: the snapshot, which a rollback restores.
+      skip: the counts and the detector of ``skip_spikes``, and the state of ``inner``.
     """
 
     mode: jax.Array
@@ -75,12 +79,12 @@ class BranchOnSpikeState(NamedTuple):
     rollbacks: jax.Array
     probes: jax.Array
     accepted: jax.Array
-    kept: Kept
+    kept: Snapshot
     skip: SkipSpikesState
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
-        """``branch/…``: where the run is, and how often it went where."""
+        """``branch/…``: the mode, the length of the branch, and the counts."""
         return {
             "branch/mode": self.mode,
             "branch/probed": self.probed,
@@ -92,32 +96,32 @@ class BranchOnSpikeState(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """What a step does to the mode; at most one of them holds.
+    """How a step changes the mode; at most one field is True.
 
-    A step that fails is not taken; with all others that is for the guard to say.
+    A failed probe is not taken as a step. For all other steps the guard decides.
 
     Attributes:
-      opens: keeps everything, and is the first step of a branch.
-      asks: the kept parameters are put back after the step, to be asked.
-      fails: was asked of them, and they find it abnormal too: on with the branch.
-      rolls_back: was asked of them, and they find it normal: the branch is dropped.
-      accepts: the branch is too long for a fault; it is the run now.
+      opens: takes the snapshot, and is the first step of a branch.
+      starts_probe: after the step, the snapshot comes into use for the next step.
+      probe_fails: the step is abnormal for the snapshot too: the branch continues.
+      rolls_back: the step is normal for the snapshot: the branch is dropped.
+      accepts: the branch is too long for a fault: it becomes the run.
     """
 
     opens: jax.Array
-    asks: jax.Array
-    fails: jax.Array
+    starts_probe: jax.Array
+    probe_fails: jax.Array
     rolls_back: jax.Array
     accepts: jax.Array
 
     @property
     def swaps(self) -> jax.Array:
-        """Whether parameters in use and parameters kept change places."""
-        return self.asks | self.fails
+        """Whether the parameters in use and the snapshot are exchanged."""
+        return self.starts_probe | self.probe_fails
 
 
-def init_state(kept: Kept, skip: SkipSpikesState, rollback_budget: int):
-    """The state before the first step: no branch, all rollbacks to be had."""
+def init_state(snapshot: Snapshot, skip: SkipSpikesState, rollback_budget: int):
+    """The state before the first step: no branch, the full rollback budget."""
 
     def number(value: int = 0):
         return jnp.full((), value, jnp.int32)
@@ -131,18 +135,18 @@ def init_state(kept: Kept, skip: SkipSpikesState, rollback_budget: int):
         patience=number(_PATIENCE),
         trusting=jnp.ones((), bool),
         reasons=jnp.zeros((2,), bool),
-        credit=number(rollback_budget * PRICE),
+        credit=number(rollback_budget * STEPS_PER_ROLLBACK),
         rollbacks=number(),
         probes=number(),
         accepted=number(),
-        kept=kept,
+        kept=snapshot,
         skip=skip,
     )
 
 
 def _reasons(state: BranchOnSpikeState, reading: Reading, detector: Detector):
-    """bool[2]: whether to ask for a familiar loss, and whether for a surprise."""
-    familiar = detector.is_usual(reading.value, state.kept.detector)
+    """bool[2]: whether a familiar loss, and whether a surprise, triggers a probe."""
+    familiar = detector.is_normal_loss(reading.value, state.kept.detector)
     surprising = (reading.norm > reading.norm_limit) | (
         reading.value > reading.value_limit
     )
@@ -157,19 +161,19 @@ def next_transition(
     detector: Detector,
     max_length: int,
 ) -> tuple[Transition, jax.Array]:
-    """The rule of ``branch_on_spike``, and the reasons there are to ask."""
+    """The rule of ``branch_on_spike``, and the reasons for a probe."""
     normal, probe = state.mode == NORMAL, state.mode == PROBE
     abnormal = reading.spike | reading.nonfinite
-    # A spike that the bucket would not pay for is part of a mixture: it is learned.
-    again = (verdict.skip | verdict.accept) & (state.skip.spikes_in_row >= 1)
+    # A spike that exceeds the skip budget is part of a mixture: it is learned.
+    repeated = (verdict.skip | verdict.accept) & (state.skip.spikes_in_row >= 1)
     accepts = (state.mode == BRANCH) & (state.length >= max_length)
     reasons = _reasons(state, reading, detector)
     due = reasons.any() | (increment(state.waited) >= state.gap)
-    may_ask = (state.mode == BRANCH) & ~accepts & ~reading.nonfinite
+    may_probe = (state.mode == BRANCH) & ~accepts & ~reading.nonfinite
     transition = Transition(
-        opens=normal & reading.spike & again & (state.credit >= PRICE),
-        asks=may_ask & due,
-        fails=probe & abnormal,
+        opens=normal & reading.spike & repeated & (state.credit >= STEPS_PER_ROLLBACK),
+        starts_probe=may_probe & due,
+        probe_fails=probe & abnormal,
         rolls_back=probe & ~abnormal,
         accepts=accepts,
     )
@@ -183,35 +187,39 @@ def update_state(
     *,
     reasons: jax.Array,
     rollback_budget: int,
-    kept: Kept,
+    snapshot: Snapshot,
     skip: SkipSpikesState,
 ) -> BranchOnSpikeState:
     """The state after a step."""
-    opens, asks, fails = transition.opens, transition.asks, transition.fails
+    opens, probe_fails = transition.opens, transition.probe_fails
+    starts_probe = transition.starts_probe
     ends = transition.rolls_back | transition.accepts
-    mode = jnp.where(ends, NORMAL, jnp.where(asks, PROBE, state.mode))
-    mode = jnp.where(opens | fails, BRANCH, mode)
-    stays = (mode == BRANCH) & ~(opens | fails)
-    failed, by_clock = fails & state.reasons, fails & ~state.reasons.any()
+    mode = jnp.where(ends, NORMAL, jnp.where(starts_probe, PROBE, state.mode))
+    mode = jnp.where(opens | probe_fails, BRANCH, mode)
+    stays = (mode == BRANCH) & ~(opens | probe_fails)
+    failed = probe_fails & state.reasons
+    scheduled_failed = probe_fails & ~state.reasons.any()
     familiar_failed, surprise_failed = failed
-    patience = jnp.minimum(2 * state.patience, _MOST_PATIENCE)
+    patience = jnp.minimum(2 * state.patience, _MAX_PATIENCE)
     earns = (state.mode == NORMAL) & ~reading.spike & ~reading.nonfinite
-    credit = state.credit + earns - PRICE * transition.rolls_back
+    credit = state.credit + earns - STEPS_PER_ROLLBACK * transition.rolls_back
     return BranchOnSpikeState(
         mode=mode.astype(jnp.int32),
         probed=state.mode == PROBE,
         length=jnp.where(mode == NORMAL, 0, increment(state.length)),
         waited=jnp.where(stays, increment(state.waited), 0),
-        gap=jnp.where(opens, _GAP, jnp.where(by_clock, 2 * state.gap, state.gap)),
+        gap=jnp.where(
+            opens, _GAP, jnp.where(scheduled_failed, 2 * state.gap, state.gap)
+        ),
         patience=jnp.where(
             opens, _PATIENCE, jnp.where(surprise_failed, patience, state.patience)
         ),
         trusting=opens | (state.trusting & ~familiar_failed),
-        reasons=jnp.where(asks, reasons, state.reasons),
-        credit=jnp.minimum(credit, rollback_budget * PRICE),
+        reasons=jnp.where(starts_probe, reasons, state.reasons),
+        credit=jnp.minimum(credit, rollback_budget * STEPS_PER_ROLLBACK),
         rollbacks=count(state.rollbacks, transition.rolls_back),
         probes=count(state.probes, state.mode == PROBE),
         accepted=count(state.accepted, transition.accepts),
-        kept=kept,
+        kept=snapshot,
         skip=skip,
     )

@@ -1,12 +1,12 @@
-"""Goes on after a spike and can take it back: a rewind on the device.
+"""Continues after a spike and can undo it: a rewind on the device.
 
-*Problem*: what a skip rule leaves out when the data are corrupted it also leaves out
-when they have changed for good. While it lasts the two look alike.
+*Problem*: a rule that skips corrupted data also skips data that have changed for good.
+While the abnormal batches last, the two look alike.
 
 *Where in the chain*: outermost, around everything, the learning rate included.
 
-*Cost*: that of ``skip_spikes``, and room for one copy of the parameters, which is
-touched only when a branch begins, is probed or is dropped.
+*Cost*: that of ``skip_spikes``, and memory for one copy of the parameters, which is
+read or written only when a branch is opened, probed or dropped.
 
 *Source*: ours.
 """
@@ -49,78 +49,81 @@ def branch_on_spike(
     budget: int = 16,
     axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Goes on after a spike as a branch, and drops it if the old data come back.
+    """Continues on a branch after a spike, and drops it if the old data return.
 
-    A rule that skips cannot tell corrupted batches from data that have changed for good
-    while they last: what it survives of the one is what it loses of the other. Here the
-    guess is made reversible. After one skipped step the parameters from before are kept
-    aside and training goes on, as a branch. Now and then the kept ones are put back for
-    one step. If *they* find the batch normal, the old data are back: the branch is
-    dropped. If not, they change places again. No forward or backward pass is added.
+    While abnormal batches arrive, a skip rule cannot tell corruption from data that
+    have changed for good: what it gains on the first it loses on the second. Here the
+    decision can be undone. After one skipped step, the parameters from before are saved
+    as a snapshot and training continues on a branch. Now and then a probe puts the
+    snapshot in use for one step. If the batch is normal *for the snapshot*, the old
+    data are back: the branch is dropped. If not, the two are exchanged again. No
+    forward or backward pass is added.
 
-    **Rule**, with spikes as in :func:`spike_guard`, a mode, and what is kept, O::
+    **Rule**, with spikes as in :func:`spike_guard`, a mode, and the snapshot O::
 
       normal  first spike                    skip
               spike after a skipped one      O ← parameters, detector; step and rebase;
                                              branch            (costs nothing yet)
               … with no rollback saved up    as skip_spikes
-              all else                       step
-      branch  as skip_spikes, but instead
-              if max_length steps old        drop O; normal              (accepted)
-              … and if there is reason to,   exchange with O after the step; probe
+              otherwise                      step
+      branch  every step                     as skip_spikes, and then
+              max_length steps old           drop O; normal              (accepted)
+              else, with a reason to probe   exchange with O; probe
               or 16, 32, 64 … steps after
-              the last time
+              the last probe
       probe   normal for O's detector        step; normal                (rolled back)
               abnormal or non-finite         exchange with O; branch
 
-    There is reason to ask O if the loss is within its limit, until that was in vain; or
-    if loss or norm are above the branch's own, 2 steps after the last probe (4, 8, 16,
-    32 as that was in vain). A probe in vain costs one step, that of its own batch, a
-    rollback the steps of the branch. A normal step earns 1/60 of a rollback back, up to
+    There are two reasons to probe. A *familiar* loss, within the limit of O's detector,
+    is a reason until such a probe has failed. A *surprise*, a loss or norm above the
+    limit of the branch, is a reason from 2 steps after the last probe on (4, 8, 16, 32
+    after failed ones). A failed probe costs one step, that of its own batch; a rollback
+    costs the steps of the branch. A normal step earns 1/60 of a rollback, up to
     ``rollback_budget``.
 
     **Guarantees**
 
-    * Those of :func:`skip_spikes`: nothing that is not finite reaches ``inner``, in
-      any mode, and nothing freezes: of finite steps at most ``max_consecutive`` + 1 in
-      a row leave the parameters alone.
+    * Those of :func:`skip_spikes`: nothing non-finite reaches ``inner``, in any mode,
+      and training never freezes: of finite steps at most ``max_consecutive`` + 1 in a
+      row leave the parameters unchanged.
     * While no step is abnormal, updates are those of :func:`spike_guard`, bit for bit.
-    * A branch ends: after ``max_length`` steps it is the run.
-    * An exchange restores a parameter to within half a spacing of the difference and
-      half a spacing of itself, in the dtype of the updates; exactly if the two are
-      within a factor of 2 of each other (Sterbenz) and updates are as wide. What was
-      measured: ``python benchmarks/branching.py``.
-    * All devices decide alike; what is kept is sharded as the parameters are.
+    * A branch ends: after ``max_length`` steps it becomes the run.
+    * An exchange restores a parameter to within half a unit in the last place (ulp) of
+      the difference plus half an ulp of itself, in the dtype of the updates. It is
+      exact if the two values are within a factor of 2 of each other (Sterbenz) and the
+      dtype of the updates is as wide as theirs. Figures:
+      ``python benchmarks/branching.py``.
+    * All devices make the same decision; the snapshot is sharded as the parameters are.
 
     **Edge cases**
 
-    * With ``keep="params"`` a rollback starts the first moment (``mu`` of Adam and its
-      like, ``optax.trace``) at 0, and keeps the rest of the state: second moments from
-      the branch, and counters, so that a schedule goes on. With ``keep="all"`` all of
-      the state is as before the fault, counters and schedules too.
-    * Every transformation around it sees the jump of an exchange as an update, and must
-      leave it as it is: put the learning rate inside, and accumulate around.
-    * The step after an exchange shows the loss of other parameters: leave rows with
-      ``branch/probed`` out of curves and of early stopping.
-    * While a branch is open the parameters in use may be learning from garbage:
-      evaluate :func:`eval_params`. A checkpoint holds both.
-    * A legitimate *excursion* that ends within ``max_length`` steps is unlearned, once
-      in 60 steps at most; corruption that lasts longer is learned.
-    * What is no spike opens no branch: see :func:`spike_guard`.
-    * Reverse-mode differentiation does not pass.
+    * With ``keep="params"`` a rollback sets the first moment (``mu`` of Adam and
+      similar states, ``optax.trace``) to 0 and leaves the rest of the state: second
+      moments from the branch, and counters, so that a schedule continues. With
+      ``keep="all"`` the whole state is as before the fault, counters and schedules too.
+    * Every outer transformation sees an exchange as an update, and must not change it:
+      put the learning rate inside, and accumulation outside.
+    * Ignore rows where ``branch/probed`` is true, in curves and in early stopping: they
+      were measured on the snapshot.
+    * While a branch is open, the parameters in use may be learning from corrupted data:
+      evaluate :func:`eval_params`. A checkpoint holds both copies.
+    * A legitimate *excursion* that ends within ``max_length`` steps is undone, at most
+      once in 60 steps; corruption that lasts longer is learned.
+    * A change without a spike opens no branch: see :func:`spike_guard`.
+    * Reverse-mode differentiation is not supported.
 
     Args:
-      inner: what is protected: the whole chain, the learning rate included.
-      keep: ``"params"`` keeps a copy of the parameters; ``"all"`` of the state of
-        ``inner`` as well, about three copies with Adam.
+      inner: transformation to protect: the whole chain, the learning rate included.
+      keep: ``"params"`` saves a copy of the parameters; ``"all"`` also one of the state
+        of ``inner``, about three copies with Adam.
       keep_in: ``"host"`` puts the copy into the pinned memory of the host, where the
-        backend has such; it is brought in when a branch begins, is probed or dropped.
-      max_length: steps after which a branch is taken for the new normal, ≥ 2.
+        backend has it; it is transferred when a branch is opened, probed or dropped.
+      max_length: steps after which a branch is accepted as the new normal, ≥ 2.
       rollback_budget: rollbacks before normal steps have to earn more, ≥ 1.
       grad_norm: threshold on the L2 norm of the gradient, or None.
-      value: threshold on the loss; it also says what the kept parameters find normal.
-      confirm: lower threshold on the loss, above which a norm counts as a spike, or
-        None to believe the norm alone.
+      value: threshold on the loss; it also decides what is normal for the snapshot.
+      confirm: lower threshold on the loss, above which a norm counts as a spike; with
+        None the norm alone decides.
       max_consecutive: finite spikes skipped in a row where no branch can be opened.
       budget: finite spikes that may be skipped before normal steps have to earn more.
       axis_name: under ``shard_map``, as in :func:`skip_spikes`.
@@ -160,18 +163,18 @@ def branch_on_spike(
 
     def init_fn(params):
         inner_state, detector = inner.init(params), guard.detector.init()
-        kept_state = inner_state if keep == "all" else ()
-        kept = _exchange.init_kept(params, detector, kept_state, keep_in)
+        saved_state = inner_state if keep == "all" else ()
+        snapshot = _exchange.init_snapshot(params, detector, saved_state, keep_in)
         skip = _skip_state.init_state(guard.detector.init(), inner_state, budget)
-        return init_state(kept, skip, rollback_budget)
+        return init_state(snapshot, skip, rollback_budget)
 
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError(
-                "branch_on_spike keeps the parameters; call tx.update(grads, state, "
-                "params, value=loss)."
+                "params=None: branch_on_spike copies the parameters; call "
+                "tx.update(grads, state, params, value=loss)."
             )
-        skip, kept = state.skip, state.kept
+        skip, snapshot = state.skip, state.kept
         assessment = _guarded_step.assess(guard, updates, skip.detector, extra_args)
         verdict = _skip_state.decide(assessment.reading, skip, max_consecutive, budget)
         transition, reasons = next_transition(
@@ -181,21 +184,21 @@ def branch_on_spike(
             skip=verdict.skip & ~transition.opens,
             accept=verdict.accept | transition.opens,
         )
-        take = ~(verdict.skip | transition.fails)
+        take = ~(verdict.skip | transition.probe_fails)
         updates, step = _guarded_step.prepare_step(
             guard, inner, take, assessment, updates, params, extra_args
         )
-        updates, inner_state, kept = _exchange.apply_transition(
-            transition, take, step, updates, params, skip.inner_state, kept
+        updates, inner_state, snapshot = _exchange.apply_transition(
+            transition, take, step, updates, params, skip.inner_state, snapshot
         )
         counts = skip._replace(inner_state=())
         counts = optax.tree.where(
-            transition.fails,
+            transition.probe_fails,
             _skip_state.update_after_failed_probe(counts, assessment.reading),
             _skip_state.update_state(counts, assessment, verdict, budget, ()),
         )
-        counts, kept = _exchange.exchange_detectors(
-            transition, skip.detector, counts, kept
+        counts, snapshot = _exchange.exchange_detectors(
+            transition, skip.detector, counts, snapshot
         )
         return updates, update_state(
             state,
@@ -203,7 +206,7 @@ def branch_on_spike(
             assessment.reading,
             reasons=reasons,
             rollback_budget=rollback_budget,
-            kept=kept,
+            snapshot=snapshot,
             skip=counts._replace(inner_state=inner_state),
         )
 

@@ -1,7 +1,7 @@
-"""Is this step abnormal? Judged by the gradient norm and the loss together.
+"""Decides whether a step is abnormal, by the gradient norm and the loss together.
 
-*Problem*: norms alone cry wolf in the early descent, and a loss alone sees an exploded
-gradient only after it was applied.
+*Problem*: the norm alone gives false alarms in the early descent, and the loss alone
+shows an exploded gradient only after it was applied.
 
 *Cost*: a few scalars; the norm is measured by the caller.
 
@@ -17,18 +17,18 @@ import jax.numpy as jnp
 from optax_stability import thresholds
 from optax_stability.thresholds import Threshold
 
-# What a step can be abnormal by, in the order of `Reading.kinds`.
+# The kinds of abnormal steps, in the order of `Reading.kinds`.
 KINDS = ("nan", "inf", "norm", "value")
 
-# What we recommend to watch: five times the trend; half a nat above it; and, to confirm
-# a norm, above the usual scatter.
+# Recommended limits: on the norm five times its trend; on the loss half a nat above its
+# trend; and, to confirm a norm, a loss above the usual scatter.
 FAR_ABOVE_THE_TREND = thresholds.detrended_mad(5.0, floor=5.0)
 HALF_A_NAT_ABOVE = thresholds.detrended_mad(7.0, floor=0.5, log=False)
 ABOVE_THE_SCATTER = thresholds.detrended_mad(4.0, floor=0.3, log=False)
 
-_ANYTHING = thresholds.constant(float("inf"))
+_NO_LIMIT = thresholds.constant(float("inf"))
 # A limit below every loss: each norm above its limit is confirmed.
-_CONFIRMED = Threshold(
+_ALWAYS_CONFIRMED = Threshold(
     init=lambda: (),
     update=lambda x, state: (jnp.float32(-jnp.inf), state),
     rebase=lambda x, state: state,
@@ -36,7 +36,7 @@ _CONFIRMED = Threshold(
 
 
 class DetectorState(NamedTuple):
-    """What the detector remembers.
+    """State of the detector.
 
     Attributes:
       grad_norm: state of the threshold on the gradient norm.
@@ -50,14 +50,14 @@ class DetectorState(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What the detector found at one step.
+    """Measurements and findings of the detector at one step.
 
     Attributes:
       norm: float32[] – L2 norm of the gradient.
       value: float32[] – the loss, 0 if none was given.
       norm_limit: float32[] – greatest normal norm.
       value_limit: float32[] – greatest normal loss.
-      kinds: bool[4] – what was found, in the order of ``KINDS``.
+      kinds: bool[4] – which kinds were found, in the order of ``KINDS``.
     """
 
     norm: jax.Array
@@ -78,12 +78,12 @@ class Reading(NamedTuple):
 
 
 class Detector(NamedTuple):
-    """Watches the gradient norm and the loss; None watches nothing.
+    """Thresholds on the gradient norm and the loss; None sets no limit.
 
     Attributes:
       grad_norm: threshold on the L2 norm of the gradient.
       value: threshold on the loss.
-      confirm: threshold on the loss which a norm needs to count as a spike.
+      confirm: threshold on the loss, above which a norm counts as a spike.
     """
 
     grad_norm: Threshold | None
@@ -97,17 +97,17 @@ class Detector(NamedTuple):
 
     def _thresholds(self) -> tuple[Threshold, Threshold, Threshold]:
         return (
-            self.grad_norm or _ANYTHING,
-            self.value or _ANYTHING,
-            self.confirm or _CONFIRMED,
+            self.grad_norm or _NO_LIMIT,
+            self.value or _NO_LIMIT,
+            self.confirm or _ALWAYS_CONFIRMED,
         )
 
     def init(self) -> DetectorState:
-        """Knows nothing yet: nothing finite is abnormal."""
+        """The state before the first step."""
         return DetectorState(*(each.init() for each in self._thresholds()))
 
     def judge(self, norm, value, state) -> tuple[Reading, DetectorState]:
-        """Reads one step by the past; the second result has learned it."""
+        """Compares a step with its limits; also returns the state that learned it."""
         grad_norm, by_value, confirm = self._thresholds()
         norm_limit, norm_state = grad_norm.update(norm, state.grad_norm)
         value_limit, value_state = by_value.update(value, state.value)
@@ -124,12 +124,12 @@ class Detector(NamedTuple):
         ]
         return Reading(norm, value, norm_limit, value_limit, jnp.stack(kinds)), learned
 
-    def is_usual(self, value, state) -> jax.Array:
-        """Whether a loss is normal by the past."""
+    def is_normal_loss(self, value, state) -> jax.Array:
+        """Whether a loss is within the limit of ``state``."""
         _, by_value, _ = self._thresholds()
         return value <= by_value.update(value, state.value)[0]
 
     def rebase(self, norm, value, state) -> DetectorState:
-        """Starts again from the present norm and loss."""
+        """Restarts the thresholds from the present norm and loss."""
         streams = zip(self._thresholds(), (norm, value, value), state, strict=True)
         return DetectorState(*(each.rebase(x, old) for each, x, old in streams))

@@ -1,8 +1,7 @@
-"""What ``branch_on_spike`` uses and what it keeps aside change places.
+"""Exchanges the parameters in use with the snapshot of ``branch_on_spike``.
 
-*Cost*: nothing while a run is normal; else a pass over the parameters, and three over
-the state of ``inner`` if that is kept too. Nothing the size of a parameter is copied in
-between.
+*Cost*: nothing while a run is normal; else one pass over the parameters, and three over
+the state of ``inner`` if that is saved too. No temporary copy of a parameter is made.
 """
 
 from typing import Any
@@ -19,42 +18,46 @@ from optax_stability._core._in_place import (
     write_if,
 )
 from optax_stability._core._memory_space import Place, put, to_device, to_memory_of
-from optax_stability._spikes._branch_state import Kept, Transition
+from optax_stability._spikes._branch_state import Snapshot, Transition
 from optax_stability._spikes._detection import DetectorState
 from optax_stability._spikes._skip_state import SkipSpikesState
 
 
-def init_kept(
+def init_snapshot(
     params: Any, detector: DetectorState, inner_state: Any, keep_in: Place
-) -> Kept:
-    """Room for what is kept, sharded as what it is a copy of; () needs none."""
-    room = optax.tree.zeros_like
-    return Kept(put(room(params), keep_in), detector, put(room(inner_state), keep_in))
+) -> Snapshot:
+    """A snapshot of zeros, sharded as its arguments are; () takes no memory."""
+    zeros = optax.tree.zeros_like
+    return Snapshot(
+        put(zeros(params), keep_in), detector, put(zeros(inner_state), keep_in)
+    )
 
 
-def _momentum_of(node: Any) -> tuple[str, ...]:
-    """The fields of a state that hold a first moment."""
+def _first_moment_fields(node: Any) -> tuple[str, ...]:
+    """The names of the fields of a state that hold a first moment."""
     if isinstance(node, optax.TraceState):
         return ("trace",)
     fields = getattr(type(node), "_fields", ())
     return ("mu",) if isinstance(node, tuple) and "mu" in fields else ()
 
 
-def _without_momentum(drop, inner_state: Any) -> Any:
-    """The state with first moments of 0 if ``drop`` holds."""
+def _reset_first_moments(reset, inner_state: Any) -> Any:
+    """The state, with all first moments set to 0 if ``reset`` holds."""
 
-    def without(node):
-        for name in _momentum_of(node):
+    def reset_node(node):
+        for name in _first_moment_fields(node):
             moment = getattr(node, name)
-            none = optax.tree.zeros_like(moment)
-            node = node._replace(**{name: optax.tree.where(drop, none, moment)})
+            zeros = optax.tree.zeros_like(moment)
+            node = node._replace(**{name: optax.tree.where(reset, zeros, moment)})
         return node
 
-    return jax.tree.map(without, inner_state, is_leaf=lambda x: bool(_momentum_of(x)))
+    return jax.tree.map(
+        reset_node, inner_state, is_leaf=lambda x: bool(_first_moment_fields(x))
+    )
 
 
 def _to_memory_of(tree, other):
-    """A tree where the other lies, which may be in the memory of the host."""
+    """The tree, moved to the memory of ``other``, which may be that of the host."""
     return jax.tree.map(to_memory_of, tree, other)
 
 
@@ -68,59 +71,75 @@ def _dtypes(tree):
     return [leaf.dtype for leaf in jax.tree.leaves(tree)]
 
 
-def _swap_params(run, took, updates, params, kept):
-    """The update to the kept parameters; kept are those in use, after their own update.
+def _swap_params(run, taken, updates, params, kept):
+    """Exchanges the parameters and the kept ones, if ``run`` holds.
 
-    Where dtypes agree nothing is copied: update and kept parameters change places.
+    Where the dtypes agree nothing is copied: update and kept parameters exchange their
+    buffers.
+
+    Returns:
+      The update that turns ``params`` into ``kept``, and the new kept parameters:
+      ``params`` after their own update, if it is ``taken``.
     """
 
-    def updated(update, p, like):
-        update = jnp.where(took, to_device(update), 0)
+    def apply_update(update, p, like):
+        update = jnp.where(taken, to_device(update), 0)
         return to_memory_of(optax.apply_updates(p, update), like)
 
-    def after(updates, kept):
-        return jax.tree.map(updated, updates, params, kept)
+    def updated_params(updates, kept):
+        return jax.tree.map(apply_update, updates, params, kept)
 
-    def back(kept, updates):
+    def updates_to(kept, updates):
         return jax.tree.map(_update_to, kept, params, updates)
 
     if _dtypes(updates) != _dtypes(kept):
         return run_if(
             run,
-            lambda pair: (back(pair[1], pair[0]), after(*pair)),
+            lambda pair: (updates_to(pair[1], pair[0]), updated_params(*pair)),
             (updates, kept),
         )
     old, update = exchange_if(run, updates, kept)
-    kept = run_if(run, lambda update: after(update, update), update)
-    # What is kept passes: all have read the parameters before they are updated.
+    kept = run_if(run, lambda update: updated_params(update, update), update)
+    # ``kept`` passes through for its data dependency: XLA then reads the parameters for
+    # both results before it updates them.
     return run_if(
-        run, lambda pair: (back(pair[0], pair[0]), no_hoist(pair[1])), (old, kept)
+        run,
+        lambda pair: (updates_to(pair[0], pair[0]), no_hoist(pair[1])),
+        (old, kept),
     )
 
 
 def apply_transition(
-    transition: Transition, take, step, updates, params, inner_state, kept: Kept
+    transition: Transition,
+    take,
+    step,
+    updates,
+    params,
+    inner_state,
+    snapshot: Snapshot,
 ):
-    """Takes the step, exchanges parameters, and keeps what a branch begins from.
+    """Takes a snapshot if a branch opens, takes the step, and exchanges parameters.
 
     Args:
-      transition: what the step does to the mode.
+      transition: how the step changes the mode.
       take: bool[] – whether the step is taken.
-      step: from the gradient and the state of ``inner`` to the update and the next.
+      step: function from the gradient and the state of ``inner`` to the update and the
+        next state.
       updates: the gradient.
       params: the parameters in use.
       inner_state: state of ``inner``.
-      kept: what is kept; its ``inner_state`` is empty if that of ``inner`` is not.
+      snapshot: the snapshot; its ``inner_state`` is () if that of ``inner`` is not
+        saved.
 
     Returns:
-      The update, the state of ``inner``, and what is kept with the old detector.
+      The update, the state of ``inner``, and the snapshot with its old detector.
     """
-    whole = bool(jax.tree.leaves(kept.inner_state))
+    saves_state = bool(jax.tree.leaves(snapshot.inner_state))
     kept_params = run_if(
-        transition.opens, lambda old: _to_memory_of(params, old), kept.params
+        transition.opens, lambda old: _to_memory_of(params, old), snapshot.params
     )
-    kept_state = kept.inner_state
-    if whole:
+    kept_state = snapshot.inner_state
+    if saves_state:
         inner_state, kept_state = measure_if(
             transition.opens,
             lambda now, _, old: _to_memory_of(now, old),
@@ -129,8 +148,8 @@ def apply_transition(
 
     def update_and_keep(updates, carry):
         inner_state, kept_params = carry
-        if not whole:
-            inner_state = _without_momentum(transition.rolls_back, inner_state)
+        if not saves_state:
+            inner_state = _reset_first_moments(transition.rolls_back, inner_state)
         updates, inner_state = step(updates, inner_state)
         return updates, (inner_state, kept_params)
 
@@ -140,20 +159,25 @@ def apply_transition(
     targets, kept_params = _swap_params(
         transition.swaps, take, written.targets, params, kept_params
     )
-    if whole:
+    if saves_state:
         inner_state, kept_state = exchange_if(transition.swaps, inner_state, kept_state)
-    kept = kept._replace(params=kept_params, inner_state=kept_state)
+    snapshot = snapshot._replace(params=kept_params, inner_state=kept_state)
     updates = written._replace(targets=targets).updates(take | transition.swaps)
-    return updates, inner_state, kept
+    return updates, inner_state, snapshot
 
 
 def exchange_detectors(
-    transition: Transition, before: DetectorState, skip: SkipSpikesState, kept: Kept
-) -> tuple[SkipSpikesState, Kept]:
-    """The same with what the thresholds had learned before the step: a few scalars."""
+    transition: Transition,
+    before: DetectorState,
+    skip: SkipSpikesState,
+    snapshot: Snapshot,
+) -> tuple[SkipSpikesState, Snapshot]:
+    """Does the same for the state of the detector, a few scalars.
+
+    If a branch opens, the snapshot gets ``before``, the state from before the step.
+    """
     where = optax.tree.where
-    now = where(transition.swaps, kept.detector, skip.detector)
-    aside = where(
-        transition.swaps, skip.detector, where(transition.opens, before, kept.detector)
-    )
-    return skip._replace(detector=now), kept._replace(detector=aside)
+    in_use = where(transition.swaps, snapshot.detector, skip.detector)
+    kept = where(transition.opens, before, snapshot.detector)
+    kept = where(transition.swaps, skip.detector, kept)
+    return skip._replace(detector=in_use), snapshot._replace(detector=kept)

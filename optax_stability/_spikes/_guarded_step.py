@@ -1,7 +1,7 @@
-"""A step under guard: read, shortened to its limit, and taken if it may be.
+"""A guarded step: judged, scaled to its limit, and taken if the verdict allows it.
 
-*Cost*: one norm, a few scalars, and a conditional around ``inner``; no buffer the size
-of a parameter beside the gradient.
+*Cost*: one norm, a few scalars, and a conditional around ``inner``; no buffer of the
+size of a parameter besides the gradient.
 """
 
 from typing import Any, NamedTuple
@@ -17,19 +17,19 @@ from optax_stability._spikes._detection import Detector, DetectorState, Reading
 from optax_stability.thresholds import Threshold
 from optax_stability.thresholds._threshold import check_threshold
 
-# A level is accepted only so far above its limit at once: what enters Adam's second
-# moment stays there for long.
+# Rebasing accepts a norm up to this multiple of its limit: a large norm would stay in
+# Adam's second moment for long.
 _MAX_RISE = 10.0
 
 
 class Guard(NamedTuple):
-    """What ``skip_spikes`` and ``branch_on_spike`` have in common.
+    """Settings that ``skip_spikes`` and ``branch_on_spike`` share.
 
     Attributes:
-      detector: says what is abnormal.
+      detector: decides which steps are abnormal.
       max_consecutive: finite spikes skipped in a row before one is taken.
       budget: finite spikes skipped before normal steps have to earn more.
-      axis_name: as the public functions take it.
+      axis_name: as in the public functions.
     """
 
     detector: Detector
@@ -39,13 +39,13 @@ class Guard(NamedTuple):
 
 
 class Assessment(NamedTuple):
-    """A step before anything is done with it.
+    """What is measured of a step before it is decided on.
 
     Attributes:
-      norms: of the gradient.
-      reading: what the detector found.
-      learned: the detector, having learned the step.
-      rebased: the detector, taking the step for the new normal.
+      norms: norms of the gradient.
+      reading: findings of the detector.
+      learned: state of the detector if it learns the step.
+      rebased: state of the detector if the step is accepted as the new normal.
     """
 
     norms: _norms.Norms
@@ -62,7 +62,7 @@ def make_guard(
     budget: int,
     axis_name: _mesh_axes.AxisName,
 ) -> Guard:
-    """The settings, checked."""
+    """Checks the settings and collects them."""
     named = {"grad_norm": grad_norm, "value": value, "confirm": confirm}
     for name, threshold in named.items():
         check_threshold(name, threshold, optional=True)
@@ -74,17 +74,17 @@ def make_guard(
 
 
 def assess(guard: Guard, updates, state: DetectorState, extra_args) -> Assessment:
-    """Reads a step by the past."""
+    """Measures a step and compares it with its limits."""
     detector, axis_name = guard.detector, guard.axis_name
     norms = _known_norms.measure(updates, axis_name)
     loss = loss_of(extra_args, needed=detector.needs_loss, axis_name=axis_name)
-    reading, learned = detector.judge(norms.whole, loss, state)
-    level = jnp.minimum(norms.whole, _MAX_RISE * reading.norm_limit)
+    reading, learned = detector.judge(norms.total, loss, state)
+    level = jnp.minimum(norms.total, _MAX_RISE * reading.norm_limit)
     return Assessment(norms, reading, learned, detector.rebase(level, loss, state))
 
 
-def _measured(extra_args: dict[str, Any]) -> list:
-    """What was measured on the gradient, where moments are among the arguments."""
+def _gradient_measurements(extra_args: dict[str, Any]) -> list:
+    """The measurements of the gradient in ``moments``, if they are an argument."""
     moments = extra_args.get("moments")
     known = () if moments is None else (moments.deviation, moments.norm)
     return [each for each in known if each is not None]
@@ -93,18 +93,18 @@ def _measured(extra_args: dict[str, Any]) -> list:
 def prepare_step(
     guard: Guard, inner, take, assessment: Assessment, updates, params, extra_args
 ):
-    """The gradient, at its limit if it is taken and above, and a step on it.
+    """Scales a gradient that is taken to its limit, and prepares the step.
 
     Returns:
       The gradient, and a function from it and the state of ``inner`` to the update and
       the next state.
     """
     reading = assessment.reading
-    # In place and rarely: a factor of 1 would cost a pass over the gradient.
+    # Conditional and in place: multiplying by 1 would cost a pass over the gradient.
     above = reading.norm > reading.norm_limit
     factor = reading.norm_limit / reading.norm
     updates = run_if(
-        depends_on(above & take, *_measured(extra_args)),
+        depends_on(above & take, *_gradient_measurements(extra_args)),
         lambda updates: jax.tree.map(lambda x: scale(x, factor), updates),
         updates,
     )

@@ -1,4 +1,4 @@
-"""What ``skip_spikes`` remembers, decides and reports.
+"""The state of ``skip_spikes``, its decision and its metrics.
 
 *Cost*: a few dozen scalars.
 """
@@ -23,19 +23,19 @@ class SkipSpikesState(NamedTuple):
       step: int32[] – calls of ``update``.
       skipped: bool[] – whether the last step was skipped.
       total: int32[] – steps skipped.
-      consecutive: int32[] – steps skipped in a row, for whatever reason.
+      consecutive: int32[] – steps skipped in a row, for any reason.
       spikes_in_row: int32[] – finite spikes skipped since a step was taken.
       credit: int32[] – skips of finite spikes saved up, in units of 1/``budget``.
-      accepted_total: int32[] – finite spikes taken because the row was full.
+      accepted_total: int32[] – finite spikes taken after ``max_consecutive`` skips.
       last_step: int32[] – last step skipped, counted from 0; −1 if none was.
       kind_total: int32[4] – steps found abnormal by NaN, Inf, norm, loss, skipped or
         not.
-      kind_step: int32[4] – the last of each, counted from 0; −1 if there was none.
+      kind_step: int32[4] – last step of each kind, counted from 0; −1 if none was.
       norm: float32[] – last L2 norm of the gradient.
-      norm_limit: float32[] – last limit of it, ∞ where none is set.
+      norm_limit: float32[] – last limit of the norm, ∞ where none is set.
       value: float32[] – last loss, 0 if none was given.
-      value_limit: float32[] – last limit of it, ∞ where none is set.
-      detector: what the thresholds have learned.
+      value_limit: float32[] – last limit of the loss, ∞ where none is set.
+      detector: state of the detector.
       inner_state: state of ``inner``.
     """
 
@@ -58,7 +58,7 @@ class SkipSpikesState(NamedTuple):
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
-        """``skip/…``: the last verdict, what it rests on, and counts by kind."""
+        """``skip/…``: the last verdict, its measurements, and counts by kind."""
         by_kind = {}
         for i, kind in enumerate(KINDS):
             by_kind[f"skip/{kind}_total"] = self.kind_total[i]
@@ -79,7 +79,7 @@ class SkipSpikesState(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What is done with a step: skipped, or taken, or taken as the new normal."""
+    """Whether a step is skipped, or accepted as the new normal; else it is taken."""
 
     skip: jax.Array
     accept: jax.Array
@@ -111,14 +111,14 @@ def _next_row(reading: Reading, verdict: Verdict, spikes_in_row):
 
 
 def count(total, event):
-    """The total, one more where something happened."""
+    """The total, plus one where ``event`` holds."""
     return jnp.where(event, increment(total), total)
 
 
 def init_state(
     detector: DetectorState, inner_state: Any, budget: int
 ) -> SkipSpikesState:
-    """The state before the first step: nothing skipped, the bucket full."""
+    """The state before the first step: nothing skipped, the full budget."""
     return SkipSpikesState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), bool),
@@ -142,7 +142,7 @@ def init_state(
 def update_after_failed_probe(
     state: SkipSpikesState, reading: Reading
 ) -> SkipSpikesState:
-    """The state after a step that was read, and neither taken nor skipped."""
+    """The state after a failed probe, which is neither a taken nor a skipped step."""
     bad = reading.kinds & reading.nonfinite
     return state._replace(
         step=increment(state.step),
@@ -163,7 +163,7 @@ def update_state(
     budget: int,
     inner_state: Any,
 ) -> SkipSpikesState:
-    """The state after a step; what was skipped is counted and not learned."""
+    """The state after a step; a skipped step is counted but not learned."""
     reading, skip = assessment.reading, verdict.skip
     learned = optax.tree.where(verdict.accept, assessment.rebased, assessment.learned)
     return SkipSpikesState(

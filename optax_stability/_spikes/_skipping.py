@@ -1,14 +1,15 @@
-"""Leaves out the steps that would do harm, and never more than it may.
+"""Skips the steps that would do harm, within a budget.
 
-*Problem*: one bad batch or one NaN undoes hours. Rules that skip what is unusual are
-poisoned by the NaN they should stop, or skip for ever once the level has moved.
+*Problem*: one bad batch or one NaN destroys hours of training. Rules that skip outliers
+are corrupted by the NaN they should stop, or skip every step once the level has
+changed.
 
 *Where in the chain*: outermost, around everything that learns from the gradient.
 
-*Cost*: one norm, a few scalars, and a conditional around ``inner``; no buffer the size
-of a parameter beside the gradient.
+*Cost*: one norm, a few scalars, and a conditional around ``inner``; no buffer of the
+size of a parameter besides the gradient.
 
-*Source*: the skip rules of OLMo-core, MaxText and Levanter, with bounds of our own.
+*Source*: the skip rules of OLMo-core, MaxText and Levanter, with our own bounds.
 """
 
 import optax
@@ -35,66 +36,67 @@ def skip_spikes(
     budget: int = 16,
     axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Leaves out steps whose gradient norm or loss is far above the recent past.
+    """Skips steps whose gradient norm or loss is far above the recent past.
 
-    A skipped step gives zero updates, and ``inner`` does not see it. For the setting we
-    recommend, which watches the loss as well, see :func:`spike_guard`.
+    A skipped step gives zero updates, and ``inner`` does not see it. The recommended
+    setting, which checks the loss as well, is :func:`spike_guard`.
 
-    **Rule**, n = ‖g‖₂ and l = the loss; limits from the steps before::
+    **Rule**, n = ‖g‖₂ and l = the loss; limits from earlier steps::
 
       non-finite  if n or l is NaN or Inf
       spike       if l > limit of value
                   or n > limit of grad_norm, and l > limit of confirm if that is given
 
       non-finite                                    skip
-      spike, the max_consecutive before it skipped  step, and rebase the thresholds
+      spike after max_consecutive skipped spikes    step, and rebase the thresholds
       spike, no skip left in the bucket             step
       any other spike                               skip
-      all else                                      step
+      otherwise                                     step
 
-    A step whose norm is above its limit is taken at the limit, g·limit/n. What is
-    skipped is not learned. Rebasing takes the present loss for the new normal, and the
-    present norm up to ten times its limit. The bucket holds ``budget`` skips at first
-    and at most; a skipped spike takes one, a normal step gives 1/``budget`` back.
+    If a step with a norm above its limit is taken, the gradient is scaled to the limit,
+    g·limit/n. Skipped steps are not learned. Rebasing takes the present loss as the new
+    normal, and the present norm up to ten times its limit. The bucket starts full, with
+    ``budget`` skips; a skipped spike takes one, a normal step gives 1/``budget`` back.
 
     **Guarantees**
 
-    * A non-finite gradient never reaches ``inner``, nor a non-finite loss, at any step,
-      however many there are. Such steps cost nothing from the bucket.
-    * On a skipped step the state of ``inner`` is untouched, bit for bit.
-    * On a normal step the gradient passes bit for bit.
-    * Nothing freezes: of finite steps at most ``max_consecutive`` in a row are skipped,
-      and of any T at most ``budget`` + T/(``budget`` + 1).
-    * All devices decide alike.
+    * A non-finite gradient or loss never reaches ``inner``, at any step, however many
+      there are. Such steps take nothing from the bucket.
+    * On a skipped step the state of ``inner`` is unchanged, bit for bit.
+    * On a normal step the gradient reaches ``inner`` unchanged, bit for bit.
+    * Training never freezes: of finite steps at most ``max_consecutive`` in a row are
+      skipped, and of any T at most ``budget`` + T/(``budget`` + 1).
+    * All devices make the same decision.
 
     **Edge cases**
 
-    * ``max_consecutive`` is a trade: the length of a corrupted stretch that is left out
-      whole, and the delay after a lasting change of the data, both in steps. Beyond it,
-      what is there is taken for the new normal. The bucket bounds what a *mixture*
-      loses: every second batch of another kind 17 steps in all, alternating blocks of
-      ten 35 (``python benchmarks/fault_table.py``). A kind rarer than one in
-      ``budget`` + 1 is never learned.
-    * Until the thresholds are armed only what they say in that time is a spike: see
-      :func:`thresholds.detrended_mad`. A finite spike in the very first gradient has
-      nothing to be compared with, and Adam's second moment remembers it: 1e30 would
-      hold the update near 0 for thousands of steps. If that can happen, put
+    * ``max_consecutive`` is a trade-off: it is the length of a corrupted stretch that
+      is skipped entirely, and the delay after a lasting change of the data, both in
+      steps. After that, the present data are taken as the new normal. The bucket bounds
+      the steps that a *mixture* loses: with every second batch of another kind 17 in
+      all, with alternating blocks of ten 35 (``python benchmarks/fault_table.py``). A
+      kind rarer than one in ``budget`` + 1 is never learned.
+    * Until the thresholds are armed, their warm-up limits decide what is a spike: see
+      :func:`thresholds.detrended_mad`. A finite spike in the very first gradient cannot
+      be compared with anything, and stays in Adam's second moment: 1e30 would hold the
+      update near 0 for thousands of steps. If that can happen, put
       ``clip_by_threshold(thresholds.constant(1.0))`` around or before.
-    * A norm jump with a normal loss is for clipping: with ``confirm`` it is not
-      skipped, but the step is shortened to the limit.
+    * A jump of the norm with a normal loss is a case for clipping: with ``confirm`` the
+      step is not skipped, but scaled to the limit.
     * To accumulate gradients, put :func:`accumulate_moments` around: it averages the
-      loss as well. In the accumulator of ``optax.MultiSteps`` a NaN microbatch stays,
-      and every later mean is skipped.
+      loss as well. ``optax.MultiSteps`` keeps a NaN microbatch in its accumulator, so
+      that every later mean is skipped.
     * Skipping does not cure a divergence: the parameters are bad by then. Rewind.
-    * Reverse-mode differentiation does not pass.
+    * Reverse-mode differentiation is not supported.
 
     Args:
-      inner: what is protected: the whole chain from clipping to the learning rate.
-      grad_norm: threshold on the L2 norm of the gradient; None watches non-finite
-        values only.
+      inner: transformation to protect: the whole chain from clipping to the learning
+        rate.
+      grad_norm: threshold on the L2 norm of the gradient; None sets no limit on finite
+        norms.
       value: threshold on the loss, or None.
-      confirm: lower threshold on the loss, above which a norm counts as a spike; None
-        believes the norm alone.
+      confirm: lower threshold on the loss, above which a norm counts as a spike; with
+        None the norm alone decides.
       max_consecutive: finite spikes skipped in a row before one is taken, ≥ 1.
       budget: finite spikes that may be skipped before normal steps have to earn more,
         from 1 to 10,000.
@@ -107,10 +109,10 @@ def skip_spikes(
       loss as the extra argument ``value=`` (or ``loss=``), which it needs if ``value``
       or ``confirm`` is given, and passes all extra arguments on. Metrics:
       ``skip/skipped`` (this step), ``skip/total``, ``skip/nonfinite_total``,
-      ``skip/accepted_total`` (spikes taken for the new normal), ``skip/consecutive``,
+      ``skip/accepted_total`` (spikes taken as the new normal), ``skip/consecutive``,
       ``skip/last_step``, ``skip/norm``, ``skip/norm_limit``, ``skip/value``,
       ``skip/value_limit``; and ``skip/<kind>_total``, ``skip/<kind>_last_step`` with
-      the kinds nan, inf, norm, value. Steps are counted from 0; −1 is never.
+      the kinds nan, inf, norm, value. Steps are counted from 0; −1 means never.
 
     Raises:
       TypeError: ``inner`` is not a transformation, a threshold not a ``Threshold``.
@@ -127,9 +129,9 @@ def skip_spikes(
       [0. 0.] 1
 
     References:
-      ``SkipStepOptimizer`` of OLMo-core and its ports skip what is 6 deviations above a
-      window's mean. Deviations: the threshold is a matter of its own; non-finite values
-      are told apart and never learned; the two bounds on skipping.
+      ``SkipStepOptimizer`` of OLMo-core and its ports skip steps 6 standard deviations
+      above a window's mean. Deviations: the threshold is an argument; non-finite values
+      are kept separate and never learned; the two bounds on skipping.
     """
     _validate.check_transformation("inner", inner)
     guard = _guarded_step.make_guard(
@@ -163,7 +165,7 @@ def spike_guard(
     budget: int = 16,
     axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips what is abnormal by loss, or by norm and loss together: recommended.
+    """Skips steps with an abnormal loss, or norm and loss together: recommended.
 
     :func:`skip_spikes` with all three thresholds::
 
@@ -171,24 +173,25 @@ def spike_guard(
       value     = detrended_mad(7.0, floor=0.5, log=False)  half a nat above it
       confirm   = detrended_mad(4.0, floor=0.3, log=False)
 
-    A norm alone cries wolf in the early descent and with small batches. Rules that
-    compare with a window of raw losses miss everything there. Figures for both, over
-    seeds, sizes and learning rates: ``python benchmarks/spike_detection.py``.
+    The norm alone gives false alarms in the early descent and with small batches. Rules
+    that compare with a window of raw losses miss every spike there. Figures for both,
+    over seeds, sizes and learning rates: ``python benchmarks/spike_detection.py``.
 
     Guarantees and edge cases are those of :func:`skip_spikes`.
 
-    **Edge cases**: corruption is told from clean data by how surprising it is: within
-    the first 30 or so steps, when the model knows nothing, random bytes are not. What
-    stays within the spread of the batches is no spike. Batches of very few sequences
-    from mixed sources do differ by more than the floor; expect a skip now and then.
+    **Edge cases**: corruption is detected by its surprising loss. In the first 30 or so
+    steps the model knows nothing, and random bytes do not surprise it. A change within
+    the spread of the batches is no spike. Batches of very few sequences from mixed
+    sources differ by more than the floor; expect a skip now and then.
 
     Args:
-      inner: what is protected: the whole chain from clipping to the learning rate.
-      grad_norm: threshold on the L2 norm of the gradient; None watches non-finite
-        values only.
+      inner: transformation to protect: the whole chain from clipping to the learning
+        rate.
+      grad_norm: threshold on the L2 norm of the gradient; None sets no limit on finite
+        norms.
       value: threshold on the loss, or None.
-      confirm: lower threshold on the loss, above which a norm counts as a spike; None
-        believes the norm alone.
+      confirm: lower threshold on the loss, above which a norm counts as a spike; with
+        None the norm alone decides.
       max_consecutive: finite spikes skipped in a row before one is taken, ≥ 1.
       budget: finite spikes that may be skipped before normal steps have to earn more,
         from 1 to 10,000.

@@ -1,7 +1,9 @@
-"""What Flax users need beside the transformations. This package alone imports Flax.
+"""Tools for Flax users. Only this package imports Flax.
 
-NNX needs no adapter to pass on what the transformations can be told:
+NNX needs no adapter for the extra arguments of the transformations:
 ``optimizer.update(model, grads, value=loss, moments=moments)``.
+
+May import: ``_core``, ``_moments``, ``_gradients``.
 """
 
 from optax_stability.flax._gradient_penalty import (

@@ -1,13 +1,14 @@
-"""The norm of the gradient in the loss, for NNX modules.
+"""Adds the norm of the gradient to the loss, for NNX modules.
 
-*Problem*: a module is more than its parameters, and the penalty looks at it twice.
+*Problem*: a module is more than its parameters, and the penalty evaluates it twice.
 
-*Where* and *cost*: as of :func:`optax_stability.penalize_gradient_norm`.
+*Where* and *cost*: as for :func:`optax_stability.penalize_gradient_norm`.
 """
 
 from collections.abc import Callable
 from typing import Any, Concatenate
 
+import jax
 from flax import nnx
 
 from optax_stability._core import _tree
@@ -18,25 +19,25 @@ from optax_stability.flax._microbatching import Module
 
 def penalize_gradient_norm(
     loss_fn: Callable[Concatenate[Module, P], Value],
-    weight: Any,
+    weight: float | jax.Array,
     *,
     wrt: Any = nnx.Param,
     has_aux: bool = False,
 ) -> Callable[Concatenate[Module, P], Value]:
     """:func:`optax_stability.penalize_gradient_norm` for an NNX module.
 
-    **Rule**: that of the functional one, with respect to the variables that ``wrt``
+    **Rule**: that of the functional version, with respect to the variables that ``wrt``
     selects.
 
-    **Guarantees**: those of the functional one. Both looks at the module begin with the
-    same random keys, so dropout is the same; what ``loss_fn`` writes to other variables
-    is written once.
+    **Guarantees**: those of the functional version. Both evaluations of the module
+    start from the same random keys, so dropout is the same. Variables that ``loss_fn``
+    writes are updated once.
 
     Args:
       loss_fn: ``loss_fn(model, *args, **kwargs) -> loss``, or ``(loss, aux)``.
       weight: λ ≥ 0, may be traced.
-      wrt: filter of the variables to differentiate by, as in ``nnx.Optimizer``.
-      has_aux: whether ``loss_fn`` returns something beside the loss.
+      wrt: filter that selects the variables of the gradient, as in ``nnx.Optimizer``.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
 
     Returns:
       A function like ``loss_fn``, for ``nnx.value_and_grad`` or

@@ -1,9 +1,9 @@
-"""Microbatches of NNX modules.
+"""Microbatch gradients of NNX modules.
 
-*Problem*: a module carries more than parameters; random streams and running statistics
-must be split and put together as well.
+*Problem*: a module contains more than parameters: random streams must be split, and
+running statistics merged.
 
-*Where* and *cost*: as of :func:`optax_stability.microbatch_gradients`.
+*Where* and *cost*: as for :func:`optax_stability.microbatch_gradients`.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from optax_stability._moments._microbatching import Batch, Value, ValueAndGrad
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-def _fork(streams: Any, number: int) -> tuple[Any, Any]:
-    """A number of random streams in place of each one, and those moved on by one key.
+def _fork_streams(streams: Any, number: int) -> tuple[Any, Any]:
+    """Splits each random stream into ``number`` streams, and advances it by one key.
 
-    What ``nnx.split_rngs`` does, for states, in graph and in tree mode alike.
+    The same as ``nnx.split_rngs``, for states, in both graph and tree mode.
     """
-    forks, moved_on = {}, {}
+    forks, advanced = {}, {}
     flat = dict(nnx.to_flat_state(streams))
     for path, count in flat.items():
         *stream, last = path
@@ -33,33 +33,33 @@ def _fork(streams: Any, number: int) -> tuple[Any, Any]:
             key = jax.random.fold_in(flat[*stream, "key"], count)
             forks[*stream, "key"] = jax.random.split(key, number)
             forks[path] = jnp.zeros((number,), count.dtype)
-            moved_on[path] = count + 1
-    return nnx.from_flat_state(forks), nnx.from_flat_state(moved_on)
+            advanced[path] = count + 1
+    return nnx.from_flat_state(forks), nnx.from_flat_state(advanced)
 
 
-def _changes(before: Any, after: Any) -> list:
-    """For each leaf what it has become, or None if nothing was assigned to it."""
+def _assigned_values(before: Any, after: Any) -> list:
+    """The new value of each leaf, or None if nothing was assigned to it."""
     old, old_structure = jax.tree.flatten(before)
     new, new_structure = jax.tree.flatten(_tree.pure(after))
     if old_structure != new_structure:
         raise ValueError(
-            "loss_fn added variables to the model or removed some; microbatches cannot "
-            "be put together then. Return such values, with has_aux=True."
+            "loss_fn added variables to the model or removed some, so that the "
+            "microbatches cannot be merged; return such values as aux, has_aux=True."
         )
-    # A variable that nobody has written holds the very array it held before.
+    # A variable that was not assigned still holds the same array object.
     return [b if b is not a else None for a, b in zip(old, new, strict=True)]
 
 
 def _mean_of_finite(values):
-    """Mean along axis 0 over the finite entries, or what is there if there is none."""
+    """Mean along axis 0 over the finite entries; ``values[0]`` if there is none."""
     finite = jnp.isfinite(values)
     total = jnp.sum(jnp.where(finite, values, 0), axis=0)
     count = jnp.sum(finite, axis=0)
     return jnp.where(count > 0, total / jnp.maximum(count, 1), values[0])
 
 
-def _joined(values):
-    """One variable from its K versions."""
+def _merge_versions(values):
+    """Merges the K versions of one variable."""
     is_float = jnp.issubdtype(values.dtype, jnp.floating)
     return _mean_of_finite(values).astype(values.dtype) if is_float else values[0]
 
@@ -75,39 +75,39 @@ def microbatch_gradients(
     mean_square: bool = False,
     reject_nonfinite: bool = True,
     spmd_axis_name: Any = None,
-) -> ValueAndGrad[Module, Batch, Value, nnx.State]:
+) -> ValueAndGrad[Module, Batch, Value, nnx.State[Any, Any]]:
     """:func:`optax_stability.microbatch_gradients` for an NNX module.
 
-    In place of ``nnx.value_and_grad(loss_fn)(model, batch)``.
+    Replaces ``nnx.value_and_grad(loss_fn)(model, batch)``.
 
-    **Rule**: that of the functional one, with respect to the variables that ``wrt``
-    selects. Every microbatch starts from the model as it is, with random keys of its
-    own, as from ``nnx.split_rngs``. What ``loss_fn`` writes to other variables is put
-    together: floats, such as the running statistics of BatchNorm, by their mean over
-    the microbatches where they are finite; all else is taken from the first.
+    **Rule**: that of the functional version, with respect to the variables that ``wrt``
+    selects. Every microbatch starts from the current model, with its own random keys,
+    as from ``nnx.split_rngs``. Other variables that ``loss_fn`` writes are merged:
+    floats, such as the running statistics of BatchNorm, by their mean over the
+    microbatches where they are finite; all others are taken from the first microbatch.
 
-    **Guarantees**: those of the functional one; the model is left with the structure it
-    had, and its random streams have moved on by one.
+    **Guarantees**: those of the functional version; the model keeps its structure, and
+    its random streams advance by one key.
 
     Args:
       loss_fn: ``loss_fn(model, microbatch) -> loss``, or ``(loss, aux)``.
       num_microbatches: K, divides axis 0 of every array in the batch.
-      wrt: filter of the variables to differentiate by, as in ``nnx.Optimizer``.
+      wrt: filter that selects the variables of the gradient, as in ``nnx.Optimizer``.
       vmap_size: how many microbatches are evaluated together; None: all.
-      has_aux: whether ``loss_fn`` returns something beside the loss.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       weight_fn: from a microbatch to its weight, by default its number of rows.
       mean_square: keep the mean square as well, for
         ``scale_by_safe_adam(second_moment="microbatch")``.
-      reject_nonfinite: False keeps every microbatch, whatever it holds.
-      spmd_axis_name: mesh axis that shards the batch; this and the four before as in
-        :func:`optax_stability.microbatch_gradients`.
+      reject_nonfinite: False keeps every microbatch, even a non-finite one.
+      spmd_axis_name: mesh axis that shards the batch; this and the four arguments
+        before it as in :func:`optax_stability.microbatch_gradients`.
 
     Returns:
       ``fn(model, batch, *, loss_scale=None) -> (value, grads, moments)``; grads are an
       ``nnx.State`` for ``optimizer.update(model, grads, moments=moments)``.
 
     Raises:
-      ValueError: ``loss_fn`` adds or removes variables; and as the functional one.
+      ValueError: ``loss_fn`` adds or removes variables; and as the functional version.
 
     Example:
       >>> import jax.numpy as jnp
@@ -128,7 +128,7 @@ def microbatch_gradients(
         graphdef, params, streams, others = nnx.split(model, wrt, nnx.RngState, ...)
         # Values only: the variables themselves belong to the model.
         streams, others = _tree.pure((streams, others))
-        keys, moved_on = _fork(streams, num_microbatches)
+        keys, advanced = _fork_streams(streams, num_microbatches)
 
         def pure_loss(params, part):
             keys, microbatch = part
@@ -137,7 +137,7 @@ def microbatch_gradients(
             value: Any = loss_fn(copy, microbatch)
             loss, aux = value if has_aux else (value, None)
             written = nnx.split(copy, wrt, nnx.RngState, ...)[3]
-            return loss, (aux, _changes(others, written))
+            return loss, (aux, _assigned_values(others, written))
 
         (loss, (aux, written)), grads, moments = _microbatching.microbatch_gradients(
             pure_loss,
@@ -151,11 +151,11 @@ def microbatch_gradients(
         )(params, (keys, batch), loss_scale=loss_scale)
 
         values, structure = jax.tree.flatten(others)
-        joined = [
-            old if new is None else _joined(new)
+        merged = [
+            old if new is None else _merge_versions(new)
             for old, new in zip(values, written, strict=True)
         ]
-        nnx.update(model, moved_on, jax.tree.unflatten(structure, joined))
+        nnx.update(model, advanced, jax.tree.unflatten(structure, merged))
         return (loss, aux) if has_aux else loss, grads, moments
 
     return fn

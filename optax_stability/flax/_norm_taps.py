@@ -1,13 +1,13 @@
-"""The norm of every example's gradient, from the backward pass that is made anyway.
+"""The norm of every example's gradient, from the ordinary backward pass.
 
-*Problem*: the noise scale is measured best with as many microbatches as there are
-examples, and gradients of single examples cost B times the memory.
+*Problem*: the noise scale is measured best with one microbatch per example, but the
+gradients of single examples cost B times the memory.
 
 *Where*: in place of ``nnx.value_and_grad``, inside the jitted step, with the modules of
 :mod:`optax_stability.flax` in the model.
 
-*Cost*: one forward and one backward pass, and what the taps take (see
-``_gradients/_norm_taps.py``); next to nothing with ``only=(LayerNorm, RMSNorm)``.
+*Cost*: one forward and one backward pass, and the cost of the taps (see
+``_gradients/_norm_taps.py``), negligible with ``only=(LayerNorm, RMSNorm)``.
 """
 
 from collections.abc import Callable
@@ -22,31 +22,31 @@ from optax_stability._moments import _microbatching, _moments
 from optax_stability._moments._microbatching import Batch, Value
 from optax_stability._moments._moments import Moments
 from optax_stability.flax._microbatching import Module
-from optax_stability.flax._tapped_modules import DROP_INS, NormTap, one_evaluation
+from optax_stability.flax._tapped_modules import DROP_INS, NormTap, record_uses
 
-# Two sums of squares over the same gradient, each rounded in its own order, differ by
-# less, relative to the sum.
+# Relative tolerance: two sums of squares over the same gradient, rounded in different
+# orders, differ by less.
 _ROUNDING = 1e-4
 
 
-def _tap_name(path: tuple) -> tuple:
-    """Where the tap of the parameter at a path is."""
+def _tap_path(path: tuple) -> tuple:
+    """The path of the tap that belongs to the parameter at ``path``."""
     return *path[:-1], f"{path[-1]}_tap"
 
 
-def _paths(state: Any) -> list[tuple]:
+def _leaf_paths(state: Any) -> list[tuple]:
     """The paths of a state's leaves, in ``jax.tree.leaves`` order."""
     leaves, structure = jax.tree.flatten(_tree.pure(state))
     numbered = jax.tree.unflatten(structure, range(len(leaves)))
-    places = {number: path for path, number in nnx.to_flat_state(numbered)}
-    return [places[number] for number in range(len(leaves))]
+    paths = {number: path for path, number in nnx.to_flat_state(numbered)}
+    return [paths[number] for number in range(len(leaves))]
 
 
-def _attach(model: Any, params: Any, only: tuple, rows: int) -> None:
-    """Gives a tap to every parameter that can have one."""
+def _attach_taps(model: Any, params: Any, only: tuple, rows: int) -> None:
+    """Attaches a tap to every parameter that supports one."""
     modules = dict(nnx.iter_modules(model))
     attached = False
-    for path, name in zip(_paths(params), _tree.leaf_names(params), strict=True):
+    for path, name in zip(_leaf_paths(params), _tree.leaf_names(params), strict=True):
         module, attribute = modules.get(path[:-1]), path[-1]
         if not (isinstance(module, DROP_INS) and isinstance(module, only)):
             continue
@@ -59,27 +59,27 @@ def _attach(model: Any, params: Any, only: tuple, rows: int) -> None:
             attached = True
     if not attached:
         raise ValueError(
-            "the model has no module that could have norm taps, of the types "
+            "the model has no module that supports norm taps, of the types "
             f"only={[kind.__name__ for kind in only]}; use Linear, Embed, LayerNorm "
-            "and RMSNorm of optax_stability.flax in place of those of nnx."
+            "and RMSNorm of optax_stability.flax instead of those of nnx."
         )
 
 
-def _weights(weight_fn: Callable[[Any], Any] | None, batch: Any, rows: int):
-    """The weights of the examples, float32[B]; 0 for those that do not count."""
+def _example_weights(weight_fn: Callable[[Any], Any] | None, batch: Any, rows: int):
+    """The weights of the examples, float32[B]; 0 for unusable weights."""
     if weight_fn is None:
         return jnp.ones((rows,), jnp.float32)
     weights = jnp.asarray(weight_fn(batch), jnp.float32)
     if weights.shape != (rows,):
         raise ValueError(
-            f"weight_fn returned the shape {weights.shape}; it has to return one "
+            f"weight_fn returned an array of shape {weights.shape}; it must return one "
             f"weight for each of the {rows} examples."
         )
     return jnp.where(_moments.usable_weight(weights), weights, 0)
 
 
-def _over_layers(tap):
-    """The row of a parameter of stacked layers: sums, and the largest count."""
+def _reduce_layers(tap):
+    """Reduces a tap over stacked layers: sums, but the largest number of uses."""
     if tap.ndim == 1:
         return tap
     layers = tap.reshape(-1, tap.shape[-1])
@@ -87,29 +87,30 @@ def _over_layers(tap):
 
 
 def _deviations(seen, norms, weights):
-    """Σ n_b‖m_b − ḡ‖² of each leaf, float32[n_leaves]; NaN where it is not known.
+    """Σ n_b‖m_b − ḡ‖² of each leaf, float32[n_leaves]; NaN where it is unknown.
 
     Args:
-      seen: float32[n_leaves, B + 2] – squares of the examples' parts n_b·m_b/N of ḡ,
-        number of uses and the square of the gradient of what the taps belong to.
+      seen: float32[n_leaves, B + 2] – cotangents of the taps: squared norms of the
+        parts n_b·m_b/N of ḡ, number of uses, and squared norm of the gradient.
       norms: float32[n_leaves] – ‖ḡ‖.
       weights: float32[B] – n_b.
     """
-    squares, uses, square = seen[:, :-2], seen[:, -2], seen[:, -1]
-    total, counts = jnp.sum(weights), weights > 0
-    factors = jnp.where(counts, total / jnp.where(counts, weights, 1), 0)
-    sums = jnp.sum(jnp.where(counts, factors * squares, 0), axis=1)
+    squares, uses, grad_sq = seen[:, :-2], seen[:, -2], seen[:, -1]
+    total, valid = jnp.sum(weights), weights > 0
+    factors = jnp.where(valid, total / jnp.where(valid, weights, 1), 0)
+    sums = jnp.sum(jnp.where(valid, factors * squares, 0), axis=1)
     expected = jnp.square(norms)
     deviations = jnp.maximum(total * (sums - expected), 0)
-    is_all = (uses <= 1) & (jnp.abs(square - expected) <= _ROUNDING * expected)
-    return jnp.where(is_all, deviations, jnp.nan)
+    complete = (uses <= 1) & (jnp.abs(grad_sq - expected) <= _ROUNDING * expected)
+    return jnp.where(complete, deviations, jnp.nan)
 
 
 def _make_moments(grads: Any, taps: Any, weights: Any) -> Moments:
     norms = _norms.leaf_norms(grads)
     seen = dict(nnx.to_flat_state(_tree.pure(taps)))
-    unseen = jnp.full((len(weights) + 2,), jnp.nan)
-    rows = [_over_layers(seen.get(_tap_name(path), unseen)) for path in _paths(grads)]
+    untapped = jnp.full((len(weights) + 2,), jnp.nan)
+    paths = [_tap_path(path) for path in _leaf_paths(grads)]
+    rows = [_reduce_layers(seen.get(path, untapped)) for path in paths]
     return Moments(
         num_microbatches=jnp.sum(weights > 0, dtype=jnp.int32),
         weight=jnp.sum(weights),
@@ -120,11 +121,11 @@ def _make_moments(grads: Any, taps: Any, weights: Any) -> Moments:
     )
 
 
-def _same_variables(before: Any, after: Any) -> None:
+def _check_same_variables(before: Any, after: Any) -> None:
     if jax.tree.structure(before) != jax.tree.structure(after):
         raise ValueError(
-            "loss_fn added variables to the model or removed some, which the taps are "
-            "in the way of. Return such values, with has_aux=True."
+            "loss_fn added variables to the model or removed some, which norm taps do "
+            "not support; return such values as aux, with has_aux=True."
         )
 
 
@@ -135,66 +136,69 @@ def per_example_gradients(
     only: tuple[type, ...] | None = None,
     has_aux: bool = False,
     weight_fn: Callable[[Batch], Any] | None = None,
-) -> Callable[[Module, Batch], tuple[Value, nnx.State, Moments]]:
-    """``nnx.value_and_grad``, with the moments of every example's gradient.
+) -> Callable[[Module, Batch], tuple[Value, nnx.State[Any, Any], Moments]]:
+    """``nnx.value_and_grad``, with the moments of the per-example gradients.
 
-    In place of ``nnx.value_and_grad(loss_fn)(model, batch)``, in one backward pass, for
+    Replaces ``nnx.value_and_grad(loss_fn)(model, batch)``, in one backward pass, for
     models made of :class:`Linear`, :class:`Embed`, :class:`LayerNorm` and
-    :class:`RMSNorm` of this package, which are those of ``nnx`` otherwise.
+    :class:`RMSNorm` of this package, which otherwise behave like those of ``nnx``.
 
     **Rule**, for examples b of weight n_b and the loss Σn_b·l_b/N::
 
       N = Σn_b    m_b = ∇l_b    grads = ḡ = Σn_b·m_b/N
       deviation = Σn_b‖m_b − ḡ‖² = N·(Σ N/n_b·‖n_b·m_b/N‖² − ‖ḡ‖²)
 
-    The norms come from taps (``_gradients/_norm_taps.py``), which see n_b·m_b/N.
+    The norms come from taps (``_gradients/_norm_taps.py``), which measure n_b·m_b/N.
 
     **Guarantees**
 
-    * Value and gradient are those of ``nnx.value_and_grad``, to rounding, and so is
-      what ``loss_fn`` writes to other variables; the model keeps its structure.
+    * Value, gradient and other variables that ``loss_fn`` writes are those of
+      ``nnx.value_and_grad``, up to rounding; the model keeps its structure.
     * Moments are those of ``microbatch_gradients`` with one example per microbatch,
-      without ``mean_square``, to rounding.
-    * A deviation that is not known is NaN, never a wrong number: of a parameter
-      without tap, or one whose taps have not seen all of its gradient, such as one that
-      is used a second time or in a penalty.
+      without ``mean_square``, up to rounding.
+    * An unknown deviation is NaN, never a wrong number: for a parameter without a tap,
+      or with a tap that misses a part of its gradient, such as a parameter that is used
+      a second time or in a penalty.
 
     **Edge cases**
 
-    * The deviation is a difference: 2⁻²⁴·‖ḡ‖²·N of it is rounding. That matters where
-      the noise scale is a small fraction of one example, where nobody needs it; it ends
-      at 0. No per-example gradient exists whose distance to the mean could be taken.
-    * Parts n_b·m_b/N of a norm below 1e-19 count as 0; above 1e19 nothing is known.
-    * One module called twice is an error where that can be told while tracing.
-      :class:`Embed` may be looked up in and then be the output head.
-    * Under ``nnx.scan`` or ``nnx.vmap`` over stacked layers the layers of a parameter
-      are axis 0; ``jax.checkpoint`` and ``nnx.remat`` work as usual.
-    * An example that is not finite makes the gradient so, and the deviation NaN.
-    * Examples must not see each other, as they do in BatchNorm.
-    * What has no axis of examples, such as positions ``arange(length)``, is an error,
-      which is not noticed if it happens to be as long as the batch. Broadcast it.
-    * A batch that ``jit`` shards on an Auto mesh is fine; ``shard_map`` and Explicit
-      meshes are not supported.
+    * The deviation is a difference with a rounding error of 2⁻²⁴·‖ḡ‖²·N, and at least
+      0. The error matters only for a noise scale of a small fraction of one example,
+      which nobody needs. No per-example gradient exists whose distance to the mean
+      could be measured.
+    * Parts n_b·m_b/N with a norm below 1e-19 count as 0; above 1e19 the deviation is
+      unknown.
+    * Calling one module twice is an error where tracing can detect it. :class:`Embed`
+      may be used for a lookup and then as the output head.
+    * Under ``nnx.scan`` or ``nnx.vmap`` over stacked layers, axis 0 of a parameter must
+      be the layers; ``jax.checkpoint`` and ``nnx.remat`` work as usual.
+    * A non-finite example makes the gradient non-finite, and the deviation NaN.
+    * Examples must not interact, as they do in BatchNorm.
+    * An input without an axis of examples, such as positions ``arange(length)``, is an
+      error; broadcast it. The error is not detected if the input is as long as the
+      batch.
+    * A batch that ``jit`` shards on an Auto mesh is supported; ``shard_map`` and
+      Explicit meshes are not.
 
     Args:
       loss_fn: ``loss_fn(model, batch) -> loss``, or ``(loss, aux)``; a mean over
         examples, or over what ``weight_fn`` counts.
-      wrt: filter of the variables to differentiate by, as in ``nnx.Optimizer``.
-      only: types of modules to tap. ``(LayerNorm, RMSNorm)`` costs next to nothing; the
-        noise scale of these layers predicts that of the model, as Gray et al. report.
-        None: all.
-      has_aux: whether ``loss_fn`` returns something beside the loss.
+      wrt: filter that selects the variables of the gradient, as in ``nnx.Optimizer``.
+      only: types of modules to tap. The cost of ``(LayerNorm, RMSNorm)`` is negligible;
+        the noise scale of these layers predicts that of the model, as Gray et al.
+        report. None: all.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       weight_fn: from a batch to float32[B], the weight of each example, such as its
-        number of tokens that are no padding. None: 1 for each.
+        number of tokens without padding. None: 1 for each.
 
     Returns:
       ``fn(model, batch) -> (value, grads, moments)``; grads are an ``nnx.State`` for
       ``optimizer.update(model, grads, moments=moments)``.
 
     Raises:
-      ValueError: nothing can be tapped; a tapped module is used twice, on something
-        without axis of examples or with an option that is not supported; ``weight_fn``
-        returns another shape; ``loss_fn`` adds or removes variables.
+      ValueError: no module can be tapped; a tapped module is used twice, on an input
+        without an axis of examples, or with an unsupported option; ``weight_fn``
+        returns a wrong shape; ``loss_fn`` adds or removes variables.
 
     Example:
       >>> import jax.numpy as jnp
@@ -209,29 +213,28 @@ def per_example_gradients(
 
     References:
       Gray et al., "Normalization Layer Per-Example Gradients are Sufficient to Predict
-      Gradient Noise Scale in Transformers", 2024, arXiv 2411.00999. Unlike there, the
-      examples have weights, and an embedding that is looked up in and is the output
-      head is exact.
+      Gradient Noise Scale in Transformers", 2024, arXiv 2411.00999. Deviations: the
+      examples have weights, and an embedding that is also the output head is exact.
     """
     kinds = DROP_INS if only is None else only
 
     def fn(model, batch) -> Any:
         _microbatching.check_batch(batch, 1)
         rows = int(_microbatching.count_examples(batch))
-        weights = _weights(weight_fn, batch, rows)
+        weights = _example_weights(weight_fn, batch, rows)
         copy = nnx.merge(*nnx.split(model))
-        _attach(copy, nnx.split(copy, wrt, ...)[1], kinds, rows)
+        _attach_taps(copy, nnx.split(copy, wrt, ...)[1], kinds, rows)
         graphdef, taps, params, others = nnx.split(copy, NormTap, wrt, ...)
         # Values only: the variables themselves belong to the copy.
         others = _tree.pure(others)
 
         def pure_loss(params, taps):
             merged = nnx.merge(graphdef, taps, params, others)
-            with one_evaluation():
+            with record_uses():
                 value: Any = loss_fn(merged, batch)
             loss, aux = value if has_aux else (value, None)
             written = _tree.pure(nnx.split(merged, NormTap, wrt, ...)[3])
-            _same_variables(others, written)
+            _check_same_variables(others, written)
             return loss, (aux, written)
 
         (loss, (aux, written)), (grads, taps) = jax.value_and_grad(

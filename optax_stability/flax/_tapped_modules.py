@@ -1,10 +1,10 @@
-"""Modules of NNX that can tell the norm of every example's gradient.
+"""NNX modules that measure the norm of every example's gradient.
 
-*Problem*: the gradient of a batch is a sum; once it is formed, nothing is left of how
-large the gradients of its examples were.
+*Problem*: the gradient of a batch is a sum, which no longer shows how large the
+gradients of its examples were.
 
-*How*: in place of the modules of ``nnx`` with the same name. As long as they hold no
-taps they are those. :func:`per_example_gradients` gives taps to a copy of the model.
+*How*: use them in place of the modules of ``nnx`` with the same name. Without taps they
+are identical. :func:`per_example_gradients` attaches taps to a copy of the model.
 
 *Cost*: none without taps; with taps that of ``_gradients/_norm_taps.py``.
 """
@@ -23,18 +23,18 @@ from jax.extend import core
 from optax_stability._gradients import _norm_taps
 
 
-class NormTap(nnx.Param):
-    """A zero beside a parameter, by which the backward pass tells what it has seen.
+class NormTap(nnx.Param[jax.Array]):
+    """A zero array beside a parameter; its cotangent returns the gradient norms.
 
-    It is a ``Param`` so that ``nnx.scan`` and ``nnx.vmap`` over layers cut it as they
-    cut the parameter: it has the same leading axes. Its cotangent, along the last axis:
-    the squared norms of B examples, how often the parameter was used, and the squared
-    norm of its gradient.
+    A tap is a ``Param`` with the leading axes of its parameter, so that ``nnx.scan``
+    and ``nnx.vmap`` over layers slice both in the same way. Its cotangent contains,
+    along the last axis: the squared norms of B examples, how often the parameter was
+    used, and the squared norm of its gradient.
     """
 
     @property
     def squares(self) -> jax.Array:
-        """The part for the norms, [B]."""
+        """The part for the squared norms, [B]."""
         return self[...][:-2]
 
     @property
@@ -44,13 +44,13 @@ class NormTap(nnx.Param):
 
 
 class _Use(NamedTuple):
-    """Where a parameter was used; what a lookup hands to the output head.
+    """A use of a parameter; for a lookup, also the arrays that the output head needs.
 
     Attributes:
-      trace: of JAX, what can be told apart from arrays that must not leak.
-      ids: int[B, ...] – what was looked up, or None.
-      link: float[B, ..., D] – from :func:`_norm_taps.looked_up`, or None.
-      embedding: float[V, D] – the one that was used, or None.
+      trace: the JAX trace of the use; the arrays must not leak out of it.
+      ids: int[B, ...] – the ids that were looked up, or None.
+      link: float[B, ..., D] – from :func:`_norm_taps.tap_lookup`, or None.
+      embedding: float[V, D] – the embedding that was used, or None.
     """
 
     trace: Any
@@ -63,8 +63,8 @@ _uses: ContextVar[dict[str, _Use] | None] = ContextVar("uses", default=None)
 
 
 @contextmanager
-def one_evaluation() -> Iterator[None]:
-    """While the loss is traced, once: which parameters were used where."""
+def record_uses() -> Iterator[None]:
+    """Records the uses of all parameters while the loss is traced once."""
     token = _uses.set({})
     try:
         yield
@@ -79,69 +79,72 @@ def _current_trace() -> Any:
 def _earlier_use(tap: NormTap) -> _Use | None:
     """The use of this parameter in the function that is being traced, if any."""
     use = (_uses.get() or {}).get(tap.parameter)
-    # What a loop body or a checkpoint used is out of reach. A body is traced twice now
-    # and then, which is no second use; if it was one, the count of uses tells.
+    # Uses in a loop body or a checkpoint belong to another trace and are ignored: JAX
+    # may trace a body twice, which is not a second use. The tap counts the real uses.
     return use if use is not None and use.trace == _current_trace() else None
 
 
-def _note_use(tap: NormTap, **lookup: Any) -> None:
+def _record_use(tap: NormTap, **lookup: Any) -> None:
     if _earlier_use(tap) is not None:
         raise ValueError(
             f"{tap.parameter!r} is used twice in one evaluation of loss_fn; the norms "
-            "of its gradients do not add up. Use nnx's own module there, which leaves "
-            "the noise of this parameter unknown, or one module per use."
+            "of two uses cannot be added. Use nnx's own module there, which leaves the "
+            "noise of this parameter unknown, or one module per use."
         )
     uses = _uses.get()
     if uses is not None:
         uses[tap.parameter] = _Use(_current_trace(), **lookup)
 
 
-def _check_rows(x: Any, tap: NormTap, least: int) -> None:
-    """Raises unless axis 0 of an input is that of the examples."""
+def _check_rows(x: Any, tap: NormTap, min_ndim: int) -> None:
+    """Raises unless axis 0 of an input is the axis of examples."""
     taps = tap[...].shape
     if len(taps) != 1:
         raise ValueError(
-            f"{tap.parameter!r} is stacked but its tap, of shape {taps}, was not cut "
-            "into layers; cut variables of type nnx.Param along axis 0."
+            f"{tap.parameter!r} is stacked but its tap, of shape {taps}, was not split "
+            "into layers; split variables of type nnx.Param along axis 0."
         )
-    if x.ndim < least or x.shape[0] != taps[0] - 2:
+    if x.ndim < min_ndim or x.shape[0] != taps[0] - 2:
         raise ValueError(
             f"{tap.parameter!r} is used on an input of shape {x.shape}, whose axis 0 "
             f"does not hold the {taps[0] - 2} examples of the batch. Broadcast the "
-            "input to them, or use nnx's own module there."
+            "input to all examples, or use nnx's own module there."
         )
 
 
-def _refuse(module: nnx.Module, tap: NormTap, **given: bool) -> None:
-    """Raises if anything is given, by name, that a tapped module cannot do."""
+def _reject_options(module: nnx.Module, tap: NormTap, **given: bool) -> None:
+    """Raises if an option is given that a tapped module does not support."""
     for name, is_given in given.items():
         if is_given:
             raise ValueError(
-                f"{type(module).__name__}: there are no norms with {name}; use nnx's "
-                f"own module for {tap.parameter!r}, or leave its type out of only=."
+                f"{type(module).__name__}: norm taps cannot be used with {name}; use "
+                f"nnx's own module for {tap.parameter!r}, or leave its type out of "
+                "only=."
             )
 
 
-def _first(*taps: NormTap | None) -> NormTap | None:
+def _first_tap(*taps: NormTap | None) -> NormTap | None:
     return next((tap for tap in taps if tap is not None), None)
 
 
-def _tapped(variable: nnx.Param | None, tap: NormTap | None, x: Any, least: int) -> Any:
-    """The value of a parameter, watched, once it is sure that it can be tapped."""
+def _tapped_value(
+    variable: nnx.Param | None, tap: NormTap | None, x: Any, min_ndim: int
+) -> Any:
+    """The value of a parameter; with a tap, its use is checked and recorded."""
     if variable is None or tap is None:
         return None if variable is None else variable[...]
-    _check_rows(x, tap, least)
-    _note_use(tap)
-    return _norm_taps.watch(variable[...], tap.seen)
+    _check_rows(x, tap, min_ndim)
+    _record_use(tap)
+    return _norm_taps.tap_parameter(variable[...], tap.seen)
 
 
-def _multiplied(x: Any, kernel: Any, tap: NormTap | None, *options: Any) -> jax.Array:
+def _matmul(x: Any, kernel: Any, tap: NormTap | None, *options: Any) -> jax.Array:
     if tap is None:
         return _norm_taps.multiply(x, kernel, *options)
     return _norm_taps.dense(x, kernel, tap.squares, *options)
 
 
-def _shifted(y: jax.Array, bias: jax.Array | None, tap: NormTap | None) -> jax.Array:
+def _add_bias(y: jax.Array, bias: jax.Array | None, tap: NormTap | None) -> jax.Array:
     if bias is None:
         return y
     dtype = jnp.result_type(y, bias)
@@ -149,7 +152,9 @@ def _shifted(y: jax.Array, bias: jax.Array | None, tap: NormTap | None) -> jax.A
     return y + bias if tap is None else _norm_taps.shift(y, bias, tap.squares)
 
 
-def _scaled(x: jax.Array, scale: jax.Array | None, tap: NormTap | None) -> jax.Array:
+def _apply_scale(
+    x: jax.Array, scale: jax.Array | None, tap: NormTap | None
+) -> jax.Array:
     if scale is None:
         return x
     scale = scale.astype(x.dtype)
@@ -158,7 +163,7 @@ def _scaled(x: jax.Array, scale: jax.Array | None, tap: NormTap | None) -> jax.A
 
 def _check_normalization(module: Any, tap: NormTap, mask: Any) -> None:
     last = -1, (-1,)
-    _refuse(
+    _reject_options(
         module,
         tap,
         mask=mask is not None,
@@ -168,11 +173,11 @@ def _check_normalization(module: Any, tap: NormTap, mask: Any) -> None:
     )
 
 
-def _options(module: Any, x: jax.Array) -> dict[str, Any]:
-    """For a normalisation like the module's that has no parameters.
+def _normalization_options(module: Any, x: jax.Array) -> dict[str, Any]:
+    """Options for the module's normalisation without parameters.
 
-    Its result is wide, as it is within nnx: rounded before the scale, it would be
-    rounded twice.
+    The result is at least float32, as inside nnx: rounding before the scale would
+    round twice.
     """
     return {
         "epsilon": module.epsilon,
@@ -183,10 +188,10 @@ def _options(module: Any, x: jax.Array) -> dict[str, Any]:
 
 
 class Linear(nnx.Linear):
-    """``nnx.Linear``, of which :func:`per_example_gradients` can take norms.
+    """``nnx.Linear`` that supports :func:`per_example_gradients`.
 
-    Arguments, variables and results are those of ``nnx.Linear``. Not supported under
-    taps: another ``dot_general``, ``out_sharding``.
+    Arguments, variables and results are those of ``nnx.Linear``. Not supported with
+    taps: a custom ``dot_general``, ``out_sharding``.
     """
 
     tapped: ClassVar[dict[str, int]] = {"kernel": 2, "bias": 1}
@@ -195,31 +200,31 @@ class Linear(nnx.Linear):
 
     def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
         """Applies the linear map along the last axis of ``inputs[batch, ...]``."""
-        tap = _first(self.kernel_tap, self.bias_tap)
+        tap = _first_tap(self.kernel_tap, self.bias_tap)
         if tap is None:
             return super().__call__(inputs, out_sharding=out_sharding)
-        _refuse(
+        _reject_options(
             self,
             tap,
             dot_general=self.dot_general is not lax.dot_general,
             out_sharding=out_sharding is not None,
         )
-        kernel = _tapped(self.kernel, self.kernel_tap, inputs, 2)
-        bias = _tapped(self.bias, self.bias_tap, inputs, 2)
+        kernel = _tapped_value(self.kernel, self.kernel_tap, inputs, 2)
+        bias = _tapped_value(self.bias, self.bias_tap, inputs, 2)
         inputs, kernel, bias = self.promote_dtype(
             (inputs, kernel, bias), dtype=self.dtype
         )
         options = self.precision, self.preferred_element_type
-        y = _multiplied(inputs, kernel, self.kernel_tap, *options)
-        return _shifted(y, bias, self.bias_tap)
+        y = _matmul(inputs, kernel, self.kernel_tap, *options)
+        return _add_bias(y, bias, self.bias_tap)
 
 
 class Embed(nnx.Embed):
-    """``nnx.Embed``, of which :func:`per_example_gradients` can take norms.
+    """``nnx.Embed`` that supports :func:`per_example_gradients`.
 
-    Arguments, variables and results are those of ``nnx.Embed``. Not supported under
-    taps: ``out_sharding``. One lookup, one ``attend``, or a lookup and then one
-    ``attend``, as of an output head that shares the matrix, are exact.
+    Arguments, variables and results are those of ``nnx.Embed``. Not supported with
+    taps: ``out_sharding``. The norms are exact for one lookup, for one ``attend``, and
+    for a lookup followed by one ``attend`` (an output head that shares the matrix).
     """
 
     tapped: ClassVar[dict[str, int]] = {"embedding": 2}
@@ -230,16 +235,16 @@ class Embed(nnx.Embed):
         tap = self.embedding_tap
         if tap is None:
             return super().__call__(inputs, out_sharding=out_sharding)
-        _refuse(self, tap, out_sharding=out_sharding is not None)
+        _reject_options(self, tap, out_sharding=out_sharding is not None)
         _check_rows(inputs, tap, 1)
-        embedding = _norm_taps.watch(self.embedding[...], tap.seen)
+        embedding = _norm_taps.tap_parameter(self.embedding[...], tap.seen)
         (rows,) = self.promote_dtype((embedding,), dtype=self.dtype, inexact=False)
-        # nnx takes the only row there is, whatever the id.
+        # With one row, nnx returns this row for every id.
         ids = inputs % 1 if self.num_embeddings == 1 else inputs
         y = jnp.take(rows, ids, axis=0)
         ids = jnp.where(ids < 0, ids + self.num_embeddings, ids)
-        y, link = _norm_taps.looked_up(y, ids, tap.squares)
-        _note_use(tap, ids=ids, link=link, embedding=embedding)
+        y, link = _norm_taps.tap_lookup(y, ids, tap.squares)
+        _record_use(tap, ids=ids, link=link, embedding=embedding)
         return y
 
     def attend(self, query: Any, out_sharding: Any = None) -> jax.Array:
@@ -247,31 +252,31 @@ class Embed(nnx.Embed):
         tap = self.embedding_tap
         if tap is None:
             return super().attend(query, out_sharding=out_sharding)
-        _refuse(self, tap, out_sharding=out_sharding is not None)
+        _reject_options(self, tap, out_sharding=out_sharding is not None)
         _check_rows(query, tap, 2)
         lookup = _earlier_use(tap)
         if lookup is None or lookup.link is None:
-            embedding = _tapped(self.embedding, tap, query, 2)
+            embedding = _tapped_value(self.embedding, tap, query, 2)
             return self._multiply(query, embedding, tap)[1]
         query, logits = self._multiply(query, lookup.embedding, tap)
-        # A second head finds no link, and that it is the second.
-        self._forget_link(tap)
-        return _norm_taps.link(logits, query, lookup.ids, lookup.link)
+        # A second head then finds a use without a link, and raises.
+        self._clear_link(tap)
+        return _norm_taps.link_to_lookup(logits, query, lookup.ids, lookup.link)
 
     def _multiply(self, query: Any, embedding: Any, tap: NormTap) -> tuple[Any, Any]:
         query, embedding = self.promote_dtype((query, embedding), dtype=self.dtype)
         return query, _norm_taps.dense(query, embedding.T, tap.squares)
 
-    def _forget_link(self, tap: NormTap) -> None:
+    def _clear_link(self, tap: NormTap) -> None:
         uses = _uses.get()
         if uses is not None:
             uses[tap.parameter] = _Use(_current_trace())
 
 
 class LayerNorm(nnx.LayerNorm):
-    """``nnx.LayerNorm``, of which :func:`per_example_gradients` can take norms.
+    """``nnx.LayerNorm`` that supports :func:`per_example_gradients`.
 
-    Arguments, variables and results are those of ``nnx.LayerNorm``. Not supported under
+    Arguments, variables and results are those of ``nnx.LayerNorm``. Not supported with
     taps: a ``mask``, ``axis_name``, axes other than the last.
     """
 
@@ -281,24 +286,27 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
         """Normalises ``x[batch, ..., features]`` along its last axis."""
-        tap = _first(self.scale_tap, self.bias_tap)
+        tap = _first_tap(self.scale_tap, self.bias_tap)
         if tap is None:
             return super().__call__(x, mask=mask)
         _check_normalization(self, tap, mask)
-        scale = _tapped(self.scale, self.scale_tap, x, 2)
-        bias = _tapped(self.bias, self.bias_tap, x, 2)
+        scale = _tapped_value(self.scale, self.scale_tap, x, 2)
+        bias = _tapped_value(self.bias, self.bias_tap, x, 2)
         x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
         normalize = nnx.LayerNorm(
-            self.num_features, use_bias=False, use_scale=False, **_options(self, x)
+            self.num_features,
+            use_bias=False,
+            use_scale=False,
+            **_normalization_options(self, x),
         )
-        y = _scaled(normalize(x), scale, self.scale_tap)
-        return _shifted(y, bias, self.bias_tap).astype(x.dtype)
+        y = _apply_scale(normalize(x), scale, self.scale_tap)
+        return _add_bias(y, bias, self.bias_tap).astype(x.dtype)
 
 
 class RMSNorm(nnx.RMSNorm):
-    """``nnx.RMSNorm``, of which :func:`per_example_gradients` can take norms.
+    """``nnx.RMSNorm`` that supports :func:`per_example_gradients`.
 
-    Arguments, variables and results are those of ``nnx.RMSNorm``. Not supported under
+    Arguments, variables and results are those of ``nnx.RMSNorm``. Not supported with
     taps: a ``mask``, ``axis_name``, axes other than the last.
     """
 
@@ -311,11 +319,13 @@ class RMSNorm(nnx.RMSNorm):
         if tap is None:
             return super().__call__(x, mask=mask)
         _check_normalization(self, tap, mask)
-        scale = _tapped(self.scale, tap, x, 2)
+        scale = _tapped_value(self.scale, tap, x, 2)
         x, scale = self.promote_dtype((x, scale), dtype=self.dtype)
-        normalize = nnx.RMSNorm(self.num_features, use_scale=False, **_options(self, x))
-        return _scaled(normalize(x), scale, tap).astype(x.dtype)
+        normalize = nnx.RMSNorm(
+            self.num_features, use_scale=False, **_normalization_options(self, x)
+        )
+        return _apply_scale(normalize(x), scale, tap).astype(x.dtype)
 
 
-# Each says in ``tapped`` how many axes its parameters have where they are not stacked.
+# ``tapped`` is the number of axes of each parameter when it is not stacked.
 DROP_INS = Linear, Embed, LayerNorm, RMSNorm

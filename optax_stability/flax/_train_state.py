@@ -1,15 +1,15 @@
-"""Linen's train state, whose optimizer can be told more than gradients."""
+"""Linen's train state, with extra arguments for the optimizer."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import optax
 from flax.training import train_state
 
 
 class TrainState(train_state.TrainState):
-    """Flax's ``TrainState`` for Linen, whose optimizer can be told more than gradients.
+    """Flax's ``TrainState`` for Linen, with extra arguments for the optimizer.
 
     Fields, ``create`` and everything else are those of
     ``flax.training.train_state.TrainState``.
@@ -29,14 +29,26 @@ class TrainState(train_state.TrainState):
       1 2.5
     """
 
+    @classmethod
+    def create(
+        cls,
+        *,
+        apply_fn: Callable[..., Any] | None,
+        params: Any,
+        tx: optax.GradientTransformation,
+        **kwargs: Any,
+    ) -> Self:
+        """Creates a state at step 0 as Flax does, with types of the arguments."""
+        return super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+
     def apply_gradients(
         self, *, grads: Any, extra_args: Mapping[str, Any] | None = None, **kwargs: Any
-    ):
+    ) -> Self:
         """Updates parameters and optimizer state by one step.
 
         Args:
           grads: gradients, of the structure of ``params``.
-          extra_args: handed to the optimizer's ``update`` by name, such as
+          extra_args: passed to the optimizer's ``update`` by name, such as
             ``{"value": loss}``; ignored by optimizers that take none.
           **kwargs: further fields to replace, as in Flax.
 
@@ -45,6 +57,6 @@ class TrainState(train_state.TrainState):
         """
         tx = optax.with_extra_args_support(self.tx)
         update = functools.partial(tx.update, **(extra_args or {}))
-        told = self.replace(tx=optax.GradientTransformation(tx.init, update))
-        stepped = super(TrainState, told).apply_gradients(grads=grads, **kwargs)
-        return stepped.replace(tx=self.tx)
+        with_args = self.replace(tx=optax.GradientTransformation(tx.init, update))
+        updated = super(TrainState, with_args).apply_gradients(grads=grads, **kwargs)
+        return updated.replace(tx=self.tx)

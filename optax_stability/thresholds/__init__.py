@@ -1,25 +1,25 @@
-"""What is normal for this stream of numbers? One small object answers.
+"""Adaptive limits for streams of numbers, such as gradient norms and losses.
 
-A :class:`Threshold` watches a stream of float32 scalars (a gradient norm, a loss) and
-gives a limit; ``x > limit`` means "not normal". It does not know what is done about it:
-``clip_by_threshold`` scales the gradient down, ``skip_spikes`` leaves the step out.
+A :class:`Threshold` observes a stream of float32 scalars (a gradient norm, a loss) and
+returns a limit; ``x > limit`` means that x is abnormal. The caller decides what to do:
+``clip_by_threshold`` scales the gradient down, ``skip_spikes`` skips the step.
 
-Rules that every threshold here keeps:
+All thresholds follow these rules:
 
-* The limit comes from *past* values (where the published rule makes it depend on the
-  present one, the docstring says so); only then the present value is learned.
-* Until a threshold has seen enough to judge, its limit is infinite.
-* A value that is not finite is neither normal nor learned: the state stays as it was.
+* The limit is computed from *past* values, before the present value is learned. If the
+  published rule also uses the present value, the docstring says so.
+* Until a threshold has learned enough values, its limit is infinite.
+* A value that is not finite is abnormal and is not learned: the state is unchanged.
 * State is O(1) or O(window), float32 and int32, with a structure that never changes.
   Every function can be jitted, scanned and vmapped (one stream per leaf or group).
 
-How many values a threshold calls abnormal after its stream has moved to ten or fifty
-times the level for good (5 % of noise, every value learned; tested):
+The number of values that a threshold finds abnormal after a lasting rise of its stream
+to ten or fifty times the level (noise of 5 %, every value is learned; tested):
 
 ===================================  ==========  ==========
 threshold                            ×10         ×50
 ===================================  ==========  ==========
-``zscore()``                         for ever    for ever
+``zscore()``                         unbounded   unbounded
 ``window_zscore()``                  3–5         3–5
 ``window_quantile(0.9)``             14–29       14–29
 ``window_median(3.0)``               64          64
@@ -28,7 +28,9 @@ threshold                            ×10         ×50
 ``relearn(zscore(), after=25)``      25          50
 ===================================  ==========  ==========
 
-Each function names its paper and every deviation from it.
+Each docstring cites the paper and lists every deviation from it.
+
+May import: ``_core``.
 """
 
 from optax_stability.thresholds._detrended_mad import (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
-from optax_stability.thresholds._threshold import Threshold, is_level, prints_its_call
+from optax_stability.thresholds._threshold import Threshold, is_learnable, repr_as_call
 
 
 class EmaRatioState(NamedTuple):
@@ -15,15 +15,15 @@ class EmaRatioState(NamedTuple):
 
     Attributes:
       step: int32[] – values learned.
-      level: float32[] – γ, least value of the warm-up, then the exponential mean of the
-        clipped values, in the unit of the stream.
+      level: float32[] – γ, in the unit of the stream: the least value of the warm-up,
+        then the exponential mean of the clipped values.
     """
 
     step: jax.Array
     level: jax.Array
 
 
-@prints_its_call
+@repr_as_call
 def ema_ratio(
     ratio: float | jax.Array = 1.05,
     *,
@@ -32,7 +32,7 @@ def ema_ratio(
 ) -> Threshold:
     """A multiple of the exponential mean of clipped values: AdaGC.
 
-    **Rule**, with γ from the values before::
+    **Rule**, with γ from past values::
 
       t ≤ warmup:  limit = ∞;          γ ← min(γ, x)
       t > warmup:  limit = ratio·γ;    γ ← decay·γ + (1 − decay)·min(x, limit)
@@ -41,20 +41,20 @@ def ema_ratio(
 
     * On finite, positive values it equals the paper's rule to rounding.
     * One value of any size raises γ by at most (1 − decay)·(ratio − 1): 0.1 %.
-    * Values that are not finite, or zero, are not learned and do not count: a tensor
-      without a gradient in the warm-up starts its warm-up when the first one comes.
+    * Values that are zero or not finite are not learned and do not count: the warm-up
+      of a tensor starts at its first nonzero gradient.
     * Multiplying the stream by 2ᵏ multiplies every limit by 2ᵏ.
 
-    **Edge cases**: γ starts at the *least* value of the warm-up and can rise only
-    0.1 % a value. Adaptation to a lasting rise is therefore slow: ×10 is abnormal for
-    2,255 values, ×50 for 3,866. And the margin of 5 % is narrow: of a stream with 5 %
-    of noise, four values in ten are above it. Wrap it in :func:`relearn`, as
-    ``clip_by_leaf_history`` does.
+    **Edge cases**: γ starts at the *least* value of the warm-up and rises by at most
+    0.1 % per value. Adaptation to a lasting rise is therefore slow: ×10 is abnormal for
+    2,255 values, ×50 for 3,866. Moreover, the margin of 5 % is narrow: in a stream with
+    5 % of noise, four values in ten exceed the limit. Wrap the threshold in
+    :func:`relearn`, as ``clip_by_leaf_history`` does.
 
     Args:
-      ratio: limit as a multiple of γ, > 0; above 1, or γ can never rise.
+      ratio: limit as a multiple of γ, > 0; choose it above 1, else γ can never rise.
       decay: share of γ kept per value, in [0, 1).
-      warmup: values before the first limit, ≥ 1.
+      warmup: number of learned values before the first finite limit, ≥ 1.
 
     Returns:
       A :class:`Threshold`. ``rebase(x)`` sets γ = x.
@@ -65,8 +65,8 @@ def ema_ratio(
     References:
       Wang et al., "AdaGC: Improving Training Stability for Large Language Model
       Pretraining", 2025, arXiv:2502.11034, Algorithm 1. Deviation: in the warm-up the
-      paper also clips the global norm to 1, which is not a matter of this stream; the
-      recipe ``adagc`` in ``examples/recipes.py`` does both.
+      paper also clips the global norm to 1, which needs another stream; the recipe
+      ``adagc`` in ``examples/recipes.py`` does both.
     """
     _validate.check_interval("ratio", ratio, "(0, inf)", "1.05 is the published value")
     _validate.check_interval("decay", decay, "[0, 1)", "0.98 averages about 50 values")
@@ -82,15 +82,15 @@ def ema_ratio(
         limit = jnp.minimum(ratio * state.level, _numerics.HUGE)
         limit = jnp.where(armed, limit, jnp.inf)
         least = jnp.where(state.step > 0, jnp.minimum(state.level, x), x)
-        # As a step towards the value, so that a constant stream stays constant.
+        # Written as an increment, so that the mean of a constant stream is exact.
         mean = state.level + (1 - decay) * (jnp.minimum(x, limit) - state.level)
         level = jnp.where(armed, mean, least)
         learned = EmaRatioState(_numerics.increment(state.step), level)
-        return limit, optax.tree.where(is_level(x), learned, state)
+        return limit, optax.tree.where(is_learnable(x), learned, state)
 
     def rebase(x, state):
         x = jnp.asarray(x, jnp.float32)
         step = jnp.maximum(state.step, jnp.asarray(warmup, jnp.int32))
-        return optax.tree.where(is_level(x), EmaRatioState(step, x), state)
+        return optax.tree.where(is_learnable(x), EmaRatioState(step, x), state)
 
     return Threshold(init, update, rebase)

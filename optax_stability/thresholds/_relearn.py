@@ -1,4 +1,4 @@
-"""The way out of a limit that a lasting change has made wrong."""
+"""Adapts a threshold to a lasting change of the level of its stream."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from optax_stability._core import _numerics, _validate
 from optax_stability.thresholds._threshold import (
     Threshold,
     check_threshold,
-    prints_its_call,
+    repr_as_call,
 )
 
 
@@ -18,8 +18,8 @@ class RelearnState(NamedTuple):
     """State of :func:`relearn`.
 
     Attributes:
-      above: int32[] – values in a row above the limit.
-      rise: float32[] – greatest multiple of the limit that the next full row accepts.
+      above: int32[] – consecutive values above the limit.
+      rise: float32[] – greatest multiple of the limit that the next rebase accepts.
       inner: state of the wrapped threshold.
     """
 
@@ -28,15 +28,15 @@ class RelearnState(NamedTuple):
     inner: Any
 
 
-@prints_its_call
+@repr_as_call
 def relearn(
     threshold: Threshold, *, after: int, max_rise: float | jax.Array = 10.0
 ) -> Threshold:
-    """Accepts a new level once ``after`` values in a row were above the limit.
+    """Accepts a new level once ``after`` consecutive values were above the limit.
 
-    A spike is short. What stays above the limit is the new normal (a harder data mix, a
-    longer batch, a higher learning rate), and a threshold that learns only clipped
-    values would never accept it.
+    A spike is short. Values that stay above the limit are a new level (a harder data
+    mix, a longer batch, a higher learning rate), and a threshold that learns only
+    clipped values would never accept it.
 
     **Rule**::
 
@@ -47,21 +47,22 @@ def relearn(
 
     **Guarantees**
 
-    * A level shift of up to ``max_rise`` times the limit, so ×10, is accepted after
-      ``after`` values: the value number ``after`` + 1 is judged by the new level. ×50
-      takes two rows; each row that follows another accepts the square of its rise, so
-      that five rows reach 10³¹ times the level.
-    * Until then limit and state are those of ``threshold``.
-    * A value that is not finite neither counts nor ends a row.
+    * A level shift of up to ``max_rise`` times the limit, such as ×10, is accepted
+      after ``after`` values: value number ``after`` + 1 is compared with the new level.
+      A shift of ×50 takes 2·``after`` values. Each consecutive acceptance squares the
+      allowed rise, so that 5·``after`` values reach 10³¹ times the level.
+    * Until then, limit and state are those of ``threshold``.
+    * A value that is not finite neither increments nor resets ``above``.
 
-    **Edge cases**: a disturbance longer than ``after`` is taken for a change, but only
-    ``max_rise`` of it: forty gradients of 1,000 times the norm do not fill Adam's
-    second moment. A limit that is not positive (a loss) rises to x at once.
+    **Edge cases**: a disturbance longer than ``after`` values is accepted as a level
+    shift, but only up to ``max_rise`` times the limit: forty gradients with 1,000 times
+    the norm do not fill Adam's second moment. If the limit is not positive (possible
+    for a loss), ``max_rise`` does not apply and the new level is x.
 
     Args:
       threshold: the threshold to wrap.
-      after: values in a row, ≥ 1. It is a trade: the length of a disturbance that is
-        held down, and the delay after a lasting change.
+      after: consecutive values above the limit, ≥ 1. It is a trade-off: a larger value
+        resists longer disturbances, and adapts later to a lasting change.
       max_rise: greatest multiple of the limit that is accepted at once, > 1.
 
     Returns:
@@ -83,14 +84,14 @@ def relearn(
     check_threshold("threshold", threshold)
     _validate.check_count("after", after, 1, "25 follows a change within 25 steps")
     _validate.check_interval("max_rise", max_rise, "(1, inf]", "10 is the default")
-    first_rise = _validate.as_float32(max_rise)
-    bound = min if _validate.is_concrete(max_rise) else jnp.minimum
-    first_rise = bound(first_rise, _numerics.HUGE)
+    initial_rise = _validate.as_float32(max_rise)
+    minimum = min if _validate.is_concrete(max_rise) else jnp.minimum
+    initial_rise = minimum(initial_rise, _numerics.HUGE)
 
     def init():
         return RelearnState(
             above=jnp.zeros((), jnp.int32),
-            rise=jnp.full((), first_rise, jnp.float32),
+            rise=jnp.full((), initial_rise, jnp.float32),
             inner=threshold.init(),
         )
 
@@ -102,7 +103,7 @@ def relearn(
         level = jnp.where(limit > 0, jnp.minimum(x, state.rise * limit), x)
         inner = optax.tree.where(accept, threshold.rebase(level, inner), inner)
         squared = jnp.minimum(state.rise * state.rise, _numerics.HUGE)
-        rise = jnp.where(x <= limit, first_rise, state.rise)
+        rise = jnp.where(x <= limit, initial_rise, state.rise)
         return limit, RelearnState(
             above=jnp.where(accept, 0, above),
             rise=jnp.where(accept, squared, rise),
@@ -112,7 +113,7 @@ def relearn(
     def rebase(x, state):
         return RelearnState(
             above=jnp.zeros_like(state.above),
-            rise=jnp.full_like(state.rise, first_rise),
+            rise=jnp.full_like(state.rise, initial_rise),
             inner=threshold.rebase(x, state.inner),
         )
 

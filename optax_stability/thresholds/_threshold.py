@@ -1,7 +1,7 @@
-"""The one object that says what is normal for a stream, and the simplest of its kind.
+"""The interface of all thresholds, and the constant threshold.
 
-*Problem*: "clip at 1.0" fits one model at one moment. A norm is large or small only in
-comparison with what it was before.
+*Problem*: a fixed limit such as 1.0 fits one model at one stage of training. Whether a
+norm is large depends on the norms before it.
 """
 
 import functools
@@ -17,17 +17,17 @@ P = ParamSpec("P")
 
 
 class Threshold(NamedTuple):
-    """Decides from the past of a stream what is normal.
+    """Computes the limit of normal values from the past values of a stream.
 
-    Prints as the call that made it: ``detrended_mad(5.0, floor=5.0)``.
+    Its ``repr`` is the call that created it: ``detrended_mad(5.0, floor=5.0)``.
 
     Attributes:
       init: ``init() -> state``.
-      update: ``update(x, state) -> (limit, state)`` – the limit that the past sets for
-        ``x`` (float32[]), and the state with ``x`` learned. The caller decides whether
-        to keep that state.
-      rebase: ``rebase(x, state) -> state`` – starts again from the present level ``x``.
-      call: str – how it prints; empty for one that prints its functions.
+      update: ``update(x, state) -> (limit, state)`` – the limit for ``x``, float32[],
+        computed from past values, and the state after ``x`` is learned. The caller
+        decides whether to keep the new state.
+      rebase: ``rebase(x, state) -> state`` – restarts from the present level ``x``.
+      call: str – the ``repr``; if it is empty, the ``repr`` shows the functions.
 
     Example:
       >>> from optax_stability import thresholds
@@ -45,25 +45,25 @@ class Threshold(NamedTuple):
     call: str = ""
 
     def __repr__(self) -> str:
-        """The call that made it, or else its functions."""
+        """The call that created the threshold, or its functions if there is none."""
         functions = f"{self.init!r}, {self.update!r}, {self.rebase!r}"
         return self.call or f"Threshold({functions})"
 
 
-def prints_its_call(factory: Callable[P, Threshold]) -> Callable[P, Threshold]:
-    """A factory whose thresholds print as the call that made them."""
+def repr_as_call(factory: Callable[P, Threshold]) -> Callable[P, Threshold]:
+    """Decorates a factory: the ``repr`` of its thresholds is the factory call."""
 
     @functools.wraps(factory)
-    def made(*args: P.args, **kwargs: P.kwargs) -> Threshold:
-        given = [repr(value) for value in args]
-        given += [f"{name}={value!r}" for name, value in kwargs.items()]
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Threshold:
+        arguments = [repr(value) for value in args]
+        arguments += [f"{name}={value!r}" for name, value in kwargs.items()]
         threshold = factory(*args, **kwargs)
-        return threshold._replace(call=f"{factory.__name__}({', '.join(given)})")
+        return threshold._replace(call=f"{factory.__name__}({', '.join(arguments)})")
 
-    return made
+    return wrapper
 
 
-@prints_its_call
+@repr_as_call
 def constant(limit: float | jax.Array) -> Threshold:
     """A fixed limit, as in ``optax.clip_by_global_norm``.
 
@@ -94,10 +94,11 @@ def constant(limit: float | jax.Array) -> Threshold:
     return Threshold(lambda: (), update, lambda x, state: state)
 
 
-def is_level(x) -> jax.Array:
+def is_learnable(x) -> jax.Array:
     """Whether x can be learned as a level: finite, and neither zero nor subnormal.
 
-    A zero norm means "no gradient"; learned, it would forbid the next one.
+    A zero norm means "no gradient". If it were learned, the limit would be 0 and the
+    next gradient would be abnormal.
     """
     return jnp.isfinite(x) & (x >= _numerics.TINY)
 

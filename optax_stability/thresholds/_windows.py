@@ -1,4 +1,4 @@
-"""Thresholds from the last values of a stream: deviation, quantile, median.
+"""Thresholds from a window of the last values: deviation, quantile, median.
 
 *Cost*: state and work O(window); a window of 128 is 0.5 kB.
 """
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
-from optax_stability.thresholds._threshold import Threshold, is_level, prints_its_call
+from optax_stability.thresholds._threshold import Threshold, is_learnable, repr_as_call
 
-# Stands in for the spread of a stream that has none, as in zscore.
+# Least standard deviation, as a share of the mean; see zscore.
 _MIN_RELATIVE_STD = 1e-6
 
 
@@ -22,7 +22,7 @@ class WindowState(NamedTuple):
 
     Attributes:
       step: int32[] – values learned.
-      values: float32[window] – the last of them, newest last, zeros where none is yet.
+      values: float32[window] – the last learned values, newest last; empty slots are 0.
     """
 
     step: jax.Array
@@ -30,46 +30,46 @@ class WindowState(NamedTuple):
 
 
 def push(values, x):
-    """The window one value later: the oldest leaves, x comes last."""
+    """Drops the oldest value of the window and appends x."""
     return jnp.append(values[1:], x)
 
 
 def filled(values, count) -> jax.Array:
-    """Which slots hold one of the ``count`` values learned, bool[window]."""
+    """Which slots hold one of the ``count`` learned values, bool[window]."""
     size = values.shape[0]
     return jnp.arange(size) >= size - count
 
 
-def _ordered(values, count):
-    """The values learned in ascending order, then the empty slots; and how many."""
-    kept = jnp.where(filled(values, count), values, _numerics.HUGE)
-    return jnp.sort(kept), jnp.clip(count, 1, values.shape[0])
+def _sort(values, count):
+    """The learned values in ascending order, then empty slots; and their number."""
+    padded = jnp.where(filled(values, count), values, _numerics.HUGE)
+    return jnp.sort(padded), jnp.clip(count, 1, values.shape[0])
 
 
 def quantile(values, count, q):
-    """The q-quantile of the values learned, linear between two of them."""
-    ordered, size = _ordered(values, count)
-    place = q * (size - 1)
-    below = jnp.floor(place).astype(jnp.int32)
+    """The q-quantile of the learned values, with linear interpolation."""
+    ordered, size = _sort(values, count)
+    position = q * (size - 1)
+    below = jnp.floor(position).astype(jnp.int32)
     low, high = ordered[below], ordered[jnp.minimum(below + 1, size - 1)]
-    return low + (place - below) * (high - low)
+    return low + (position - below) * (high - low)
 
 
 def median(values, count):
-    """The median of the values learned."""
-    ordered, size = _ordered(values, count)
+    """The median of the learned values."""
+    ordered, size = _sort(values, count)
     low, high = ordered[(size - 1) // 2], ordered[size // 2]
     return low + (high / 2 - low / 2)
 
 
 def _mean_and_std(values, count):
-    """Mean and sample deviation (n − 1) of the values learned."""
-    known, size = filled(values, count), jnp.clip(count, 1, values.shape[0])
+    """Mean and sample standard deviation (n − 1) of the learned values."""
+    mask, size = filled(values, count), jnp.clip(count, 1, values.shape[0])
     largest = jnp.max(values)
-    # Relative to the largest, neither sum nor square can overflow.
+    # Sums and squares of ratios to the largest value cannot overflow.
     ratios = _numerics.relative_to(values, largest)
-    mean = jnp.sum(jnp.where(known, ratios, 0.0)) / size
-    distances = jnp.where(known, ratios - mean, 0.0)
+    mean = jnp.sum(jnp.where(mask, ratios, 0.0)) / size
+    distances = jnp.where(mask, ratios - mean, 0.0)
     std = jnp.sqrt(jnp.sum(jnp.square(distances)) / jnp.maximum(size - 1, 1))
     return mean * largest, std * largest
 
@@ -78,16 +78,16 @@ def _learn(x, state: WindowState) -> WindowState:
     return WindowState(_numerics.increment(state.step), push(state.values, x))
 
 
-def _move_to(x, state: WindowState) -> WindowState:
-    """The window scaled so that its median is x: its relative spread is kept."""
+def _rescale_to(x, state: WindowState) -> WindowState:
+    """Scales the window so that its median is x; the relative spread is kept."""
     relative = _numerics.relative_to(state.values, median(state.values, state.step))
     values = jnp.where(state.values > 0, relative * x, 0.0)
-    moved = WindowState(state.step, jnp.minimum(values, _numerics.HUGE))
-    return optax.tree.where(state.step > 0, moved, _learn(x, state))
+    rescaled = WindowState(state.step, jnp.minimum(values, _numerics.HUGE))
+    return optax.tree.where(state.step > 0, rescaled, _learn(x, state))
 
 
-def _window(window: int, limit_of: Callable) -> Threshold:
-    """A threshold whose limit is ``limit_of(values, count)`` of its window."""
+def _window_threshold(window: int, limit_of: Callable) -> Threshold:
+    """A threshold with the limit ``limit_of(values, count)`` of its window."""
     _validate.check_size("window", window, 2)
 
     def init():
@@ -99,20 +99,20 @@ def _window(window: int, limit_of: Callable) -> Threshold:
         x = jnp.asarray(x, jnp.float32)
         limit = jnp.minimum(limit_of(state.values, state.step), _numerics.HUGE)
         limit = jnp.where(state.step >= window // 2, limit, jnp.inf)
-        return limit, optax.tree.where(is_level(x), _learn(x, state), state)
+        return limit, optax.tree.where(is_learnable(x), _learn(x, state), state)
 
     def rebase(x, state):
         x = jnp.asarray(x, jnp.float32)
-        return optax.tree.where(is_level(x), _move_to(x, state), state)
+        return optax.tree.where(is_learnable(x), _rescale_to(x, state), state)
 
     return Threshold(init, update, rebase)
 
 
-@prints_its_call
+@repr_as_call
 def window_zscore(
     num_sigmas: float | jax.Array = 6.0, *, window: int = 128
 ) -> Threshold:
-    """Mean and deviation of the last values: the rule of OLMo-core and its ports.
+    """Mean plus standard deviations of the last values: the rule of OLMo-core.
 
     **Rule**, over the last n ≤ ``window`` values before x::
 
@@ -122,20 +122,20 @@ def window_zscore(
     **Guarantees**
 
     * On finite, positive values it equals the published rule to rounding.
-    * Values that are not finite, or zero, are not learned.
+    * Values that are zero or not finite are not learned.
     * Multiplying the stream by 2ᵏ multiplies every limit by 2ᵏ.
 
     **Edge cases**
 
-    * A value above the limit is learned *raw*, as published: it widens the deviation
-      and hides the next one for ``window`` values.
-    * Blind while the stream falls: the fall itself is read as spread.
-    * Adaptation to a lasting rise by any factor, ×10 and ×50 alike: 4 values are
-      abnormal (window / (num_sigmas² + 1), rounded up).
+    * A value above the limit is learned *without clipping*, as published: it increases
+      the deviation, and for ``window`` values the next outlier may not be detected.
+    * While the stream falls, spikes can be missed: the trend increases the deviation.
+    * After a lasting rise by any factor, ×10 and ×50 alike, 4 values are abnormal
+      (window / (num_sigmas² + 1), rounded up).
 
     Args:
-      num_sigmas: sample deviations above the mean that are still normal, > 0.
-      window: values remembered, ≥ 2.
+      num_sigmas: limit in sample standard deviations above the mean, > 0.
+      window: number of last values in the window, ≥ 2.
 
     Returns:
       A :class:`Threshold`. ``rebase(x)`` scales the window so that its median is x.
@@ -146,9 +146,10 @@ def window_zscore(
 
     References:
       OLMo-core ``SkipStepOptimizer``; the same rule in MaxText and Levanter (which
-      divides by n). Deviations: armed by ``window // 2`` values before the present one,
-      where OLMo-core counts the present one too; std is at least 1e-6·mean; values that
-      are not finite are not learned (there, one NaN disables the rule for a window).
+      divides by n). Deviations: the limit is finite after ``window // 2`` values before
+      the present one, where OLMo-core counts the present one too; std is at least
+      1e-6·mean; values that are not finite are not learned (in OLMo-core one NaN
+      disables the rule for a window).
     """
     _validate.check_interval("num_sigmas", num_sigmas, "(0, inf)", "6 is usual")
     num_sigmas = _validate.as_float32(num_sigmas)
@@ -157,35 +158,35 @@ def window_zscore(
         mean, std = _mean_and_std(values, count)
         return mean + num_sigmas * jnp.maximum(std, _MIN_RELATIVE_STD * mean)
 
-    return _window(window, limit_of)
+    return _window_threshold(window, limit_of)
 
 
-@prints_its_call
+@repr_as_call
 def window_quantile(q: float | jax.Array, *, window: int = 128) -> Threshold:
     """A quantile of the last values: AutoClip.
 
     **Rule**, over the last n ≤ ``window`` values before x::
 
-      limit = q-quantile, linear between two values
+      limit = q-quantile, with linear interpolation
       limit = ∞            while n < window // 2
 
     **Guarantees**
 
-    * While fewer than ``window`` values were seen it equals the published rule applied
-      to the past, to rounding.
-    * Values that are not finite, or zero, are not learned.
+    * For the first ``window`` values it equals the published rule, applied to past
+      values, to rounding.
+    * Values that are zero or not finite are not learned.
     * Multiplying the stream by 2ᵏ multiplies every limit by 2ᵏ.
 
     **Edge cases**
 
     * A share of 1 − q of a steady stream is above the limit: with the small q of the
-      paper (0.1) this normalises the gradient, it does not look for spikes.
-    * Learns raw values. A lasting rise by any factor, ×10 and ×50 alike, is abnormal
-      for (1 − q)·window values: 14 at q = 0.9, 116 at q = 0.1.
+      paper (0.1) this normalises the gradient; it does not detect spikes.
+    * Values are learned without clipping. A lasting rise by any factor, ×10 and ×50
+      alike, is abnormal for (1 − q)·window values: 14 at q = 0.9, 116 at q = 0.1.
 
     Args:
       q: share of the values that is normal, in (0, 1].
-      window: values remembered, ≥ 2.
+      window: number of last values in the window, ≥ 2.
 
     Returns:
       A :class:`Threshold`. ``rebase(x)`` scales the window so that its median is x.
@@ -197,15 +198,15 @@ def window_quantile(q: float | jax.Array, *, window: int = 128) -> Threshold:
     References:
       Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation
       Networks", 2020, arXiv:2007.14469, Algorithm 1. Deviations: the last ``window``
-      values instead of all; the present one is judged before it is learned; nothing is
-      clipped until half the window is known.
+      values instead of all; the present value is compared with the limit before it is
+      learned; the limit is infinite until half the window is filled.
     """
     _validate.check_interval("q", q, "(0, 1]", "0.1 is the paper's percentile 10")
     q = _validate.as_float32(q)
-    return _window(window, lambda values, count: quantile(values, count, q))
+    return _window_threshold(window, lambda values, count: quantile(values, count, q))
 
 
-@prints_its_call
+@repr_as_call
 def window_median(ratio: float | jax.Array, *, window: int = 128) -> Threshold:
     """A multiple of the median of the last values.
 
@@ -216,17 +217,17 @@ def window_median(ratio: float | jax.Array, *, window: int = 128) -> Threshold:
 
     **Guarantees**
 
-    * One outlier, or any number below half of a full window, does not move the limit
-      beyond ``ratio`` times a normal value.
-    * Values that are not finite, or zero, are not learned.
+    * Outliers, if they are fewer than half of a full window, do not move the limit
+      above ``ratio`` times a normal value.
+    * Values that are zero or not finite are not learned.
     * Multiplying the stream by 2ᵏ multiplies every limit by 2ᵏ.
 
-    **Edge cases**: learns raw values. A lasting rise by more than ``ratio``, ×10 and
-    ×50 alike, is abnormal for half a window: 64 values.
+    **Edge cases**: values are learned without clipping. A lasting rise by more than
+    ``ratio``, ×10 and ×50 alike, is abnormal for half a window: 64 values.
 
     Args:
       ratio: limit as a multiple of the median, > 0.
-      window: values remembered, ≥ 2.
+      window: number of last values in the window, ≥ 2.
 
     Returns:
       A :class:`Threshold`. ``rebase(x)`` scales the window so that its median is x.
@@ -236,9 +237,11 @@ def window_median(ratio: float | jax.Array, *, window: int = 128) -> Threshold:
       TypeError: ``window`` is traced.
 
     References:
-      ScaledAdam of icefall (``clipping_scale`` 2). Deviation: the present value is
-      judged before it is learned, at every step.
+      ScaledAdam of icefall (``clipping_scale`` 2). Deviation: at every step the present
+      value is compared with the limit before it is learned.
     """
-    _validate.check_interval("ratio", ratio, "(0, inf)", "2 clips, 20 looks for spikes")
+    _validate.check_interval("ratio", ratio, "(0, inf)", "2 clips, 20 detects spikes")
     ratio = _validate.as_float32(ratio)
-    return _window(window, lambda values, count: ratio * median(values, count))
+    return _window_threshold(
+        window, lambda values, count: ratio * median(values, count)
+    )

@@ -1,4 +1,4 @@
-"""Exponential mean and deviation of a stream: ZClip."""
+"""Exponential mean plus standard deviations of a stream: ZClip."""
 
 from typing import Literal, NamedTuple, get_args
 
@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
-from optax_stability.thresholds._threshold import Threshold, is_level, prints_its_call
+from optax_stability.thresholds._threshold import Threshold, is_learnable, repr_as_call
 
 Mode = Literal["adaptive", "mean", "max"]
 
-# A constant stream has no spread at all; this share of the mean stands in, so that
-# rounding alone is never abnormal.
+# Least standard deviation, as a share of the mean. A constant stream has deviation 0,
+# and its rounding errors must not be abnormal.
 _MIN_RELATIVE_STD = 1e-6
 
 
@@ -31,7 +31,7 @@ class ZScoreState(NamedTuple):
 
 
 def _zscore_limit(x, mean, std, z_max, mode: Mode):
-    """The limit of an armed z-score threshold."""
+    """The limit of a z-score threshold after its warm-up."""
     std = jnp.maximum(std, _MIN_RELATIVE_STD * mean)
     margin = jnp.minimum(z_max * std, _numerics.HUGE)
     boundary = mean + margin
@@ -39,17 +39,17 @@ def _zscore_limit(x, mean, std, z_max, mode: Mode):
         return boundary
     if mode == "mean":
         return jnp.where(x > boundary, mean, boundary)
-    # With z = (x − μ)/σ this is μ + z_max²·σ/z; below the boundary it is the boundary.
+    # With z = (x − μ)/σ this is μ + z_max²·σ/z; for x below the boundary, the boundary.
     excess = jnp.where(x > boundary, x - mean, margin)
     return mean + margin * (margin / jnp.maximum(excess, _numerics.TINY))
 
 
 def _learn(x, state: ZScoreState, share, shrink) -> tuple[jax.Array, jax.Array]:
-    """μ and σ after a value that enters with this share.
+    """Updates μ and σ with x, whose weight in the mean is ``share``.
 
     With d = x − μ: μ ← μ + share·d and σ² ← (1 − share)·(σ² + share·shrink·d²).
-    shrink = 1 is the variance of a plain average (Welford); shrink = 1 − share takes
-    the distance to the mean already moved, as ZClip's exponential average does.
+    shrink = 1 gives the variance of a plain average (Welford). shrink = 1 − share uses
+    the distance to the updated mean, as ZClip's exponential average does.
     """
     distance = x - state.mean
     spread = jnp.sqrt(share * shrink) * jnp.abs(distance)
@@ -57,7 +57,7 @@ def _learn(x, state: ZScoreState, share, shrink) -> tuple[jax.Array, jax.Array]:
     return state.mean + share * distance, jnp.minimum(std, _numerics.HUGE)
 
 
-@prints_its_call
+@repr_as_call
 def zscore(
     z_max: float | jax.Array = 2.5,
     *,
@@ -65,9 +65,9 @@ def zscore(
     warmup: int | jax.Array = 25,
     mode: Mode = "adaptive",
 ) -> Threshold:
-    """Exponential mean and deviation of the stream: ZClip.
+    """Exponential mean plus standard deviations of the stream: ZClip.
 
-    **Rule**, with z = (x − μ)/σ from the values before::
+    **Rule**, with z = (x − μ)/σ and μ, σ from past values::
 
       t ≤ warmup:   limit = ∞;  μ, σ = plain mean, population deviation of all values
       z ≤ z_max:    limit = μ + z_max·σ
@@ -81,36 +81,36 @@ def zscore(
     **Guarantees**
 
     * On finite, positive values it equals the paper's rule to rounding.
-    * One outlier of any size moves μ by at most (1 − decay)·z_max·σ once armed.
-    * Values that are not finite, or zero, leave the state as it was (a zero norm means
-      "no gradient"; learned, it would forbid the next one).
+    * After the warm-up, an outlier of any size moves μ by at most (1 − decay)·z_max·σ.
+    * Values that are zero or not finite leave the state unchanged (a zero norm means
+      "no gradient"; if it were learned, the next gradient would be abnormal).
     * Multiplying the stream by 2ᵏ multiplies every limit by 2ᵏ.
 
-    **Edge cases**: as published, a lasting rise is never accepted (but in mode "max"):
-    limit and learned value feed each other and stay near the old mean. Adaptation time
-    to a level shift of ×10 or ×50 is therefore *unbounded*; wrap it in :func:`relearn`.
-    An outlier in the warm-up is learned raw and leaves the limit too high for several
-    1/(1 − decay) steps; put ``clip_by_threshold(constant(max_norm))`` before it if that
-    matters.
+    **Edge cases**: as published, a lasting rise is never accepted (except in mode
+    "max"): only clipped values are learned, so that mean and limit stay near the old
+    level. The adaptation time to a level shift of ×10 or ×50 is therefore *unbounded*;
+    wrap the threshold in :func:`relearn`. An outlier in the warm-up is learned without
+    clipping, and the limit is too high for several 1/(1 − decay) steps; if that
+    matters, put ``clip_by_threshold(constant(max_norm))`` first.
 
     Args:
-      z_max: deviations above the mean that are still normal, > 0.
+      z_max: limit of normal values in standard deviations above the mean, > 0.
       decay: share of the average kept per value, in [0, 1).
-      warmup: values averaged before the first limit, ≥ 1.
-      mode: what an abnormal value is held to, see above.
+      warmup: number of values averaged before the first finite limit, ≥ 1.
+      mode: the limit for an abnormal value, see the rule.
 
     Returns:
       A :class:`Threshold`. ``rebase(x)`` sets μ = x and σ = x/z_max, so that the limit
-      starts again at 2x.
+      restarts at 2x.
 
     Raises:
       ValueError: an argument is outside its range.
 
     References:
       Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025,
-      arXiv:2504.02507. Deviations: σ is at least 1e-6·μ where the official code adds
-      1e-6 to it; no fixed ``max_grad_norm`` on top; non-finite and zero values are not
-      learned.
+      arXiv:2504.02507. Deviations: σ is at least 1e-6·μ, where the official code adds
+      1e-6 to σ; no additional fixed ``max_grad_norm``; non-finite and zero values are
+      not learned.
     """
     _validate.check_interval(
         "z_max", z_max, "(0, inf)", "2.5 is the published value, 2 is stricter"
@@ -137,12 +137,12 @@ def zscore(
         shrink = jnp.where(armed, decay, 1.0)
         mean, std = _learn(jnp.minimum(x, limit), state, share, shrink)
         learned = ZScoreState(step, mean, std)
-        return limit, optax.tree.where(is_level(x), learned, state)
+        return limit, optax.tree.where(is_learnable(x), learned, state)
 
     def rebase(x, state):
         x = jnp.asarray(x, jnp.float32)
         step = jnp.maximum(state.step, jnp.asarray(warmup, jnp.int32))
-        fresh = ZScoreState(step, x, jnp.minimum(x / z_max, _numerics.HUGE))
-        return optax.tree.where(is_level(x), fresh, state)
+        rebased = ZScoreState(step, x, jnp.minimum(x / z_max, _numerics.HUGE))
+        return optax.tree.where(is_learnable(x), rebased, state)
 
     return Threshold(init, update, rebase)

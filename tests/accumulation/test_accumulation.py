@@ -1084,7 +1084,7 @@ def test_the_state_of_something_else_raises():
     around = optax.chain(optax.identity(), inside).init(PARAMS)
     for read in (ost.has_updated, functools.partial(ost.flush, SGD)):
         for state in (optax.adam(0.1).init(PARAMS), around, None):
-            with pytest.raises(TypeError, match="state must be that of accumulate_mom"):
+            with pytest.raises(TypeError, match="state must be the state of accumul"):
                 read(state)
     assert not bool(ost.has_updated(around[1]))
 

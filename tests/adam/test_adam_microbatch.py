@@ -451,7 +451,7 @@ def test_moments_without_the_mean_square_say_what_to_do():
 
 def test_moments_of_another_tree_raise():
     moments = moments_of({"v": GRADS["w"]})
-    with pytest.raises(ValueError, match="moments are of another tree"):
+    with pytest.raises(ValueError, match="moments belong to another tree"):
         DEFAULT.update(GRADS, DEFAULT.init(GRADS), moments=moments)
 
 

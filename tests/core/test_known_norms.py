@@ -12,13 +12,13 @@ KNOWN = _norms.Norms(jnp.array([3.0, 4.0]), jnp.float32(5.0))
 def test_known_norms_are_not_measured_again():
     tree = {"a": jnp.ones(3), "b": jnp.ones(2)}
     with _known_norms.reuse_norms(tree, KNOWN, None):
-        assert _known_norms.global_norm(tree) is KNOWN.whole
+        assert _known_norms.global_norm(tree) is KNOWN.total
         assert _known_norms.measure(dict(tree)) is KNOWN
         equal_but_another = jax.tree.map(lambda x: x + 0, tree)
         for other in (equal_but_another, {"a": tree["a"]}, tree["a"]):
-            assert _known_norms.global_norm(other) is not KNOWN.whole
+            assert _known_norms.global_norm(other) is not KNOWN.total
             assert _known_norms.measure(other) is not KNOWN
-    assert _known_norms.global_norm(tree) is not KNOWN.whole
+    assert _known_norms.global_norm(tree) is not KNOWN.total
 
 
 def test_known_norms_are_forgotten_after_an_error():

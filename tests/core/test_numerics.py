@@ -22,12 +22,12 @@ SPACINGS = 0.04
 @functools.partial(jax.jit, static_argnames="dtype")
 def rounded(x, steps, dtype):
     """``x`` as each of the steps stores it, one row per step."""
-    return jax.vmap(lambda step: _numerics.round_at_random(x, step, dtype))(steps)
+    return jax.vmap(lambda step: _numerics.round_stochastically(x, step, dtype))(steps)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def held(x, dtype):
-    return _numerics.round_to_range(x, dtype)
+    return _numerics.saturating_cast(x, dtype)
 
 
 def all_positive(dtype):
@@ -83,7 +83,7 @@ def test_hypot_with_zero_is_the_other_number():
         np.testing.assert_array_equal(results, x)
 
 
-# --- round_at_random -------------------------------------------------------------
+# --- round_stochastically --------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -187,7 +187,7 @@ def test_float32_is_stored_as_it_is():
     np.testing.assert_array_equal(rounded(x, jnp.arange(2), jnp.float32), [x, x])
 
 
-# --- round_to_range --------------------------------------------------------------
+# --- saturating_cast -------------------------------------------------------------
 
 
 def test_what_float16_cannot_hold_becomes_its_largest_number():

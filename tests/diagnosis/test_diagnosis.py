@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_stability as ost
-from optax_stability._diagnosis import _thresholds as limits
+from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._advice import ADVICE
 from optax_stability._diagnosis._diagnose import diagnose
 from optax_stability._diagnosis._finding import KINDS, Finding
@@ -669,7 +669,8 @@ def test_neighbouring_steps_are_one_event_with_its_worst():
     history["loss"][FAULT + 100] += 3
     (found,) = diagnose(history)
     worst = re.search(
-        rf"steps above: 4, events: 2, worst \+(\S+) at step {FAULT + 1}", found.evidence
+        rf"steps above the limit: 4, events: 2, worst \+(\S+) at step {FAULT + 1}",
+        found.evidence,
     )
     assert worst is not None
     assert 10 < float(worst[1]) < 11
@@ -886,12 +887,12 @@ def test_the_real_runs_on_record_have_what_they_should():
         (
             {"step": np.array([0, np.nan])},
             ValueError,
-            r"history\['step'\] = array\(\[ 0., nan\]\) holds what is not finite",
+            r"history\['step'\] = array\(\[ 0., nan\]\) contains NaN or Inf; pass",
         ),
         (
             {"step": np.arange(1), "loss": ["high"]},
             TypeError,
-            r"history\['loss'\] must be an array of numbers, got \['high'\]; leave",
+            r"history\['loss'\] must be an array of numbers, got \['high'\]; remove",
         ),
     ],
 )
@@ -956,7 +957,7 @@ def test_the_depth_of_a_layer_is_in_its_name(layer, expected):
 
 def test_the_warm_up_ends_where_the_learning_rate_peaks():
     history = healthy(rows=100)
-    assert History(history).settled() == limits.EARLY_STEPS
+    assert History(history).settled_row() == limits.EARLY_STEPS
     history["learning_rate"] = np.minimum(np.arange(100), 70)
-    assert History(history).settled() == 70
-    assert History(healthy(rows=20)).settled() == 20
+    assert History(history).settled_row() == 70
+    assert History(healthy(rows=20)).settled_row() == 20

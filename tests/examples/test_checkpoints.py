@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import Checkpoints, those_that_count
+from checkpoints import Checkpoints, select_checkpoints
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 STATE = {"w": np.arange(16, dtype=np.float32), "n": np.array(7, np.int32)}
@@ -47,39 +47,39 @@ def no_thread_is_left():
 
 def test_what_counts_is_the_newest_and_the_best():
     found = [progress(n, loss=loss) for n, loss in enumerate([3, 1, 2, math.nan, 2])]
-    assert batches(those_that_count(found, 2)) == [4, 3, 1]
-    assert batches(those_that_count(found[2:], 2)) == [4, 3]  # A tie.
-    assert batches(those_that_count(reversed(found), 9)) == [4, 3, 2, 1, 0]
-    assert those_that_count([], 2) == []
+    assert batches(select_checkpoints(found, 2)) == [4, 3, 1]
+    assert batches(select_checkpoints(found[2:], 2)) == [4, 3]  # A tie.
+    assert batches(select_checkpoints(reversed(found), 9)) == [4, 3, 2, 1, 0]
+    assert select_checkpoints([], 2) == []
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_is_never_the_best(loss):
     found = [progress(0, loss=loss), progress(1, loss=9), progress(2), progress(3)]
-    assert batches(those_that_count(found, 1)) == [3, 1]
+    assert batches(select_checkpoints(found, 1)) == [3, 1]
 
 
 def test_what_a_rewind_went_back_past_does_not_count_and_does_not_crowd_out():
     # From step 30 back to step 10, and on behind batch 50.
     found = [progress(n, loss=9 - n) for n in (0, 10, 20, 30)]
     found += [progress(10, 50, loss=-1), progress(20, 60)]
-    assert batches(those_that_count(found, 3)) == [60, 50, 0]
-    assert batches(those_that_count(found, 1)) == [60, 50]  # The best of the line.
+    assert batches(select_checkpoints(found, 3)) == [60, 50, 0]
+    assert batches(select_checkpoints(found, 1)) == [60, 50]  # The best of the line.
 
 
 def test_an_interim_checkpoint_counts_only_while_it_is_the_newest():
     found = [progress(0), progress(4), progress(6, interim=True, loss=-1)]
-    assert batches(those_that_count(found, 2)) == [6, 4, 0]
-    assert batches(those_that_count([*found, progress(8)], 2)) == [8, 4]
+    assert batches(select_checkpoints(found, 2)) == [6, 4, 0]
+    assert batches(select_checkpoints([*found, progress(8)], 2)) == [8, 4]
 
 
 def test_a_checkpoint_is_what_was_saved(tmp_path):
     said = progress(3, 5, 1.5, policy={"losses": [1.0, None]}, settings={"a": [1, "b"]})
     with Checkpoints(tmp_path) as saved:
         saved.save(STATE, said)
-        assert saved.line() == [said]
+        assert saved.available() == [said]
     with Checkpoints(tmp_path) as saved:
-        assert saved.line() == [said]
+        assert saved.available() == [said]
         chex.assert_trees_all_equal(saved.load(said, like=STATE), STATE)
         chex.assert_trees_all_equal(saved.load(said), STATE)
 
@@ -92,7 +92,7 @@ def test_a_checkpoint_keeps_what_a_donating_step_overwrites(tmp_path):
         saved.save({"w": state}, progress(0))
         for _ in range(5):
             state = step(state)
-        w = saved.load(saved.line()[0])["w"]
+        w = saved.load(saved.available()[0])["w"]
     assert (np.asarray(w) == 1).all()
     assert float(state[0]) == 6
 
@@ -108,8 +108,8 @@ def test_what_is_there_already_is_not_written_again(tmp_path):
     with Checkpoints(tmp_path) as saved:
         saved.save(STATE, progress(1))
         saved.save({"w": np.zeros(3)}, progress(1, loss=1))
-        assert "w" in saved.load(saved.line()[0], like=STATE)
-        assert math.isnan(saved.line()[0]["eval/loss"])
+        assert "w" in saved.load(saved.available()[0], like=STATE)
+        assert math.isnan(saved.available()[0]["eval/loss"])
 
 
 def test_what_a_rewind_abandons_is_deleted(tmp_path):
@@ -117,7 +117,7 @@ def test_what_a_rewind_abandons_is_deleted(tmp_path):
         for step in (0, 10, 20, 30):
             saved.save(STATE, progress(step, loss=9 - step))
         saved.save(STATE, progress(10, 50, loss=-1))
-        assert batches(saved.line()) == [50]  # Step 0 made room for step 30.
+        assert batches(saved.available()) == [50]  # Step 0 made room for step 30.
     assert folders(tmp_path) == [50]
 
 
@@ -134,13 +134,13 @@ def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
     shutil.rmtree(tmp_path / "0" / "metrics")
     shutil.rmtree(tmp_path / "1" / "state")
     with Checkpoints(tmp_path, keep=3) as saved:
-        assert batches(saved.line()) == [5, 4, 3]
-        saved.save(STATE, saved.line()[0])  # As every run begins.
+        assert batches(saved.available()) == [5, 4, 3]
+        saved.save(STATE, saved.available()[0])  # As every run begins.
         assert not [n for n in (0, 1, 2) if (tmp_path / str(n)).exists()]
-        assert batches(saved.line()) == [5, 4, 3]
+        assert batches(saved.available()) == [5, 4, 3]
         saved.save(STATE, progress(6))
-        assert batches(saved.line()) == [6, 5, 4]
-        chex.assert_trees_all_equal(saved.load(saved.line()[0], like=STATE), STATE)
+        assert batches(saved.available()) == [6, 5, 4]
+        chex.assert_trees_all_equal(saved.load(saved.available()[0], like=STATE), STATE)
     assert folders(tmp_path) == [4, 5, 6]
 
 
@@ -149,13 +149,13 @@ def test_looking_disturbs_no_run_that_is_writing(tmp_path):
     with Checkpoints(tmp_path, keep=9) as saved:
         for step in range(3):
             saved.save(STATE, progress(step))
-        saved.line()
+        saved.available()
         half.mkdir()
         with (
             its_threads_end(),
             Checkpoints(tmp_path, keep=1, read_only=True) as looking,
         ):
-            assert batches(looking.line()) == [2]
+            assert batches(looking.available()) == [2]
         assert half.exists()
         half.rmdir()
     assert folders(tmp_path) == [0, 1, 2]
@@ -172,7 +172,7 @@ def test_a_state_is_restored_onto_other_devices(tmp_path):
         saved.save({"w": jax.device_put(STATE["w"], split)}, progress(0))
         for sharding in (split, copies, twice, one):
             like = {"w": jax.device_put(np.zeros(16, np.float32), sharding)}
-            restored = saved.load(saved.line()[0], like=like)["w"]
+            restored = saved.load(saved.available()[0], like=like)["w"]
             assert restored.sharding == sharding
             np.testing.assert_array_equal(restored, STATE["w"])
 

@@ -216,8 +216,8 @@ def test_a_run_that_gives_up_is_shown_as_far_as_it_came(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--inject", "nan@0"], "error: --inject: nan@0 is no fault; write "),
-        (["--sides"], "error: --sides: nobody takes part; give some of skip, branch"),
+        (["--inject", "nan@0"], "error: --inject: nan@0 is not a fault; write "),
+        (["--sides"], "error: --sides: no side is given; give some of skip, branch"),
     ],
 )
 def test_bad_input_gets_one_clear_line(tmp_path, monkeypatch, capsys, flags, message):

@@ -42,10 +42,10 @@ def test_a_mesh_is_read(text, sizes):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mesh": "data=4"}, "data=4 needs 4 devices, and there are 8"),
-        ({"mesh": "date=8"}, "date=8 is no mesh; give sizes of data, fsdp, model"),
-        ({"mesh": "data=4,data=2"}, "is no mesh"),
-        ({"mesh": "data=8,model=0"}, "is no mesh"),
+        ({"mesh": "data=4"}, "data=4 needs 4 devices, but there are 8"),
+        ({"mesh": "date=8"}, "date=8 is not a mesh; give sizes of data, fsdp, model"),
+        ({"mesh": "data=4,data=2"}, "is not a mesh"),
+        ({"mesh": "data=8,model=0"}, "is not a mesh"),
         ({"mesh": "model=8"}, "cannot split 4 heads of attention"),
         (
             {"mesh": "data=2,fsdp=4", "batch_size": 12},
@@ -60,7 +60,9 @@ def test_what_cannot_be_is_said_in_a_line(settings, message):
 
 @pytest.mark.parametrize("text", ["2", "host:12,2/2", "host,0/2", "host:12,-1/2"])
 def test_a_place_among_processes_that_is_none_is_refused(text):
-    with pytest.raises(InputError, match=f"--processes: {text} is no place"):
+    with pytest.raises(
+        InputError, match=f"--processes: {text} is not valid; give auto"
+    ):
         devices.join(text)
 
 
@@ -83,7 +85,7 @@ def test_an_axis_that_does_not_divide_is_named():
 def test_every_device_has_its_part_of_a_batch():
     mesh = devices.make_mesh("data=2,fsdp=2,model=2")
     batch = np.arange(24).reshape(8, 3)
-    placed = devices.place(batch, devices.by_rows(mesh))
+    placed = devices.place(batch, devices.batch_sharding(mesh))
     np.testing.assert_array_equal(placed, batch)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
 
@@ -106,13 +108,15 @@ def compile_step(config):
     lie = devices.shardings(state, mesh, model.SPLIT)
     state = jax.tree.map(lambda x, where: x.update(sharding=where), state, lie)
     shape = config.batch_size, model.SIZES["tiny"].context + 1
-    windows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=devices.by_rows(mesh))
+    windows = jax.ShapeDtypeStruct(
+        shape, jnp.int32, sharding=devices.batch_sharding(mesh)
+    )
 
     def step(state, windows):
         return training.train_step(graphdef, config, state, windows, {})
 
     step = jax.jit(
-        step, donate_argnums=0, out_shardings=(lie, devices.everywhere(mesh))
+        step, donate_argnums=0, out_shardings=(lie, devices.replicated(mesh))
     )
     with jax.set_mesh(mesh):
         return step.lower(state, windows).compile(), state

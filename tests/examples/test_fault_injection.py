@@ -56,18 +56,18 @@ def test_faults_without_a_size_are_read():
     ],
 )
 def test_what_is_no_fault_is_an_error_with_the_remedy(text):
-    with pytest.raises(ValueError, match="is no fault; write KIND@BATCH, ") as error:
+    with pytest.raises(ValueError, match="is not a fault; write KIND@BATCH, ") as error:
         parse(["nan@1", text])
-    assert str(error.value).startswith(f"{text} is no fault")
+    assert str(error.value).startswith(f"{text} is not a fault")
     assert "nan, scale, bytes, surge" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("scale=1e@3", "scale=1e@3: 1e is no number"),
-        ("nan=3@3", "nan=3@3: nan has no size; leave it away"),
-        ("bytes=3@3", "bytes=3@3: bytes has no size; leave it away"),
+        ("scale=1e@3", "scale=1e@3: 1e is not a number"),
+        ("nan=3@3", "nan=3@3: nan has no size; leave the size out"),
+        ("bytes=3@3", "bytes=3@3: bytes has no size; leave the size out"),
     ],
 )
 def test_a_size_that_cannot_be_is_an_error(text, match):

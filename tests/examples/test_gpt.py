@@ -79,7 +79,7 @@ def without_times(rows):
 def newest_state(folder):
     """All arrays of the newest checkpoint."""
     with Checkpoints(folder / "checkpoints") as saved:
-        return saved.load(saved.line()[0])
+        return saved.load(saved.available()[0])
 
 
 def command(folder, text, flags):
@@ -147,7 +147,7 @@ def test_a_run_that_is_killed_takes_the_same_course(tmp_path, text):
 
     run(tmp_path / "whole")
     kill_at(17, tmp_path / "torn")
-    assert "going on from there" in run(tmp_path / "torn")
+    assert "resuming from there" in run(tmp_path / "torn")
     logs = [without_times(read_rows(tmp_path / x)) for x in ("whole", "torn")]
     assert logs[0] == logs[1]
     assert [row["step"] for row in logs[0] if "loss" in row] == list(range(1, 31))
@@ -225,11 +225,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, text, monkeypatch, capsys)
     monkeypatch.setattr(train.Run, "advance", press)
     with pytest.raises(KeyboardInterrupt):
         train.train(config)
-    says = "SIGINT: saved at step 3; the same command goes on"
+    says = "SIGINT: saved at step 3; the same command resumes the run"
     assert says in capsys.readouterr().out
     assert (tmp_path / "report.html").is_file()
     train.train(config)
-    assert "is at step 3: going on" in capsys.readouterr().out
+    assert "is at step 3: resuming" in capsys.readouterr().out
     assert [row["step"] for row in read_log(tmp_path)[0]] == [1, 2, 3, 4]
 
 
@@ -408,7 +408,7 @@ def test_bits_are_per_byte_where_bytes_are_known(capsys):
         ("--data odd.bin", "error: --data: odd.bin has 5 bytes"),
         ("--data empty", "error: --data: no UTF-8 text in empty"),
         ("--resume must", "error: --resume: no checkpoint in runs/gpt; check --out"),
-        ("--inject nan@0", "error: --inject: nan@0 is no fault; write KIND@BATCH"),
+        ("--inject nan@0", "error: --inject: nan@0 is not a fault; write KIND@BATCH"),
         ("--gradient-penalty -1", "error: --gradient-penalty: -1.0 is out of range"),
         ("--keep-checkpoints 0", "error: --keep-checkpoints: 0 is too small; give"),
         ("--tokenizer x.json", "error: --tokenizer: "),

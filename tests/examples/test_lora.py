@@ -96,7 +96,7 @@ def contents(folder):
 def arrays_of(folder):
     """Of the model and of the optimizer in the newest checkpoint, by path."""
     with Checkpoints(folder / "checkpoints", read_only=True) as saved:
-        arrays = saved.load(saved.line()[0])["arrays"]
+        arrays = saved.load(saved.available()[0])["arrays"]
     return [
         {jax.tree_util.keystr(path): x for path, x in leaves}
         for leaves in map(
@@ -233,13 +233,16 @@ def test_a_base_that_was_never_trained_is_refused(flags, tmp_path):
     with pytest.raises(InputError, match=r"^--base: no checkpoints in .*; train one"):
         lora.load(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(InputError, match=r"^--base: no checkpoint in .* whole; train"):
+    with pytest.raises(
+        InputError, match=r"^--base: no complete checkpoint in .*; train"
+    ):
         lora.finetune(dataclasses.replace(flags, base=tmp_path))
 
 
 def test_text_of_more_tokens_than_the_base_knows_is_refused(flags, tmp_path):
     np.full(500, 999, np.uint16).tofile(tmp_path / "ids.bin")
-    says = "has 1000 different tokens, .* knows 256; give what it was trained on"
+    says = "has 1000 token ids, but the model of .* has 256; "
+    says += "give data of the same tokenizer"
     with pytest.raises(InputError, match=f"^--data: .*ids.bin {says}$"):
         lora.finetune(dataclasses.replace(flags, data=tmp_path / "ids.bin"))
 
@@ -248,8 +251,11 @@ def test_text_of_more_tokens_than_the_base_knows_is_refused(flags, tmp_path):
     ("change", "message"),
     [
         ({"rank": 0}, "--rank: 0 is too small; give 1 or more"),
-        ({"alpha": math.nan}, "--alpha: nan is no size; give a finite number above 0"),
-        ({"alpha": 0.0}, "--alpha: 0.0 is no size; give a finite number above 0"),
+        (
+            {"alpha": math.nan},
+            "--alpha: nan is out of range; give a finite number above 0",
+        ),
+        ({"alpha": 0.0}, "--alpha: 0.0 is out of range; give a finite number above 0"),
         ({"steps": 0}, "--steps: 0 is too small; give 1 or more"),
     ],
 )
@@ -263,7 +269,9 @@ def test_settings_that_cannot_work_are_refused(flags, tmp_path, change, message)
 def test_a_run_goes_on_with_its_own_adapters_alone(flags, tuned, change):
     del tuned
     (name,) = change
-    with pytest.raises(InputError, match=f"^--{name}: .*; give that, or another --out"):
+    with pytest.raises(
+        InputError, match=f"^--{name}: .*; give that value, or another --out"
+    ):
         lora.finetune(dataclasses.replace(flags, resume="changed", **change))
 
 

@@ -123,14 +123,14 @@ def test_processes_train_together_and_survive(start):
     job.wait_for_step(killed + 3)
     job.processes[2].send_signal(signal.SIGTERM)
     assert job.wait() == [130] * 4, job.printed()
-    assert "going on from there" in job.logs[0].read_text()
+    assert "resuming from there" in job.logs[0].read_text()
     (says,) = (x for x in job.logs[0].read_text().split("\n") if "saved at step" in x)
     saved = int(says.split("saved at step ")[1].split(";")[0])
     assert "held-out" not in job.logs[1].read_text()  # One of them prints.
 
     job = start("run", processes=1, devices=1, mesh="data=1")
     assert job.wait() == [0], job.printed()
-    assert f"is at step {saved}: going on" in job.printed()
+    assert f"is at step {saved}: resuming" in job.printed()
     reference = start("reference", processes=1, devices=1, mesh="data=1")
     assert reference.wait() == [0], reference.printed()
     found, expected = losses(job.folder), losses(reference.folder)

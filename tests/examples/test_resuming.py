@@ -50,7 +50,7 @@ def test_an_empty_folder_is_for_a_new_run(resume):
 
 @pytest.mark.parametrize("resume", ["must", "changed"])
 def test_an_empty_folder_cannot_be_gone_on_with(resume):
-    remedy = "check --out, or leave --resume away"
+    remedy = "check --out, or leave out --resume"
     refuses(f"--resume: no checkpoint in /runs/x; {remedy}", None, resume=resume)
 
 
@@ -61,16 +61,19 @@ def test_the_same_run_is_gone_on_with(resume):
 
 
 def test_never_leaves_a_run_alone():
-    says = "--resume: never, but /runs/x holds a run; give another --out, or remove it"
-    refuses(says, saved(), resume="never")
+    remedy = "give another --out, or delete that folder"
+    refuses(
+        f"--resume: never, but /runs/x holds a run; {remedy}", saved(), resume="never"
+    )
 
 
 @pytest.mark.parametrize("resume", ["auto", "must"])
 def test_other_settings_are_an_error(resume):
-    remedy = "give that, another --out, or --resume changed"
+    remedy = "give that value, another --out, or --resume changed"
     has = "but the run in /runs/x has"
     refuses(f"--batch-size: 4, {has} 8; {remedy}", saved(), resume=resume, batch_size=4)
     corpus = ["other.txt", 10]
+    remedy = "give that text, another --out, or --resume changed"
     refuses(
         f"--data: other.txt of 10 tokens, {has} book.txt of 1000 tokens; {remedy}",
         saved(),
@@ -86,7 +89,8 @@ def test_changed_takes_other_settings():
 @pytest.mark.parametrize("resume", ["auto", "must", "changed"])
 def test_what_shapes_the_state_can_never_be_changed(resume):
     """And is named first, for no other remedy would do."""
-    says = "--size: small, but the run in /runs/x has tiny; give that, or another --out"
+    remedy = "give that value, or another --out"
+    says = f"--size: small, but the run in /runs/x has tiny; {remedy}"
     refuses(says, saved(), resume=resume, batch_size=4, size="small")
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import survival
-from checkpoints import Checkpoints, those_that_count
+from checkpoints import Checkpoints, select_checkpoints
 from stopping import StopRequest
 from trainer import DivergedError, Schedule, Trainer
 from writers import JsonLines, Writer, read_json_lines
@@ -164,9 +164,9 @@ class Memory:
             del self.disk[batch]
 
     def _count(self):
-        return those_that_count((json.loads(x) for _, x in self.disk.values()), KEEP)
+        return select_checkpoints((json.loads(x) for _, x in self.disk.values()), KEEP)
 
-    def line(self):
+    def available(self):
         self.flush()
         return self._count()
 
@@ -178,10 +178,10 @@ class Memory:
 def go(saved, log, *, run=NumpyRun, policy=AfterThree, life=None, stop=""):
     """Starts a run or goes on with it, as examples/gpt/train.py does."""
     life = life or Life()
-    newest = next(iter(saved.line()), None)
+    newest = next(iter(saved.available()), None)
     writer = JsonLines(log, resume_after=newest and newest["batch"])
     run = run(life)
-    saved = mortal(life, saved, "save", "line", "load")
+    saved = mortal(life, saved, "save", "available", "load")
     writer = mortal(life, writer, "write", "write_histograms")
     policy = mortal(life, policy(), "update", "get_state", "set_state")
     trainer = Trainer(SCHEDULE, run, saved, writer, {"about": "it"}, policy)
@@ -201,7 +201,7 @@ def course(saved, log, trainer, run):
         [without_times(json.loads(line)) for line in log.read_text().splitlines()],
         {key: np.asarray(x).tobytes() for key, x in run.state.items()},
         (run.step, run.batch, without_times(trainer.row)),
-        [json.dumps(each) for each in saved.line()],
+        [json.dumps(each) for each in saved.available()],
     )
 
 
@@ -260,7 +260,7 @@ def test_a_run_that_is_stopped_after_any_step_takes_the_same_course(
     saved, log, stops = Memory({}), tmp_path / "log.jsonl", 0
     trainer, run = go(saved, log, policy=policy, stop="SIGTERM")
     while run.step < SCHEDULE.steps:
-        assert saved.line()[0]["batch"] == run.batch  # Nothing would be lost.
+        assert saved.available()[0]["batch"] == run.batch  # Nothing would be lost.
         saved, stops = Memory(saved.disk), stops + 1
         trainer, run = go(saved, log, policy=policy, stop="SIGTERM")
     assert stops > SCHEDULE.steps
@@ -336,7 +336,7 @@ def test_a_run_that_gave_up_gives_up_again(tmp_path):
     for _ in range(2):
         with pytest.raises(DivergedError, match="loss is no number"):
             go(saved, log, policy=lambda: Scripted(18, stop))
-        assert saved.line()[0]["step"] == 16
+        assert saved.available()[0]["step"] == 16
 
 
 class Watched(Writer):
@@ -392,7 +392,7 @@ def test_a_stopped_run_keeps_what_it_can_go_back_to(tmp_path):
     log, saved = tmp_path / "log.jsonl", Memory({})
     for _ in range(7):
         go(saved, log, policy=AfterThree, stop="SIGINT")
-    line = saved.line()
+    line = saved.available()
     assert [each["step"] for each in line] == [7, 4, 0]
     assert [each.get("interim", False) for each in line] == [True, False, False]
     # And to nothing else: without the stops there would be no step 7.
@@ -458,4 +458,4 @@ def test_ctrl_c_stops_between_two_steps_and_saves(tmp_path):
         Trainer(SCHEDULE, run, saved, writer, {}, None).train(stop)
     assert stop.requested == "SIGINT"
     assert rows == [0, 1, 2, 3, 4, 5, 6, 6]  # The last is an evaluation.
-    assert saved.line()[0]["step"] == run.step == 6
+    assert saved.available()[0]["step"] == run.step == 6

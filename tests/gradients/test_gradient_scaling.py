@@ -74,7 +74,7 @@ def test_a_pattern_that_matches_nothing_raises_and_lists_the_leaves():
     [
         ({"w": -1.0}, ValueError, r"factors\['w'\]=-1\.0"),
         ({"w": "0.1"}, TypeError, r"factors\['w'\]"),
-        ({"(": 0.1}, ValueError, r"'\(', which is no regular expression"),
+        ({"(": 0.1}, ValueError, r"'\(', which is not a regular expression"),
         (0.1, TypeError, "factors must map patterns to numbers, got 0.1"),
     ],
 )

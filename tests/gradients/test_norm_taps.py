@@ -135,7 +135,7 @@ def test_a_lookup_taps_the_norm_of_every_example(shape):
     y, g = draw(1, *shape, 6), draw(2, *shape, 6)
 
     def rows(y, tap):
-        return _norm_taps.looked_up(y, ids, tap)[0]
+        return _norm_taps.tap_lookup(y, ids, tap)[0]
 
     dy, squares = pull(rows, y, jnp.zeros(B), along=g)
     np.testing.assert_array_equal(dy, g)
@@ -151,10 +151,10 @@ def test_a_head_that_shares_the_embedding_adds_the_cross_term(length):
 
     def loss(embedding, tap, ids, target):
         y = jnp.take(embedding, ids, axis=0)
-        y, link = _norm_taps.looked_up(y, ids, tap)
+        y, link = _norm_taps.tap_lookup(y, ids, tap)
         hidden = jnp.tanh(jnp.concatenate([y, y[:, :1]], axis=1))
         logits = _norm_taps.dense(hidden, embedding.T, tap)
-        logits = _norm_taps.link(logits, hidden, ids, link)
+        logits = _norm_taps.link_to_lookup(logits, hidden, ids, link)
         return jnp.sum((logits - target) ** 2)
 
     def part(ids, target):
@@ -169,10 +169,10 @@ def test_a_watch_counts_uses_and_measures_their_gradients():
     w, seen = draw(0, 3), jnp.zeros(2)
 
     def once(w, seen):
-        return jnp.sum(_norm_taps.watch(w, seen) ** 2)
+        return jnp.sum(_norm_taps.tap_parameter(w, seen) ** 2)
 
     def twice(w, seen):
-        return once(w, seen) + jnp.sum(3 * _norm_taps.watch(w, seen))
+        return once(w, seen) + jnp.sum(3 * _norm_taps.tap_parameter(w, seen))
 
     square = np.sum(4 * np.square(w))
     np.testing.assert_allclose(jax.grad(once, 1)(w, seen), [1, square], rtol=RTOL)
@@ -252,7 +252,7 @@ def test_a_nan_row_of_a_lookup_is_nan_for_its_example_only():
     g = jnp.ones((B, 3, 2)).at[1, 0, 0].set(jnp.nan)
 
     def rows(y, tap):
-        return _norm_taps.looked_up(y, ids, tap)[0]
+        return _norm_taps.tap_lookup(y, ids, tap)[0]
 
     squares = pull(rows, g, jnp.zeros(B), along=g)[1]
     np.testing.assert_array_equal(squares, [18, jnp.nan, 18, 18])
@@ -262,7 +262,7 @@ LAYERS_OF_ONES = {
     "dense": (_norm_taps.dense, jnp.ones((2, 1))),
     "shift": (_norm_taps.shift, jnp.ones(1)),
     "scale": (_norm_taps.scale, jnp.ones(1)),
-    "lookup": (lambda y, ids, tap: _norm_taps.looked_up(y, ids, tap)[0], None),
+    "lookup": (lambda y, ids, tap: _norm_taps.tap_lookup(y, ids, tap)[0], None),
 }
 
 

@@ -22,7 +22,7 @@ merge = jax.jit(_moments.merge)
 single = jax.jit(functools.partial(_moments.single, mean_square=True))
 stacked = jax.jit(functools.partial(_moments.stacked, mean_square=True))
 all_finite = jax.jit(_moments.all_finite)
-sizes = jax.jit(_moments.sizes)
+sizes = jax.jit(_moments.rms)
 
 
 def make_grads(count, seed=0, level=0.0, spread=1.0):
@@ -166,7 +166,7 @@ def test_groups_that_are_stacked_merge_like_single_ones(stream, cut):
 
 
 EMPTY = {
-    "nothing": lambda: _moments.nothing(NOT_A_NUMBER, mean_square=True),
+    "nothing": lambda: _moments.empty(NOT_A_NUMBER, mean_square=True),
     "single": lambda: single(NOT_A_NUMBER, np.float32(np.nan), np.float32(0)),
     "stacked": lambda: stacked(
         jax.tree.map(lambda x: np.stack([x, x]), NOT_A_NUMBER),
@@ -192,7 +192,7 @@ def test_an_empty_aggregate_is_neutral_on_either_side(kind):
 
 @pytest.mark.parametrize("kind", EMPTY)
 def test_two_empty_aggregates_are_none(kind):
-    merged = merge(_moments.nothing(NOT_A_NUMBER, mean_square=True), EMPTY[kind]())
+    merged = merge(_moments.empty(NOT_A_NUMBER, mean_square=True), EMPTY[kind]())
     for leaf in jax.tree.leaves(merged):
         np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
 
@@ -257,8 +257,8 @@ def test_merging_large_groups_that_are_far_apart():
 
 def test_merging_keeps_the_dtypes_and_marks_of_the_first():
     like = {"b": jnp.zeros(2), "w": jnp.zeros((2, 2), jnp.bfloat16)}
-    nothing = _moments.nothing(like, mean_square=True)
-    narrow = _moments.nothing(like, mean_square=False, dtype=jnp.bfloat16)
+    nothing = _moments.empty(like, mean_square=True)
+    narrow = _moments.empty(like, mean_square=False, dtype=jnp.bfloat16)
     grads = jax.tree.map(lambda x: x + 1, like)
     part = _moments.single(grads, 0.0, 1.0, mean_square=True)
     merged = merge(nothing, part)
@@ -284,7 +284,7 @@ def test_widening_leaves_wide_leaves_alone():
 
 def test_no_leaves_have_no_deviation():
     part = _moments.single({}, 1.0, 2.0, mean_square=True)
-    merged = merge(_moments.nothing({}, mean_square=True), part)
+    merged = merge(_moments.empty({}, mean_square=True), part)
     assert merged.moments.deviation.shape == (0,)
     assert float(merged.value) == 1
     assert float(merged.moments.weight) == 2
@@ -300,7 +300,8 @@ def test_distances_are_summed_over_the_axes_of_shard_map():
     specs = specs._replace(mean=row, moments=specs.moments._replace(mean_square=row))
 
     def merge_shards(a, b):
-        return _moments.merge(a, b, _moments.distances(a, b.mean, axis_name="model"))
+        between = _moments.squared_distances(a, b.mean, axis_name="model")
+        return _moments.merge(a, b, between)
 
     sharded = jax.shard_map(
         merge_shards, mesh=mesh, in_specs=(specs, specs), out_specs=specs
@@ -395,7 +396,7 @@ def make_moments(tree, *, mean_square=True):
         jax.tree.structure(tree),
         [i + jnp.zeros_like(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))],
     )
-    nothing = _moments.nothing(tree, mean_square=mean_square)
+    nothing = _moments.empty(tree, mean_square=mean_square)
     return nothing.moments._replace(
         deviation=jnp.arange(count, dtype=jnp.float32),
         norm=10 + jnp.arange(count, dtype=jnp.float32),
@@ -446,7 +447,7 @@ def test_moments_behind_a_mask_are_those_of_the_leaves_in_front(kind):
     np.testing.assert_array_equal(found.norm, 10 + np.array(numbers, int))
     assert leaf_numbers(found) == numbers
     names = ost.leaf_names(tree)
-    assert ost._tree.names_of_marks(found.leaves) == [names[i] for i in numbers]
+    assert ost._core._tree.names_of_marks(found.leaves) == [names[i] for i in numbers]
 
 
 def test_every_part_of_a_partition_sees_its_own():
@@ -492,7 +493,7 @@ def test_without_a_mask_everything_is_visible():
     ids=["fewer", "list", "more", "deeper"],
 )
 def test_moments_of_another_tree_are_an_error(other):
-    with pytest.raises(ValueError, match="moments are of another tree"):
+    with pytest.raises(ValueError, match="moments belong to another tree"):
         _moments.visible(make_moments(make_tree()), other)
 
 
@@ -519,7 +520,7 @@ def moments_of(grads):
     """The moments that microbatch_gradients gives, and ḡ."""
     count = len(jax.tree.leaves(grads)[0])
     aggregate = stacked(grads, np.zeros(count, "f4"), np.ones(count, "f4"))
-    norm = ost._norms.leaf_norms(aggregate.mean)
+    norm = ost._core._norms.leaf_norms(aggregate.mean)
     return aggregate.moments._replace(norm=norm), aggregate.mean
 
 

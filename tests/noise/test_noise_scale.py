@@ -28,7 +28,7 @@ def moments_of(grads, weights=None):
     weights = jnp.ones(leaves[0].shape[0]) if weights is None else weights
     losses = jnp.zeros(leaves[0].shape[0])
     whole = _moments.stacked(grads, losses, jnp.asarray(weights), mean_square=False)
-    norm = ost._norms.leaf_norms(whole.mean)
+    norm = ost._core._norms.leaf_norms(whole.mean)
     return whole.moments._replace(norm=norm), whole.mean
 
 

@@ -151,7 +151,7 @@ def test_accumulation_follows_the_noise():
     ("arguments", "match"),
     [
         ({"min_k": 1}, r"min_k=1 must be an integer of at least 2; one microbatch"),
-        ({"max_k": 1}, r"max_k=1 must be an integer of at least 2; it is the most"),
+        ({"max_k": 1}, r"max_k=1 must be an integer of at least 2; it must be"),
         ({"fraction": 0}, r"fraction=0 is outside"),
     ],
 )

@@ -13,9 +13,9 @@ from scipy import stats
 from optax_stability._noise import _statistics
 from optax_stability._noise._statistics import (
     Averages,
+    init_averages,
     interval,
-    nothing_learned,
-    trusted,
+    longest_consistent,
 )
 
 # Some dozen roundings of float32.
@@ -24,8 +24,8 @@ ROUNDING = 1e-5
 
 def remembered(trace, grad_sq, decays):
     """The averages of all memories after a stream of numbers."""
-    averages = nothing_learned(1)
-    step = jax.jit(_statistics.learn)
+    averages = init_averages(1)
+    step = jax.jit(_statistics.update_averages)
     for s, g, decay in zip(trace, grad_sq, decays, strict=True):
         averages = step(averages, jnp.float32([s]), jnp.float32([g]), decay)
     return averages
@@ -125,7 +125,7 @@ def test_a_mean_below_zero_counts_as_zero():
 
 
 def test_where_nothing_is_known_nothing_is_claimed():
-    for averages in (nothing_learned(1), learned([1.0, 2], [1.0, 1], [0.9] * 2)):
+    for averages in (init_averages(1), learned([1.0, 2], [1.0, 1], [0.9] * 2)):
         found = interval(averages, 0.95)
         assert not found.valid[0]
         assert found.low[0] == 0
@@ -165,7 +165,7 @@ def test_a_narrow_interval_keeps_its_width(width):
     np.testing.assert_allclose(found.high - found.low, roots[1] - roots[0], rtol=0.05)
     # And memories of one distribution go on agreeing.
     averages = remembered(trace, grad_sq, decays)
-    chex.assert_trees_all_equal(trusted(averages).steps, averages.steps[0])
+    chex.assert_trees_all_equal(longest_consistent(averages).steps, averages.steps[0])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e37])
@@ -211,10 +211,10 @@ def simulate(d, k, batch, b_simple, decay, steps):
         across = 2 * jax.random.gamma(keys[2], (d - 1) / 2, (RUNS,))
         norm_sq = along**2 + variance / batch * across
         grad_sq = norm_sq - trace / batch
-        return _statistics.learn(averages, trace, grad_sq, decay), None
+        return _statistics.update_averages(averages, trace, grad_sq, decay), None
 
     keys = jax.random.split(jax.random.key(0), steps)
-    return jax.lax.scan(step, nothing_learned(RUNS), keys)[0]
+    return jax.lax.scan(step, init_averages(RUNS), keys)[0]
 
 
 def delta_method(averages: Averages, b_simple):
@@ -249,7 +249,7 @@ CHANCE = 4 * (0.95 * 0.05 / RUNS) ** 0.5
 
 @pytest.mark.parametrize("setting", HARD.values(), ids=HARD)
 def test_the_interval_covers_where_the_delta_method_does_not(setting):
-    averages, true = trusted(simulate(*setting)), setting[3]
+    averages, true = longest_consistent(simulate(*setting)), setting[3]
     found = interval(averages, 0.95)
     covered = jnp.mean((found.low <= true) & (true <= found.high))
     assert 0.93 <= covered <= 0.97
@@ -258,7 +258,7 @@ def test_the_interval_covers_where_the_delta_method_does_not(setting):
 
 @pytest.mark.parametrize("setting", HOPELESS.values(), ids=HOPELESS)
 def test_a_hopeless_case_is_called_so_and_its_bound_holds(setting):
-    averages, true = trusted(simulate(*setting)), setting[3]
+    averages, true = longest_consistent(simulate(*setting)), setting[3]
     found = interval(averages, 0.95)
     assert jnp.mean(found.valid) < 0.1
     # A mean below 0 counts as 0, so that it errs on one side only: 2.5 %, not 5.
@@ -269,7 +269,7 @@ def test_a_hopeless_case_is_called_so_and_its_bound_holds(setting):
 
 @pytest.mark.parametrize("confidence", [0.5, 0.8, 0.99])
 def test_the_confidence_is_kept(confidence):
-    averages = trusted(simulate(100, 8, 32, 50.0, 0.97, 200))
+    averages = longest_consistent(simulate(100, 8, 32, 50.0, 0.97, 200))
     found = interval(averages, confidence)
     covered = jnp.mean((found.low <= 50) & (found.high >= 50))
     np.testing.assert_allclose(covered, confidence, atol=0.03)
@@ -277,7 +277,7 @@ def test_the_confidence_is_kept(confidence):
 
 def test_without_a_change_the_longest_memory_is_trusted():
     averages = simulate(1000, 8, 32, 200.0, 0.98, 300)
-    assert jnp.mean(trusted(averages).steps == averages.steps[0]) > 0.9
+    assert jnp.mean(longest_consistent(averages).steps == averages.steps[0]) > 0.9
 
 
 def test_of_memories_that_agree_the_longest_is_trusted_and_else_a_shorter_one():
@@ -286,10 +286,10 @@ def test_of_memories_that_agree_the_longest_is_trusted_and_else_a_shorter_one():
     grad_sq += 0.1 * rng.standard_normal(260)
     trace, decays = 100 + rng.standard_normal(260), np.full(260, 0.99)
     before = remembered(trace[:200], grad_sq[:200], decays[:200])
-    chex.assert_trees_all_equal(trusted(before).steps, before.steps[0])
+    chex.assert_trees_all_equal(longest_consistent(before).steps, before.steps[0])
     after = remembered(trace, grad_sq, decays)
-    chex.assert_trees_all_equal(trusted(after).steps, after.steps[2])
-    found = interval(trusted(after), 0.95)
+    chex.assert_trees_all_equal(longest_consistent(after).steps, after.steps[2])
+    found = interval(longest_consistent(after), 0.95)
     assert found.low[0] < 100 < found.high[0]
     # The longest alone would be sure of what is no more.
     stale = interval(learned(trace, grad_sq, decays), 0.95)
@@ -303,7 +303,7 @@ def test_after_a_spike_a_short_memory_is_trusted_that_has_recovered():
     trace[300], grad_sq[300] = 1e6, 1e4
     averages = remembered(trace, grad_sq, np.full(500, 0.99))
     assert interval(averages, 0.95).high[0, 0] == np.inf
-    found = interval(trusted(averages), 0.95)
+    found = interval(longest_consistent(averages), 0.95)
     assert found.valid[0]
     assert found.low[0] < 50 < found.high[0]
 
@@ -315,21 +315,21 @@ def test_numbers_as_large_as_float32_holds_do_no_lasting_harm():
     both = [np.concatenate(pair) for pair in zip(large, normal, strict=True)]
     averages = remembered(*both, np.full(72, 0.99))
     chex.assert_tree_all_finite(averages)
-    found = interval(trusted(averages), 0.95)
+    found = interval(longest_consistent(averages), 0.95)
     assert found.low[0] < 50 < found.high[0]
 
 
 def test_streams_trust_memories_of_their_own():
     steady, changed = draw(0, steps=250, snr=50.0), draw(1, steps=250, snr=50.0)
     changed[1][-20:] /= 10
-    averages, decays = nothing_learned(2), np.full(250, 0.99)
-    step = jax.jit(_statistics.learn)
+    averages, decays = init_averages(2), np.full(250, 0.99)
+    step = jax.jit(_statistics.update_averages)
     for s, g, decay in zip(
         *(np.stack(pair, 1) for pair in zip(steady[:2], changed[:2], strict=True)),
         decays,
         strict=True,
     ):
         averages = step(averages, s.astype("f4"), g.astype("f4"), decay)
-    steps = trusted(averages).steps
+    steps = longest_consistent(averages).steps
     assert steps[0] == averages.steps[0, 0]
     assert steps[1] < averages.steps[0, 1] / 2

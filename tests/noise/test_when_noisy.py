@@ -92,7 +92,7 @@ def test_what_is_inside_learns_all_the_time():
     ("arguments", "error", "match"),
     [
         ({"above": -1.0}, ValueError, r"above=-1.0 is outside"),
-        ({"above": 1.0, "below": 2.0}, ValueError, r"below=2.0 is above above=1.0"),
+        ({"above": 1.0, "below": 2.0}, ValueError, r"below=2.0 exceeds above=1.0"),
         ({"above": 1.0, "measure": "b"}, ValueError, r"measure='b' is unknown"),
         ({"above": 1.0, "measure": "noise_to_weight"}, ValueError, "give below="),
         ({"above": 1.0, "estimator": 3}, TypeError, "estimator must be"),

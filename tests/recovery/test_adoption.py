@@ -196,7 +196,7 @@ def test_other_parameters_are_refused(other):
 
 def test_a_new_parameter_is_refused():
     more = PARAMS | {"new": jnp.zeros(3)}
-    with pytest.raises(ValueError, match="'new' is in one of the two states only"):
+    with pytest.raises(ValueError, match="'new' is in only one of the two states"):
         ost.adopt_state(ost.skip_spikes(old_adamw()), more, trained(old_adamw()))
 
 

@@ -204,7 +204,7 @@ def test_another_metric_can_be_watched():
     for step, x in enumerate([1.0, 1.0, 1.0, 5.0], start=1):
         decision = policy.update(step, {"eval/loss": x, "loss": 1.0})
     assert decision.reason == (
-        "eval/loss is at 3 since step 4, 2 above the lowest of late"
+        "eval/loss is at 3 since step 4, 2 above the recent minimum"
     )
 
 

@@ -58,7 +58,7 @@ def run_of(rows=200, **changed):
 
 
 def branching_run():
-    """A branch of ten steps with a probe in vain, that is taken back."""
+    """A branch of ten steps with a failed probe, that is rolled back."""
     history = run_of()
     mode, probed, back = np.zeros((3, 200))
     mode[120:130], mode[[124, 129]], probed[[125, 130]], back[130:] = 1, 2, 1, 1
@@ -157,7 +157,7 @@ def test_the_suffix_sets_the_format(tmp_path, suffix, start):
 
 def test_nothing_recorded_says_so():
     assert titles({"step": np.arange(4), "loss": np.full(4, np.nan)}) == []
-    assert "Nothing that could be drawn was recorded." in texts(
+    assert "None of the metrics that can be plotted was recorded." in texts(
         picture({"step": np.zeros(0)})
     )
 
@@ -209,7 +209,7 @@ def test_a_branch_is_shaded_and_its_probes_are_marked_and_no_loss():
     history = branching_run()
     svg = picture(history)
     shown = texts(svg)
-    for text in ("branch, 10 steps", "probed in vain, 1 time", "taken back, 1 time"):
+    for text in ("branch, 10 steps", "1 failed probe", "1 rollback"):
         assert text in shown
     assert not any("above the axis" in text for text in shown)
     assert 40.0 not in _curves.loss_of(_curves.read(history).train)
@@ -257,12 +257,12 @@ def test_plot_history_asks_the_diagnosis(tmp_path, monkeypatch):
 def test_extremes_and_marks_survive_thinning():
     values = np.zeros(100_000)
     values[[123, 45_678, 99_999]] = 5.0, -5.0, np.nan
-    rows = _curves.extremes(values)
+    rows = _curves.extreme_rows(values)
     assert {123, 45_678} <= set(rows)
     assert len(rows) <= 2 * _curves.PIXELS
     flags = values != 0
-    assert set(_curves.marked(flags, values)) == {123, 45_678, 99_999}
-    many = _curves.marked(np.ones(100_000, bool), values)
+    assert set(_curves.marker_rows(flags, values)) == {123, 45_678, 99_999}
+    many = _curves.marker_rows(np.ones(100_000, bool), values)
     assert 123 in many
     assert len(many) == _curves.PIXELS
 
@@ -275,11 +275,11 @@ def test_one_bad_cell_of_many_is_seen_in_the_heat_map(bad):
     history = {f"grad/norm/l{i}": norms[:, i] for i in range(layers)}
     found = _heat_map.cells(_curves.read({"step": np.arange(rows)} | history).train)
     assert found is not None
-    assert found.level.shape == found.broken.shape == (360, 720)
-    assert found.broken.sum() == 1
-    row, column = np.argwhere(found.broken)[0]
+    assert found.level.shape == found.nonfinite.shape == (360, 720)
+    assert found.nonfinite.sum() == 1
+    row, column = np.argwhere(found.nonfinite)[0]
     assert (row, column) == (227, 177)  # row 227 begins with layer 2.5 × 227 = 567.5
-    level = np.where(found.broken, 0.0, found.level)
+    level = np.where(found.nonfinite, 0.0, found.level)
     assert level.min() == -2.0
     assert level.max() == pytest.approx(np.log10(20))
     assert found.names[0] == "l0"
@@ -291,14 +291,14 @@ def test_layers_that_were_not_looked_at_are_no_broken_ones():
     found = _heat_map.cells(_curves.read(history).train)
     assert found is not None
     assert found.level.shape == (1, 10)
-    assert not found.broken.any()
+    assert not found.nonfinite.any()
     assert not np.isnan(found.level).any()
 
 
 def test_what_is_broken_and_what_is_missing():
     nan, inf = np.nan, np.inf
     values = np.array([nan, 1, 1, nan, 1, 1, 1, nan, nan, 1, inf, nan, 1])
-    assert np.flatnonzero(_curves.broken(values)).tolist() == [7, 8, 10]
+    assert np.flatnonzero(_curves.is_nonfinite(values)).tolist() == [7, 8, 10]
 
 
 def test_rows_of_an_evaluation_are_no_steps_of_training():
@@ -314,7 +314,7 @@ def test_rows_of_an_evaluation_are_no_steps_of_training():
 def test_the_trend_is_the_median_of_the_neighbours():
     values = np.random.default_rng(0).standard_normal(400)
     values[17] = np.nan
-    rows, level = _curves.trend(values)
+    rows, level = _curves.running_median(values)
     assert rows.tolist() == list(range(400))
     # A fortieth of 400 rows: five on either side.
     expected = [np.nanmedian(values[max(0, i - 5) : i + 6]) for i in range(400)]
@@ -385,7 +385,7 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
         ({"step": [0], "loss": ["x"]}, "a.png", TypeError, r"history\['loss'\].*'x'"),
         ({"step": []}, "a.jpg", ValueError, r"path='a.jpg' must end with .*\.png"),
         ({"step": []}, "a", ValueError, r"path='a' must end with one of \.png"),
-        ({"step": []}, 3, TypeError, r"path must be a str .* got 3; give"),
+        ({"step": []}, 3, TypeError, r"path must be a str .* got 3; pass"),
     ],
 )
 def test_bad_arguments_are_named(history, path, error, message):

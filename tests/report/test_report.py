@@ -140,7 +140,7 @@ def test_panels_are_those_of_the_picture(report):
     assert full_report().count("<figure>") == len(titles(run_of()))
     for history in (only("loss"), only("learning_rate", "update/rms")):
         assert report(history).count("<figure>") == len(titles(history))
-    assert "Nothing that could be drawn" in report(only())
+    assert "None of the metrics that can be plotted" in report(only())
 
 
 def test_a_chart_is_described_for_those_who_do_not_see_it():
@@ -176,7 +176,7 @@ def test_a_finding_tells_all_it_knows(report, monkeypatch):
 
 def test_without_a_finding_it_says_what_was_looked_at(report):
     calm = {"step": np.arange(10, 40), "loss": np.linspace(3, 2, 30)}
-    assert "No finding:</strong> nothing in steps 10–39, over 1 metric," in report(calm)
+    assert "No finding:</strong> in steps 10–39, over 1 metric, no" in report(calm)
 
 
 def test_findings_have_the_same_numbers_in_page_and_picture(
@@ -188,8 +188,8 @@ def test_findings_have_the_same_numbers_in_page_and_picture(
     page = report(only("loss"))
     cards = re.findall(r'id="finding-(\d)-title">([^<]*)<', page)
     assert cards == [
-        ("1", "A number that is not finite"),
-        ("2", "The loss stands still"),
+        ("1", "NaN or Inf"),
+        ("2", "The loss does not fall"),
     ]
     plot_history(only("loss"), tmp_path / "run.svg")
     for drawn in (page[page.index("<svg") :], (tmp_path / "run.svg").read_text()):
@@ -286,7 +286,7 @@ def test_a_browser_opens_it_without_a_complaint_or_a_request(tmp_path):
 
 def test_what_was_taken_back_is_on_the_page(report):
     page = report(branching_run())
-    assert "Taken back" in page
-    assert "1 probed in vain" in page
-    assert "branches taken back so far" in page
-    assert "Taken back" not in report(run_of())
+    assert "Rolled back" in page
+    assert "1 failed probe<" in page
+    assert "branches rolled back so far" in page
+    assert "Rolled back" not in report(run_of())

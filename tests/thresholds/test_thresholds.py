@@ -1,5 +1,8 @@
 """Thresholds: the published rule, what is never learned, and the way out of it."""
 
+import inspect
+import re
+
 import chex
 import hypothesis
 import hypothesis.strategies as st
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 from streams import compiled, last, noisy, run, signature
 
+import optax_stability as ost
 from optax_stability import thresholds
 
 # One rounding of the mean is 6e-8 of it and is remembered for 1/(1 − 0.97) = 33 steps:
@@ -503,3 +507,45 @@ def test_the_greatest_rise_can_be_traced():
         return jnp.stack(found)
 
     np.testing.assert_allclose(jax.jit(limits)(2.0), limits(2.0), rtol=ROUNDING)
+
+
+# --- how a threshold prints --------------------------------------------------------
+
+CALLS = (
+    "constant(1.0)",
+    "constant(limit=inf)",
+    "zscore()",
+    "zscore(2.0, decay=0.9, mode='max')",
+    "ema_ratio(1.05, warmup=10)",
+    "window_zscore(6.0, window=64)",
+    "window_quantile(0.9)",
+    "window_median(3.0)",
+    "detrended_mad(5.0, floor=5.0)",
+    "relearn(zscore(), after=25)",
+)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_threshold_prints_as_the_call_that_made_it(call):
+    assert repr(eval(call, {**vars(thresholds), "inf": np.inf})) == call
+
+
+def test_every_function_that_makes_a_threshold_is_among_the_calls():
+    made = {name for name, x in vars(thresholds).items() if inspect.isfunction(x)}
+    assert made == {call.partition("(")[0] for call in CALLS}
+
+
+def test_a_threshold_made_by_hand_prints_its_functions():
+    functions = thresholds.zscore()[:3]
+    by_hand = thresholds.Threshold(*functions)
+    assert repr(by_hand) == "Threshold({!r}, {!r}, {!r})".format(*functions)
+
+
+def test_the_signature_of_spike_guard_shows_its_thresholds_as_calls():
+    signature = str(inspect.signature(ost.spike_guard))
+    for name, call in {
+        "grad_norm": "detrended_mad(5.0, floor=5.0)",
+        "value": "detrended_mad(7.0, floor=0.5, log=False)",
+        "confirm": "detrended_mad(4.0, floor=0.3, log=False)",
+    }.items():
+        assert re.search(rf", {name}: [^=]* = {re.escape(call)}, ", signature)

@@ -520,8 +520,8 @@ def test_no_stream_makes_a_state_infinite_or_a_limit_nan(values):
         (thresholds.window_quantile, "q", 0.0, ValueError, "percentile 10"),
         (thresholds.window_quantile, "q", 10, ValueError, "percentile 10"),
         (thresholds.window_quantile, "q", None, TypeError, "must be a number"),
-        (thresholds.window_median, "ratio", 0.0, ValueError, "20 looks for spikes"),
-        (thresholds.window_median, "ratio", np.inf, ValueError, "20 looks for spikes"),
+        (thresholds.window_median, "ratio", 0.0, ValueError, "20 detects spikes"),
+        (thresholds.window_median, "ratio", np.inf, ValueError, "20 detects spikes"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value_and_a_remedy(

@@ -1,4 +1,4 @@
-"""The look of axes: colours, scales, and marks at their edges."""
+"""The style of axes: colours, scales, legends, and marks at the edges."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,12 +32,12 @@ STYLE = {
     "svg.hashsalt": "optax_stability",
 }
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_SMALLEST = 1e-100  # below it, arithmetic on axes underflows
-_NEAREST = 0.022  # of the width of the axes, for two numbers to be told apart
+_SMALLEST = 1e-100  # smaller values underflow in the arithmetic of axes
+_NEAREST = 0.022  # least distance of two readable numbers, in widths of the axes
 
 
 def plural(number: int, noun: str) -> str:
-    """The noun for so many."""
+    """The noun, in the plural unless ``number`` is 1."""
     return noun if number == 1 else noun + "s"
 
 
@@ -60,8 +60,8 @@ def _tick(value: float, position: int | None = None) -> str:
     return short(value, trim=True)
 
 
-def dress(axes: Axes) -> None:
-    """What all panels have in common; their limits are set, never found."""
+def apply_style(axes: Axes) -> None:
+    """Applies the style that all panels share, and turns autoscaling off."""
     axes.autoscale(False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=RULE, lw=0.7)
@@ -70,23 +70,23 @@ def dress(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
 
 
-def explain(axes: Axes) -> None:
-    """The legend, beside the axes, where it covers nothing."""
+def add_legend(axes: Axes) -> None:
+    """Adds a legend to the right of the axes, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         place = {"loc": "upper left", "bbox_to_anchor": (1.015, 1), "borderaxespad": 0}
         axes.legend(handles, labels, **place)
 
 
-def lift(axes: Axes, *, numbered: bool) -> None:
-    """Makes room for numbers between the axes and a legend above them."""
+def raise_legend(axes: Axes, *, numbered: bool) -> None:
+    """Moves a legend up, to make room for numbers between it and the axes."""
     legend = axes.get_legend()
     if legend is not None:
         legend.borderaxespad = 2.3 if numbered else 0.8
 
 
-def linear(axes: Axes, span: tuple[float, float] | None) -> None:
-    """A linear scale around ``span``."""
+def set_linear_scale(axes: Axes, span: tuple[float, float] | None) -> None:
+    """Sets a linear scale around ``span``."""
     low, high = span or (0.0, 1.0)
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     axes.set_ylim(low - room if low else 0.0, high + room)
@@ -94,8 +94,8 @@ def linear(axes: Axes, span: tuple[float, float] | None) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(_tick))
 
 
-def logarithmic(axes: Axes, values: np.ndarray) -> None:
-    """A logarithmic scale around the finite values above 0, at least a factor of 4."""
+def set_log_scale(axes: Axes, values: np.ndarray) -> None:
+    """Sets a log scale around finite values above 0, at least a factor of 4 high."""
     values = _curves.finite(values)
     values = np.log10(values[values > _SMALLEST])
     low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
@@ -109,33 +109,33 @@ def logarithmic(axes: Axes, values: np.ndarray) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def at_edge(
+def mark_at_edge(
     axes: Axes, steps: np.ndarray, flags: np.ndarray, edge: float, style: dict
 ) -> None:
     """Marks flagged steps at the upper (1) or lower (0) end of the axes."""
     if not flags.any():
         return
-    rows = _curves.marked(flags, np.zeros(len(flags)))
+    rows = _curves.marker_rows(flags, np.zeros(len(flags)))
     style = {"ls": "", "clip_on": False, "zorder": 5, "ms": 5, "mew": 0} | style
     place = np.full(len(rows), edge)
     axes.plot(steps[rows], place, transform=axes.get_xaxis_transform(), **style)
 
 
-def not_finite(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+def mark_nonfinite(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
     """Marks steps with NaN or Inf."""
-    flags = _curves.broken(values)
+    flags = _curves.is_nonfinite(values)
     label = f"not finite, {flags.sum():,} {plural(int(flags.sum()), 'step')}"
-    at_edge(axes, steps, flags, 1, {"marker": "v", "color": INK, "label": label})
+    mark_at_edge(axes, steps, flags, 1, {"marker": "v", "color": INK, "label": label})
 
 
-def zero(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+def mark_zeros(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
     """Marks steps at which a norm is 0, which a logarithm cannot show."""
     style = {"marker": "d", "color": INK, "label": "exactly 0"}
-    at_edge(axes, steps, values == 0, 0, style)
+    mark_at_edge(axes, steps, values == 0, 0, style)
 
 
-def off_scale(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
-    """Marks what lies beyond the axes."""
+def mark_off_scale(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+    """Marks steps with values outside the axes."""
     low, high = axes.get_ylim()
     for beyond, edge, marker, word, most in (
         (values > high, 1, "^", "above", np.max),
@@ -147,11 +147,11 @@ def off_scale(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
             if edge == 0:
                 label = label.replace("most", "least")
             style = {"marker": marker, "color": ORANGE, "label": label}
-            at_edge(axes, steps, beyond, edge, style)
+            mark_at_edge(axes, steps, beyond, edge, style)
 
 
-def number(axes: Axes, findings: list[Finding], *, labelled: bool) -> None:
-    """A numbered line at the first step of each finding, in the order of the list."""
+def draw_findings(axes: Axes, findings: list[Finding], *, labelled: bool) -> None:
+    """Draws a numbered line at the first step of each finding, in list order."""
     low, high = axes.get_xlim()
     places: list[tuple[float, list[int]]] = []
     for i, step in sorted(enumerate((f.step for f in findings), 1), key=lambda x: x[1]):

@@ -1,7 +1,8 @@
 """Panels of curves, drawn from the history alone.
 
-What matters differs in shape or dash as well as in colour, which is of Okabe and Ito's
-set. Each takes the axes and the run, and draws nothing where nothing was measured.
+Curves and marks differ in shape or dash as well as in colour; the colours are from the
+palette of Okabe and Ito. Each ``draw_…`` takes the axes and the run, and draws nothing
+if nothing was measured.
 """
 
 import numpy as np
@@ -12,61 +13,61 @@ from optax_stability._report._drawing._axes import BLUE, GREY, INK, ORANGE
 from optax_stability._report._drawing._curves import Run, column, finite
 
 
-def _ending(values: np.ndarray) -> str:
-    """What a curve is at its end, for a legend."""
+def _last_value(values: np.ndarray) -> str:
+    """The last finite value of a curve, as text for a legend."""
     known = values[np.isfinite(values)]
     return f", last {_axes.short(known[-1])}" if len(known) else ""
 
 
 def _measured(run: Run, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) where there is one, NaN where it is not finite."""
-    known = np.flatnonzero(~np.isnan(values) | _curves.broken(values))
+    """(steps, values) of the measured rows; NaN for non-finite values."""
+    known = np.flatnonzero(~np.isnan(values) | _curves.is_nonfinite(values))
     return run.train.columns["step"][known], finite(values[known])
 
 
 def _curve(axes: Axes, run: Run, values: np.ndarray, **style) -> None:
-    """A line through what was measured, with gaps where it is not finite."""
+    """Draws a line through the measured values, with gaps at non-finite ones."""
     steps, shown = _measured(run, values)
     if np.isfinite(shown).any():
-        rows = _curves.extremes(shown)
+        rows = _curves.extreme_rows(shown)
         axes.plot(steps[rows], shown[rows], **style)
-        alone = _curves.isolated(shown)
+        isolated = _curves.isolated_rows(shown)
         dots = {"color": style["color"], "ms": 2.5, "mew": 0}
-        axes.plot(steps[alone], shown[alone], "o", **dots)
+        axes.plot(steps[isolated], shown[isolated], "o", **dots)
 
 
-def _trended(axes: Axes, run: Run, values: np.ndarray, name: str) -> None:
-    """Each step thin, and the median of its neighbours over it."""
+def _curve_with_median(axes: Axes, run: Run, values: np.ndarray, name: str) -> None:
+    """Draws each step as a thin line, and the running median over it."""
     _curve(axes, run, values, color=BLUE, alpha=0.4, lw=0.7, label=f"{name}, each step")
     steps, shown = _measured(run, values)
-    rows, level = _curves.trend(shown)
+    rows, level = _curves.running_median(shown)
     if np.isfinite(level).any():
-        label = f"running median{_ending(level)}"
+        label = f"running median{_last_value(level)}"
         axes.plot(steps[rows], level, color=BLUE, lw=1.6, label=label)
 
 
 def draw_loss(axes: Axes, run: Run) -> None:
-    """The loss, of training and on held-out data."""
+    """Draws the training loss and the loss on held-out data."""
     loss = _curves.loss_of(run.train)
     every = run.held_out
     if loss is not None:
-        _trended(axes, run, loss, "training")
+        _curve_with_median(axes, run, loss, "training")
         every = np.concatenate([finite(loss), every])
     if np.isfinite(run.held_out).any():
-        rows = _curves.marked(np.isfinite(run.held_out), run.held_out)
+        rows = _curves.marker_rows(np.isfinite(run.held_out), run.held_out)
         steps, values = run.held_out_steps[rows], run.held_out[rows]
-        label = f"held out{_ending(run.held_out)}"
+        label = f"held out{_last_value(run.held_out)}"
         style = {"color": ORANGE, "mec": "white", "ms": 6, "label": label}
         axes.plot(steps, values, "o", zorder=3, **style)
-    _axes.linear(axes, _curves.inner_range(every))
+    _axes.set_linear_scale(axes, _curves.inner_range(every))
     if loss is not None:
-        _axes.off_scale(axes, run.train.columns["step"], finite(loss))
-        _axes.not_finite(axes, run.train.columns["step"], loss)
+        _axes.mark_off_scale(axes, run.train.columns["step"], finite(loss))
+        _axes.mark_nonfinite(axes, run.train.columns["step"], loss)
     _draw_branches(axes, run)
 
 
 def _draw_branches(axes: Axes, run: Run) -> None:
-    """Shades the steps that may be taken back; marks those that were, and the tries."""
+    """Shades the steps of branches; marks rollbacks and failed probes."""
     branches = run.branches
     if branches is None or not branches.is_open.any():
         return
@@ -83,19 +84,19 @@ def _draw_branches(axes: Axes, run: Run) -> None:
         label=f"branch, {count:,} {_axes.plural(count, 'step')}",
     )
     for name, flags, shape, fill in (
-        ("probed in vain", branches.in_vain, "v", "white"),
-        ("taken back", branches.taken_back, "<", INK),
+        ("failed probe", branches.failed_probes, "v", "white"),
+        ("rollback", branches.rolled_back, "<", INK),
     ):
         count = flags.sum()
         if count:
-            label = f"{name}, {count:,} {_axes.plural(count, 'time')}"
+            label = f"{count:,} {_axes.plural(count, name)}"
             height = np.full(count, 0.04)
             style = {"color": INK, "mfc": fill, "ms": 6, "label": label}
             axes.plot(steps[flags], height, shape, transform=across, **style)
 
 
 def _limit(run: Run, *names: str) -> np.ndarray | None:
-    """A limit where one is set: not 0 and not ∞."""
+    """A limit, NaN where none is set (0 or ∞); None if it was never set."""
     limit = column(run.train, *names)
     if limit is None:
         return None
@@ -104,12 +105,12 @@ def _limit(run: Run, *names: str) -> np.ndarray | None:
 
 
 def draw_norm(axes: Axes, run: Run) -> None:
-    """The norm of the gradient, and what clips and guards made of it."""
+    """Draws the gradient norm, its limits, and clipped and skipped steps."""
     steps, norm = run.train.columns["step"], _curves.norm_of(run.train)
     limit = _limit(run, "clip/limit")
     skip_limit = _limit(run, "skip/norm_limit")
     norm = np.full(len(steps), np.nan) if norm is None else norm
-    _curve(axes, run, norm, color=BLUE, lw=0.8, label=f"norm{_ending(norm)}")
+    _curve(axes, run, norm, color=BLUE, lw=0.8, label=f"norm{_last_value(norm)}")
     if limit is not None:
         _curve(axes, run, limit, color=INK, lw=1.0, label="clip limit")
     if skip_limit is not None:
@@ -118,12 +119,12 @@ def draw_norm(axes: Axes, run: Run) -> None:
     skipped = column(run.train, "skip/skipped")
     skipped = np.zeros(len(steps), bool) if skipped is None else skipped == 1
     lines = [each for each in (norm, limit, skip_limit) if each is not None]
-    _axes.logarithmic(axes, np.concatenate(lines))
+    _axes.set_log_scale(axes, np.concatenate(lines))
     if limit is not None:
         _draw_clipped(axes, steps, norm, (norm > limit) & ~skipped)
     _draw_skipped(axes, steps, norm, skipped)
-    _axes.not_finite(axes, steps, norm)
-    _axes.zero(axes, steps, norm)
+    _axes.mark_nonfinite(axes, steps, norm)
+    _axes.mark_zeros(axes, steps, norm)
 
 
 def _draw_clipped(
@@ -131,7 +132,7 @@ def _draw_clipped(
 ) -> None:
     if not clipped.any():
         return
-    rows = _curves.marked(clipped, norm)
+    rows = _curves.marker_rows(clipped, norm)
     label = f"clipped, {clipped.sum():,} {_axes.plural(clipped.sum(), 'step')}"
     size = 3.5 if len(rows) < 150 else 2.2
     style = {"color": ORANGE, "ms": size, "mec": INK, "mew": size / 10}
@@ -143,7 +144,7 @@ def _draw_skipped(
 ) -> None:
     if not skipped.any():
         return
-    rows = _curves.marked(skipped, norm)
+    rows = _curves.marker_rows(skipped, norm)
     top = axes.get_ylim()[1]
     height = np.where(np.isfinite(norm) & (norm > 0), norm, top)[rows]
     label = f"skipped, {skipped.sum():,} {_axes.plural(skipped.sum(), 'step')}"
@@ -152,7 +153,7 @@ def _draw_skipped(
 
 
 def draw_noise(axes: Axes, run: Run) -> None:
-    """The noise scale with its interval, and the batch size."""
+    """Draws the noise scale with its confidence interval, and the batch size."""
     steps = run.train.columns["step"]
     none = np.full(len(steps), np.nan)
     found = [
@@ -161,19 +162,19 @@ def draw_noise(axes: Axes, run: Run) -> None:
     ]
     scale, low, high, batch = (none if each is None else each for each in found)
     known, bounded = scale > 0, ~np.isfinite(scale) & (low > 0)
-    # Inf breaks a line where the other one takes over; through NaN it goes on.
+    # Inf makes a gap in a line, for the steps of the other line; NaN makes no gap.
     bound = np.where(bounded, low, np.where(known, np.inf, np.nan))
     scale = np.where(bounded, np.inf, np.where(known, scale, np.nan))
     batch = np.where(batch > 0, batch, np.nan)
-    _axes.logarithmic(axes, np.concatenate([scale, bound, batch, low]))
+    _axes.set_log_scale(axes, np.concatenate([scale, bound, batch, low]))
     _draw_interval(axes, steps, scale, low, high)
-    label = f"noise scale{_ending(scale)}"
+    label = f"noise scale{_last_value(scale)}"
     _curve(axes, run, scale, color=BLUE, lw=1.4, label=label)
     if np.isfinite(bound).any():
         style = {"color": BLUE, "lw": 1.6, "ls": (0, (1, 1.2))}
-        _curve(axes, run, bound, label="at least", **style)
+        _curve(axes, run, bound, label="noise scale, at least", **style)
     if np.isfinite(batch).any():
-        label = f"batch size{_ending(batch)}"
+        label = f"batch size{_last_value(batch)}"
         _curve(axes, run, batch, color=INK, lw=1.0, ls=(0, (4, 2)), label=label)
 
 
@@ -181,45 +182,49 @@ def _draw_interval(
     axes: Axes, steps: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> None:
     known = np.flatnonzero(np.isfinite(scale) & (low >= 0) & (high > 0))
-    rows = known[_curves.extremes(finite(scale[known]))]
+    rows = known[_curves.extreme_rows(finite(scale[known]))]
     bottom, top = axes.get_ylim()
     if len(rows):
         lower, upper = np.maximum(low[rows], bottom), np.minimum(high[rows], top)
-        style = {"color": BLUE, "alpha": 0.18, "lw": 0, "label": "95 % interval"}
+        style = {"color": BLUE, "alpha": 0.18, "lw": 0, "label": "confidence interval"}
         axes.fill_between(steps[rows], lower, upper, **style)
 
 
 def draw_update(axes: Axes, run: Run) -> None:
-    """The size of the update."""
+    """Draws the RMS of the update."""
     rms = column(run.train, "update/rms")
     if rms is not None:
         shown = np.where(rms > 0, rms, np.nan)
-        _curve(axes, run, shown, color=BLUE, lw=1.3, label=f"RMS{_ending(rms)}")
-        _axes.logarithmic(axes, rms)
-        _axes.not_finite(axes, run.train.columns["step"], rms)
+        _curve(axes, run, shown, color=BLUE, lw=1.3, label=f"RMS{_last_value(rms)}")
+        _axes.set_log_scale(axes, rms)
+        _axes.mark_nonfinite(axes, run.train.columns["step"], rms)
 
 
 def draw_adam(axes: Axes, run: Run) -> None:
-    """The size of Adam's step, before the learning rate."""
+    """Draws the RMS of Adam's step before the learning rate."""
     rms = column(run.train, "adam/update_rms")
     if rms is not None:
         rms = np.where(rms > 0, rms, np.nan)
-        _curve(axes, run, rms, color=BLUE, lw=1.3, label=f"RMS{_ending(rms)}")
+        _curve(axes, run, rms, color=BLUE, lw=1.3, label=f"RMS{_last_value(rms)}")
         independent = (1 - 0.9) / (1 + 0.9)
         level = np.full(len(rms), np.sqrt(independent))
         label = "independent gradients\n(0.229, at b1 = 0.9)"
         _curve(axes, run, level, color=INK, lw=0.9, ls=(0, (4, 2)), label=label)
-        _axes.logarithmic(axes, np.append(rms, level))
+        _axes.set_log_scale(axes, np.append(rms, level))
 
 
 def draw_rate(axes: Axes, run: Run) -> None:
-    """The learning rate."""
+    """Draws the learning rate."""
     rate = column(run.train, "learning_rate")
     if rate is None:
         return
     steps, shown = _measured(run, rate)
-    rows = _curves.extremes(shown)
+    rows = _curves.extreme_rows(shown)
     axes.fill_between(steps[rows], shown[rows], color=GREY, alpha=0.3, lw=0)
-    _curve(axes, run, rate, color=INK, lw=1.0, label=f"rate{_ending(rate)}")
+    _curve(
+        axes, run, rate, color=INK, lw=1.0, label=f"learning rate{_last_value(rate)}"
+    )
     known = shown[np.isfinite(shown)]
-    _axes.linear(axes, (min(0.0, known.min()), known.max()) if len(known) else None)
+    _axes.set_linear_scale(
+        axes, (min(0.0, known.min()), known.max()) if len(known) else None
+    )

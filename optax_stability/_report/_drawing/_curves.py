@@ -1,7 +1,7 @@
-"""What a picture shows of a history: curves that are thinned, smoothed, or broken.
+"""Prepares a history for drawing: thins and smooths curves, finds non-finite values.
 
-*Problem*: 100,000 points on a line of 1,000 pixels are slow, and hide the one that
-matters. Here each pixel keeps its extremes.
+*Problem*: 100,000 points on a line of 1,000 pixels are slow, and hide single events.
+Here each pixel keeps its extremes.
 
 *Cost*: passes over the columns that are drawn, on the host. NumPy only.
 """
@@ -13,40 +13,40 @@ import numpy as np
 from optax_stability._diagnosis._series import History
 from optax_stability._diagnosis._trend import median
 
-# Twice as many points as a line of that many pixels can show.
+# Pixels of a line; each shows two points.
 PIXELS = 800
-# A trend is the median over a fortieth of the run.
+# The running median covers a fortieth of the run.
 _SMOOTH = 40
-# Beyond it, arithmetic on axes overflows; nothing in float32 is.
+# Larger values overflow in the arithmetic of axes; no finite float32 is larger.
 _LARGEST = 1e100
-# NaN is a broken value, not a missing one, after so many values in a row.
+# NaN is a non-finite value, not a missing one, after this many measured rows.
 _MEASURED = 3
 
 
 class Branches(NamedTuple):
-    """What ``branch_on_spike`` did.
+    """The branches, probes and rollbacks of ``branch_on_spike``.
 
     Attributes:
-      steps: float64[T] – of every row, those of probes included.
-      is_open: bool[T] – whether a branch was, after the step.
-      in_vain: bool[T] – whether the kept parameters were asked, and not gone back to.
-      taken_back: bool[T] – whether they were gone back to.
+      steps: float64[T] – steps of all rows, including probes.
+      is_open: bool[T] – whether a branch was open after the step.
+      failed_probes: bool[T] – whether the step was a probe without a rollback.
+      rolled_back: bool[T] – whether the branch was rolled back.
     """
 
     steps: np.ndarray
     is_open: np.ndarray
-    in_vain: np.ndarray
-    taken_back: np.ndarray
+    failed_probes: np.ndarray
+    rolled_back: np.ndarray
 
 
 class Run(NamedTuple):
     """A history, ready to be drawn.
 
     Attributes:
-      train: the rows of training, but for probes, whose loss is not that of the run.
-      held_out_steps: float64[n] – steps at which held-out data were looked at.
-      held_out: float64[n] – the loss on them.
-      branches: None if there was no ``branch_on_spike``.
+      train: the training rows, without probes, which were measured on the snapshot.
+      held_out_steps: float64[n] – steps with an evaluation on held-out data.
+      held_out: float64[n] – the loss on held-out data at these steps.
+      branches: the branches; None without ``branch_on_spike``.
     """
 
     train: History
@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
 
 def read(history: dict[str, np.ndarray]) -> Run:
-    """Checks a history, and takes rows apart that only an evaluation wrote."""
+    """Checks a history, and separates training rows from rows of an evaluation."""
     whole = History(history)
     held_out = whole.columns.get("eval/loss", np.full(whole.length, np.nan))
     only_held_out = ~np.isnan(held_out)
@@ -78,14 +78,14 @@ def _branches(history: History) -> Branches | None:
         return None
     probed = column(history, "branch/probed")
     probed = np.zeros(len(mode)) if probed is None else probed
-    taken_back = np.diff(back, prepend=back[:1]) > 0
-    in_vain = (probed == 1) & ~taken_back
-    return Branches(history.columns["step"], mode > 0, in_vain, taken_back)
+    rolled_back = np.diff(back, prepend=back[:1]) > 0
+    failed_probes = (probed == 1) & ~rolled_back
+    return Branches(history.columns["step"], mode > 0, failed_probes, rolled_back)
 
 
 def loss_of(history: History) -> np.ndarray | None:
-    """The loss of training; ``skip/value`` is 0 where none was given."""
-    found = history.exactly("loss")
+    """The training loss; ``skip/value`` is 0 if no loss was passed."""
+    found = history.first_unprefixed("loss")
     if found is None:
         found = history.first("skip/value")
         if found is not None and not found.values.any():
@@ -94,7 +94,7 @@ def loss_of(history: History) -> np.ndarray | None:
 
 
 def norm_of(history: History) -> np.ndarray | None:
-    """The norm of the gradient, by the first of its names."""
+    """The gradient norm, by the first of its names that was measured."""
     return column(history, "grad/norm", "skip/norm", "clip/norm")
 
 
@@ -105,24 +105,24 @@ def column(history: History, *names: str) -> np.ndarray | None:
 
 
 def finite(values: np.ndarray) -> np.ndarray:
-    """NaN for all that has no place on an axis."""
+    """The values, with NaN for those that cannot be drawn."""
     with np.errstate(invalid="ignore"):
         return np.where(np.abs(values) < _LARGEST, values, np.nan)
 
 
-def broken(values: np.ndarray) -> np.ndarray:
-    """bool[T]: Inf, or NaN in what was measured at every step until then."""
+def is_nonfinite(values: np.ndarray) -> np.ndarray:
+    """bool[T]: Inf, or NaN in a metric that was measured in every row until then."""
     missing = np.isnan(values)
     known = np.cumsum(np.concatenate([np.zeros(_MEASURED), ~missing]))
     before = np.concatenate([[0], known[_MEASURED:-1] - known[: -_MEASURED - 1]])
     starts = missing & ~np.concatenate([[False], missing[:-1]])
     row = np.maximum.accumulate(np.where(starts, np.arange(len(values)), 0))
-    lost = missing & (before[: len(values)][row] == _MEASURED)
-    return lost | (np.abs(values) >= _LARGEST)
+    became_nan = missing & (before[: len(values)][row] == _MEASURED)
+    return became_nan | (np.abs(values) >= _LARGEST)
 
 
-def extremes(values: np.ndarray) -> np.ndarray:
-    """int[n]: rows that draw the same line, the lowest and highest of each pixel."""
+def extreme_rows(values: np.ndarray) -> np.ndarray:
+    """int[n]: the rows with the lowest and highest value of each pixel."""
     if len(values) <= 2 * PIXELS:
         return np.arange(len(values))
     parts = np.array_split(values, PIXELS)
@@ -135,14 +135,14 @@ def extremes(values: np.ndarray) -> np.ndarray:
     return np.unique(rows)
 
 
-def isolated(values: np.ndarray) -> np.ndarray:
-    """int[n]: rows of values without a neighbour, through which no line goes."""
+def isolated_rows(values: np.ndarray) -> np.ndarray:
+    """int[n]: rows of values without a neighbour, which a line does not show."""
     gaps = np.isnan(np.pad(values, 1, constant_values=np.nan))
     return np.flatnonzero(~gaps[1:-1] & gaps[:-2] & gaps[2:])
 
 
-def marked(flags: np.ndarray, height: np.ndarray) -> np.ndarray:
-    """int[n]: flagged rows, the highest of each pixel, so that none is lost to view."""
+def marker_rows(flags: np.ndarray, height: np.ndarray) -> np.ndarray:
+    """int[n]: flagged rows, thinned to the highest one of each pixel."""
     rows = np.flatnonzero(flags)
     if len(rows) <= PIXELS:
         return rows
@@ -152,8 +152,8 @@ def marked(flags: np.ndarray, height: np.ndarray) -> np.ndarray:
     return np.sort(rows[order[last]])
 
 
-def trend(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, level): a median of the neighbours, which one spike does not move."""
+def running_median(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, level): centred running median, robust against single spikes."""
     half = len(values) // (2 * _SMOOTH)
     rows = np.arange(0, len(values), 1 + len(values) // PIXELS)
     padded = np.pad(values, half, constant_values=np.nan)
@@ -162,7 +162,7 @@ def trend(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def inner_range(values: np.ndarray) -> tuple[float, float] | None:
-    """(low, high) of what is finite, without outliers that would flatten the rest."""
+    """(low, high) of the finite values without extreme outliers; None if empty."""
     values = values[np.isfinite(values)]
     if not len(values):
         return None

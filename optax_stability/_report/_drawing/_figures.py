@@ -1,4 +1,4 @@
-"""Puts panels on a figure, all on the same steps and with the same margins."""
+"""Places panels on a figure, with the same steps and margins."""
 
 import io
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _TITLE, _NUMBERS, _BETWEEN, _BOTTOM = 0.22, 0.24, 0.14, 0.42
 
 
 def _span(run: Run) -> tuple[float, float]:
-    """The steps that the axes show."""
+    """The range of steps on the axes."""
     steps = np.concatenate([run.train.columns["step"], run.held_out_steps])
     steps = steps[np.isfinite(steps)]
     first, last = (steps.min(), steps.max()) if len(steps) else (0.0, 1.0)
@@ -27,16 +27,18 @@ def _span(run: Run) -> tuple[float, float]:
 
 
 def _blank() -> Figure:
-    """A figure that says that there is nothing to see."""
+    """A figure without panels, with a message."""
     figure = Figure((_WIDTH, 1.2))
-    figure.text(0.03, 0.5, "Nothing that could be drawn was recorded.", va="center")
+    figure.text(
+        0.03, 0.5, "None of the metrics that can be plotted was recorded.", va="center"
+    )
     return figure
 
 
 def compose(
     run: Run, panels: Sequence[Panel], findings: list[Finding], *, titled: bool
 ) -> Figure:
-    """One figure of some panels; numbers stand over the first."""
+    """One figure with all panels; the numbers of findings are above the first."""
     if not panels:
         return _blank()
     above = [each.head + (_TITLE + 0.13 if titled else 0.1) for each in panels]
@@ -55,14 +57,14 @@ def compose(
                 heights[i] / total,
             )
         )
-        _axes.dress(axes)
+        _axes.apply_style(axes)
         panel.draw(axes, run)
         axes.set_xlim(_span(run))
         if axes.get_legend() is None:
-            _axes.explain(axes)
+            _axes.add_legend(axes)
         else:
-            _axes.lift(axes, numbered=bool(findings) and i == 0)
-        _axes.number(axes, findings, labelled=i == 0)
+            _axes.raise_legend(axes, numbered=bool(findings) and i == 0)
+        _axes.draw_findings(axes, findings, labelled=i == 0)
         if titled:
             lift = top + above[i] - _TITLE
             style: dict[str, Any] = {"weight": "bold", "fontsize": 10}
@@ -76,10 +78,10 @@ def compose(
 
 
 class Picture(NamedTuple):
-    """A picture, and what can be said of it.
+    """A rendered figure, and its legend texts.
 
     Attributes:
-      content: of a file.
+      content: content of a file.
       legend: the texts of all legends, with last values and counts.
     """
 
@@ -105,25 +107,25 @@ def render(
     titled: bool = True,
     salt: str = "optax_stability",
 ) -> Picture:
-    """The picture in a format of matplotlib's, the same whatever its settings are.
+    """Renders panels in a format of matplotlib, independent of its global settings.
 
     Args:
-      run: what is shown.
-      panels: from top to bottom.
-      findings: numbered from 1.
+      run: the history to draw.
+      panels: the panels, from top to bottom.
+      findings: the findings, numbered from 1.
       kind: ``"png"``, ``"svg"`` or ``"pdf"``.
       titled: whether panels have a title.
-      salt: tells the ids inside of an SVG apart from those of another.
+      salt: makes the ids in an SVG differ from those in another SVG of the same page.
 
     Returns:
-      The content of a file, and its legends.
+      The content of a file, and its legend texts.
     """
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     style = _axes.STYLE | {"svg.hashsalt": salt}
     with matplotlib.style.context(["default", style]):
         figure = compose(run, panels, findings, titled=titled)
         file = io.BytesIO()
-        clear = kind == "svg" and not titled
-        look = {"transparent": clear, "metadata": dates.get(kind)}
-        figure.savefig(file, format=kind, dpi=150, **look)
+        transparent = kind == "svg" and not titled
+        options = {"transparent": transparent, "metadata": dates.get(kind)}
+        figure.savefig(file, format=kind, dpi=150, **options)
         return Picture(file.getvalue(), _legend(figure))

@@ -1,8 +1,8 @@
-"""Layers × steps as a picture: who left their own level, and when.
+"""Heat map of layers × steps: which layer left its usual gradient norm, and when.
 
-*Rule*: each cell is log₁₀ of the norm over the median of its layer. Where there are
-more steps or layers than pixels, a pixel shows the cell furthest from that median, and
-a value that is not finite before all others.
+*Rule*: each cell is log₁₀ of the norm over the median of its layer. If there are more
+steps or layers than pixels, a pixel shows the cell that is furthest from this median;
+non-finite values take precedence.
 """
 
 from typing import NamedTuple
@@ -17,10 +17,10 @@ from optax_stability._diagnosis._trend import median
 from optax_stability._report._drawing import _axes, _curves
 
 _COLUMNS, _ROWS, _LABELS = 720, 360, 40
-# Colours end at ÷100 and ×100, in steps of an eighth of a decade.
+# The colours range from ÷100 to ×100, in steps of an eighth of a decade.
 _DECADES, _SHADES = 2.0, 33
-_BROKEN = (0.0, 0.0, 0.0)
-# Lighter below than above: on grey paper, dark means large.
+_NONFINITE = (0.0, 0.0, 0.0)
+# Low values are lighter than high ones, so that dark means large in grey print.
 _COLOURS = LinearSegmentedColormap.from_list(
     "relative",
     [
@@ -40,20 +40,20 @@ class Cells(NamedTuple):
     """A heat map.
 
     Attributes:
-      names: of the rows; of several layers in a row the first.
+      names: names of the rows; if layers share a row, the name of the first.
       level: float64[n, m] – log₁₀ of the ratio to the layer's median; NaN if unknown.
-      broken: bool[n, m] – whether something there was not finite.
+      nonfinite: bool[n, m] – whether the cell contains a non-finite value.
       edges: (first, last) step.
     """
 
     names: list[str]
     level: np.ndarray
-    broken: np.ndarray
+    nonfinite: np.ndarray
     edges: tuple[float, float]
 
 
 def furthest(values: np.ndarray, starts: np.ndarray, axis: int) -> np.ndarray:
-    """Of each group the value furthest from 0; NaN of nothing."""
+    """The value furthest from 0 in each group; NaN if all are NaN."""
     known = ~np.isnan(values)
     high = np.maximum.reduceat(np.where(known, values, -np.inf), starts, axis=axis)
     low = np.minimum.reduceat(np.where(known, values, np.inf), starts, axis=axis)
@@ -62,7 +62,7 @@ def furthest(values: np.ndarray, starts: np.ndarray, axis: int) -> np.ndarray:
 
 
 def relative(norms: np.ndarray) -> np.ndarray:
-    """log₁₀(norm/median of its layer) of ``norms[T, n]``; 0 is as low as it gets."""
+    """log₁₀(norm/median of its layer) of ``norms[T, n]``; clipped to two decades."""
     own = median(np.where((norms > 0) & np.isfinite(norms), norms, np.nan))
     with np.errstate(all="ignore"):
         level = np.log10(norms) - np.log10(own)
@@ -70,17 +70,17 @@ def relative(norms: np.ndarray) -> np.ndarray:
 
 
 def _measured_rows(history: History, norms: np.ndarray) -> np.ndarray:
-    """bool[T]: leaves out rows in which the layers were not looked at."""
+    """bool[T]: rows in which the layers were measured, or the norm is non-finite."""
     missing = np.isnan(norms).all(axis=1)
     whole = _curves.norm_of(history)
     if whole is None:
-        return ~missing | _curves.broken(norms[:, 0])
-    return ~missing | _curves.broken(whole)
+        return ~missing | _curves.is_nonfinite(norms[:, 0])
+    return ~missing | _curves.is_nonfinite(whole)
 
 
 def cells(history: History) -> Cells | None:
-    """The heat map of the gradient norms; None where no layer was measured."""
-    if not measured(history):
+    """The heat map of the gradient norms; None if no layer was measured."""
+    if not has_layers(history):
         return None
     layers = history.layers("grad/norm", "clip/norm")
     order = np.argsort(history.columns["step"], kind="stable")
@@ -94,7 +94,7 @@ def cells(history: History) -> Cells | None:
     starts = np.flatnonzero(np.diff(at, prepend=-1))
     level = furthest(level, starts, axis=0)
     bad = np.logical_or.reduceat(bad, starts, axis=0)
-    picked = _filled(at[starts])
+    picked = _shown_groups(at[starts])
     names = [layers.names[group] for group in groups]
     blank = (picked < 0)[:, None]
     return Cells(
@@ -106,7 +106,7 @@ def cells(history: History) -> Cells | None:
 
 
 def _columns(steps: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-    """Column of each row, all of the same width in steps, and the outer edges."""
+    """The column of each row, and the outer edges; all columns span equal steps."""
     first, last = float(np.nanmin(steps)), float(np.nanmax(steps))
     gap = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
     gap = gap if gap > 0 else 1.0
@@ -116,8 +116,8 @@ def _columns(steps: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
     return np.clip(at, 0, number - 1).astype(int), edges
 
 
-def _filled(taken: np.ndarray) -> np.ndarray:
-    """For each column the group that it shows: its own or the one before; −1 if far."""
+def _shown_groups(taken: np.ndarray) -> np.ndarray:
+    """The group shown in each column: its own, or the previous column's; else −1."""
     number = int(taken[-1]) + 1
     own = np.full(number, -1)
     own[taken] = np.arange(len(taken))
@@ -127,32 +127,32 @@ def _filled(taken: np.ndarray) -> np.ndarray:
 
 
 def _shorten(name: str, most: int = 30) -> str:
-    """A name without its middle, if it is too long."""
+    """The name; if it is too long, with its middle replaced by an ellipsis."""
     half = (most - 1) // 2
     return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
 
 
-def measured(history: History) -> bool:
-    """Whether there is anything to draw."""
+def has_layers(history: History) -> bool:
+    """Whether the gradient norm of any layer was measured."""
     values = history.layers("grad/norm", "clip/norm").values
     return values.size > 0 and not np.isnan(values).all()
 
 
 def height(history: History) -> float:
-    """Inches for the number of layers."""
+    """Height in inches, by the number of layers."""
     number = len(history.layers("grad/norm", "clip/norm").names)
     return float(np.clip(0.115 * number, 0.9, 5.0))
 
 
 def draw(axes: Axes, history: History) -> None:
-    """Draws the layers from the first, on top, to the last."""
+    """Draws the heat map, with the first layer on top."""
     found = cells(history)
     if found is None:
         return
     shade = (np.nan_to_num(found.level) + _DECADES) / (2 * _DECADES)
     picture = _COLOURS(shade, bytes=True)
     picture[np.isnan(found.level)] = 0
-    picture[found.broken] = (*_BROKEN, 255)
+    picture[found.nonfinite] = (*_NONFINITE, 255)
     number, width = found.level.shape
     axes.grid(visible=False)
     axes.set_ylim(number - 0.5, -0.5)
@@ -169,22 +169,22 @@ def draw(axes: Axes, history: History) -> None:
     axes.tick_params(axis="y", length=0, pad=5)
     ends = np.linspace(*found.edges, width + 1)
     middles = (ends[:-1] + ends[1:]) / 2
-    style = {"marker": "v", "color": _BROKEN}
-    flags = np.asarray(found.broken.any(axis=0))
-    _axes.at_edge(axes, middles, flags, 1, style)
-    _explain(axes, bool(found.broken.any()))
+    style = {"marker": "v", "color": _NONFINITE}
+    flags = np.asarray(found.nonfinite.any(axis=0))
+    _axes.mark_at_edge(axes, middles, flags, 1, style)
+    _add_legend(axes, bool(found.nonfinite.any()))
 
 
-def _explain(axes: Axes, broken: bool) -> None:
-    """A row of swatches above the map, from small to large."""
+def _add_legend(axes: Axes, nonfinite: bool) -> None:
+    """Adds a row of colour swatches above the map, from small to large."""
     texts = "÷100 and below", "÷10", "median of the layer", "×10", "×100 and above"
     swatches = [
         Patch(facecolor=_COLOURS(i / 4), edgecolor="#8a949e", lw=0.4, label=text)
         for i, text in enumerate(texts)
     ]
-    if broken:
+    if nonfinite:
         swatches.append(
-            Patch(facecolor=_BROKEN, edgecolor=_BROKEN, label="not finite (▼)")
+            Patch(facecolor=_NONFINITE, edgecolor=_NONFINITE, label="not finite (▼)")
         )
     axes.legend(
         handles=swatches,

@@ -1,6 +1,6 @@
-"""The panels of a picture of a run, in their order.
+"""The panels of a figure, in their order.
 
-A panel is shown where one of its metrics was measured.
+A panel is shown if at least one of its metrics was measured.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ class Panel(NamedTuple):
     """One panel.
 
     Attributes:
-      name: short, for anchors.
-      title: for people.
-      note: how to read it, one or two sentences.
-      metrics: it is shown where one of them was measured.
-      height: inches, from the run.
-      head: inches above the axes that it needs for itself.
-      draw: draws it.
+      name: short name, for anchors.
+      title: title on the page.
+      note: how to read the panel, in one or two sentences.
+      metrics: the panel is shown if one of them was measured.
+      height: gives the height in inches for a run.
+      head: extra space above the axes, in inches.
+      draw: draws the panel.
     """
 
     name: str
@@ -38,7 +38,8 @@ PANELS = (
     Panel(
         "loss",
         "Loss",
-        "Each step, the running median over a fortieth of the run, and held-out data.",
+        "Training loss of each step, its running median over a fortieth of the run, "
+        "and loss on held-out data.",
         ("loss", "skip/value", "eval/loss"),
         lambda run: 2.4,
         0.0,
@@ -47,8 +48,8 @@ PANELS = (
     Panel(
         "gradient",
         "Gradient norm",
-        "Before clipping, on a logarithmic scale. What lies above the clip limit was "
-        "shortened to it; a skipped step changed nothing.",
+        "Before clipping, on a logarithmic scale. A gradient above the clip limit was "
+        "scaled down to this limit; a skipped step changed nothing.",
         ("grad/norm", "skip/norm", "clip/norm"),
         lambda run: 1.9,
         0.0,
@@ -57,8 +58,9 @@ PANELS = (
     Panel(
         "layers",
         "Gradient norm by layer",
-        "Each layer against its own median over these steps, layers in the order of "
-        "the model. Where several share a pixel, it shows the one furthest off.",
+        "The norm of each layer relative to its median over these steps, with layers "
+        "in the order of the model. If several values share a pixel, the one furthest "
+        "from the median is shown.",
         ("grad/norm/", "clip/norm/"),
         lambda run: _heat_map.height(run.train),
         0.3,
@@ -67,8 +69,9 @@ PANELS = (
     Panel(
         "noise",
         "Gradient noise scale",
-        "Far below the batch size, a larger batch is wasted; far above it, a larger "
-        "one would pay. A rule of thumb, not a measurement of the best batch.",
+        "If the noise scale is far below the batch size, a larger batch is wasted; if "
+        "it is far above, a larger batch would pay off. This is a rule of thumb, not a "
+        "measurement of the best batch size.",
         ("noise_scale/b_simple", "noise_scale/low"),
         lambda run: 1.7,
         0.0,
@@ -77,8 +80,8 @@ PANELS = (
     Panel(
         "adam",
         "Adam's step before the learning rate",
-        "1 where successive gradients always agree; below the dashed line where they "
-        "seem to oppose one another.",
+        "1 if successive gradients always agree; below the dashed line if they seem to "
+        "point in opposite directions.",
         ("adam/update_rms",),
         lambda run: 1.1,
         0.0,
@@ -87,7 +90,7 @@ PANELS = (
     Panel(
         "update",
         "Update",
-        "Root mean square over all parameters of what is added to them.",
+        "Root mean square of the update over all parameters.",
         ("update/rms",),
         lambda run: 1.1,
         0.0,
@@ -112,7 +115,7 @@ def shown(run: Run) -> list[Panel]:
 
 def _known(run: Run, key: str) -> bool:
     if key.endswith("/"):
-        return _heat_map.measured(run.train)
+        return _heat_map.has_layers(run.train)
     if key == "eval/loss":
         return bool(len(run.held_out))
     if key in ("loss", "skip/value"):

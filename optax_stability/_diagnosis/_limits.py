@@ -1,0 +1,116 @@
+"""Every number the diagnosis compares with, and where it comes from.
+
+Three kinds of origin: *theory* (follows from an equation), *source* (published, or
+measured in a benchmark of this library), *choice* (a round number of ours that the
+healthy runs of ``benchmarks/diagnosis.py`` do not reach; its JSON holds the margin).
+"""
+
+# --- Normal values: the trend of the recent past --------------------------------------
+# Centre = median of 8, scale = 1.4826 × median of 32 residuals, from 24 values on.
+# Source: ``thresholds.detrended_mad``, whose defaults these are.
+CENTRE, WINDOW, WARMUP_VALUES = 8, 32, 24
+# σ of a normal distribution over its median absolute deviation. Theory.
+SIGMA_PER_MAD = 1.4826
+
+# Loss, in its own unit: 7 scales and at least half a nat. Source: ``spike_guard``;
+# ``benchmarks/spike_detection.py`` has no false alarm in 26 clean runs.
+LOSS_SCALES, LOSS_FLOOR = 7.0, 0.5
+# Excess of the loss that confirms a jump of the gradient. Source: likewise.
+CONFIRM_SCALES, CONFIRM_FLOOR = 4.0, 0.3
+# A divergence has lasted for this many measurements; a shorter one is a spike. Choice:
+# twice the window of the centre, so that the median itself has moved.
+DIVERGED_MEASUREMENTS = 16
+
+# Logarithm of the gradient norm: 5 scales (source: ``spike_guard``) and at least ×10.
+# The guard acts at ×5. Without confirmation by the loss, this limit gives false alarms
+# in 6 of 26 clean runs: too many for a finding (healthy runs: up to ×6.3).
+NORM_SCALES, NORM_FACTOR = 5.0, 10.0
+# Without confirmation by the loss, a jump counts if it lasts for this many rows, or if
+# it is enormous. Choice.
+NORM_ROWS, NORM_ENORMOUS = 3, 100.0
+# Used only to find the layer that was affected first, not to detect a jump. Choice.
+LOCATE_FACTOR = 3.0
+# Vanishing "by orders of magnitude" (Molybog et al. 2023, arXiv:2304.09871): by two
+# orders, for as many rows as the median covers; the surge is one order. Choice (healthy
+# runs: up to ÷27 since the early descent, and much less relative to the loss).
+VANISHED_FACTOR, VANISHED_ROWS, SURGE_FACTOR, SURGE_ROWS = 100.0, 8, 10.0, 16
+
+# --- Adam -----------------------------------------------------------------------------
+# The share ε/(√v̂ + ε) at which ε equals √v̂. Theory.
+EPS_SHARE = 0.5
+# (Σx²)²/(nΣx⁴) is 1/3 for a normal distribution, 5/9 for a uniform one, and 0.7 for two
+# normal modes at ±2.8σ. Theory; the level is a choice (healthy runs: up to 0.56). The
+# value must have been low before, because sign methods, and Adam in its first steps,
+# make updates of ±1 by design. Choice.
+BIMODAL, UNIMODAL = 0.7, 0.45
+# ρ̂ at which RMS(u) = 0.7 with β₁ = 0.9, near its maximum, 1. Theory: equation
+# in ``scale_by_safe_adam``; the level is a choice (healthy runs: up to 0.77).
+CORRELATED = 0.9
+# The cosine of successive updates m_t, m_{t−1} for gradients that correlate with ρ is
+# (β₁ + ρ)/(1 + β₁ρ), already 0.9 for independent gradients. Theory: AR(2). At
+# β₁ = ρ = 0.9:
+CORRELATED_COSINE = (0.9 + CORRELATED) / (1 + 0.9 * CORRELATED)
+# Median ρ̂ of the first ten measurements after the warm-up. Source:
+# ``benchmarks/early_warning``, 17 settings of model, data, batch, warm-up and β. The
+# rule found on another setting, below 0 right after the warm-up, flags 85 of 96 bad
+# runs and 4 of 96 good ones. The rule used here, below −0.2 and not before step 30, was
+# chosen from all of them for few false alarms: it flags 81 and 2.
+RATE_CORRELATION, RATE_MEASUREMENTS, RATE_FROM_STEP = -0.2, 10, 30
+
+# --- Updates and weights --------------------------------------------------------------
+# ‖update‖/‖parameters‖: the rule of thumb is 1e-3 (Karpathy, CS231n lecture notes). At
+# a tenth of the weights per step, the weights are replaced in ten steps. A matrix that
+# starts at zero has the ratio 1/√t, below 0.3 after eleven steps. Choice (healthy tiny
+# models: up to 0.06 for a layer, 0.01 for all parameters).
+RATIO_LARGE, LAYER_RATIO_LARGE = 0.1, 0.3
+# Three orders below the rule of thumb: a thousandth of the weights in a thousand steps.
+# Choice.
+RATIO_SMALL = 1e-6
+RATIO_ROWS = 16
+# Bounded updates let a singular value grow at most linearly. The limits: after the
+# warm-up, the growth in each third of the time relative to the third before, and the
+# factor in total. Theory for "linear"; the numbers are a choice (healthy runs: up to
+# ×3.9, slowing down).
+GROWTH_PER_THIRD, GROWTH_TOTAL, GROWTH_MEASUREMENTS = 1.5, 10.0, 12
+
+# --- Precision, noise, decisions ------------------------------------------------------
+# Exact zeros in half of the layers. Float32 gradients have almost none outside of
+# embeddings and dead units (healthy runs: 0.00). Choice. If only the global share is
+# recorded, unused embedding rows are part of it, so that only a rise counts.
+ZERO_FRACTION, ZERO_RISE = 0.2, 0.3
+# B_simple/B. A step makes 1/(1 + B_simple/B) of the progress of a step without noise
+# (McCandlish et al. 2018, arXiv:1812.06162, equation 2.7): here less than 5 %. Small
+# batches are efficient, so that only an extreme value is a finding. The averaging
+# length bounds the lower end of the interval: 29 for a gradient of pure noise
+# (benchmarks/diagnosis.py; a limit of 100 was never reached), 6 in healthy runs.
+# Choice.
+NOISE_RATIO, NOISE_ROWS = 20.0, 32
+# Share of clipped steps. By design, ZClip clips about 4 %, and AutoClip at its 10th
+# percentile 90 %. Choice.
+CLIPPED_SHARE, CLIPPED_WINDOW = 0.95, 100
+# The token bucket of ``skip_spikes`` refills one skip in 16 steps; a higher rate over a
+# long time means that the bucket is empty. Source: its default ``budget``. A single
+# burst has at most 5 skips.
+SKIPPED_SHARE, SKIPPED_WINDOW, SKIPPED_MIN = 1 / 16, 100, 8
+
+# --- Plateau --------------------------------------------------------------------------
+# Measurements after the warm-up; a fall within so many standard errors does not count.
+PLATEAU_WINDOW, PLATEAU_ERRORS = 200, 2.0
+# A smaller relative fall of the loss does not count, however significant. Choice: at
+# this rate it takes about a thousand windows to halve the loss.
+PLATEAU_NEGLIGIBLE = 1e-3
+# A converged run is flat as well. A flat loss has not converged if it fell by less than
+# this share of its initial value, or if successive gradients still correlate this much.
+# Choice.
+PLATEAU_MIN_FALL, PLATEAU_CORRELATION = 0.1, 0.5
+# Steps with a learning rate below this share of its peak are ignored. Choice.
+RATE_DECAYED = 0.5
+
+# --- First steps ----------------------------------------------------------------------
+# Steps that are ignored if the end of the warm-up is unknown. Choice: in
+# ``benchmarks/spike_detection.py`` the loss falls fast at steps 24–59.
+EARLY_STEPS = 50
+# Consecutive measurements that a level needs. Choice.
+MIN_MEASUREMENTS = 3
+# Abnormal stretches at most this many rows apart are one event: the window.
+EVENT_GAP = WINDOW
