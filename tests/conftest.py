@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 import survival
+import tiers
 
 # Most of the time of a test is compilation: programs are kept between runs, and shared
 # by all workers and by the processes that tests start.
@@ -32,7 +33,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "full: left out unless --full is given")
+    for marker in tiers.MARKERS:
+        config.addinivalue_line("markers", marker)
     if not hasattr(config, "workerinput"):
         forget_old_programs()
 
@@ -44,13 +46,15 @@ def forget_old_programs():
             program.unlink(missing_ok=True)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """The quick tier, unless all is asked for, or a test by its name."""
-    if config.getoption("full") or any("::" in argument for argument in config.args):
+    if any("::" in argument for argument in config.args):
         return
-    chosen = [item for item in items if not item.get_closest_marker("full")]
-    config.hook.pytest_deselected(items=[x for x in items if x not in set(chosen)])
-    items[:] = chosen
+    tiers.mark(items)
+    if not config.getoption("full"):
+        config.hook.pytest_deselected(items=[x for x in items if not tiers.is_quick(x)])
+        items[:] = filter(tiers.is_quick, items)
 
 
 @pytest.hookimpl(wrapper=True)

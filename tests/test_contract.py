@@ -22,7 +22,7 @@ import survival
 from flax import nnx
 from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tiers import full, quick
+from tiers import full, quick_only, together
 
 import optax_stability as ost
 from optax_stability._moments._moments import single
@@ -303,16 +303,9 @@ NOT_FACTORIES = {
     "write_report",
 }
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+every_case = pytest.mark.parametrize("case", together("row", CASES))
 # Small programs of three kinds: a clip, a guard, an accumulation.
-few_cases_quickly = pytest.mark.parametrize(
-    "case",
-    quick(
-        {"clip_by_zscore", "skip_spikes", "accumulate_moments"},
-        CASES.values(),
-        CASES.keys(),
-    ),
-)
+FEW = ("clip_by_zscore", "skip_spikes", "accumulate_moments")
 
 
 def make_params(dtype=jnp.float32):
@@ -474,7 +467,8 @@ def test_metric_keys_and_shapes_are_fixed_at_init(case):
         assert value.dtype == fresh[key].dtype
 
 
-@few_cases_quickly
+@every_case
+@quick_only(*FEW)
 def test_metrics_are_finite_at_init(case):
     for key, value in ost.metrics(case.make().init(make_params())).items():
         assert np.isfinite(value).all() or key_is_open(key), key
@@ -505,7 +499,8 @@ def test_no_two_leaves_of_a_fresh_state_share_a_buffer(case):
     assert len(set(buffers)) == len(buffers)
 
 
-@few_cases_quickly
+@every_case
+@quick_only(*FEW)
 def test_a_fresh_state_can_be_donated(case):
     tx, params = case.make(), make_params()
     step = jax.jit(tx.update, donate_argnums=(0, 1))
@@ -514,7 +509,8 @@ def test_a_fresh_state_can_be_donated(case):
         _, state = step(make_grads(seed, params), state, params)
 
 
-@few_cases_quickly
+@every_case
+@quick_only(*FEW)
 def test_a_scan_equals_a_loop(case):
     tx, params = case.make(), make_params()
     grads = [make_grads(seed, params) for seed in range(4)]
@@ -535,7 +531,8 @@ def test_a_scan_equals_a_loop(case):
     chex.assert_trees_all_close(state, expected_state, rtol=REORDERED, atol=ulp)
 
 
-@few_cases_quickly
+@every_case
+@quick_only(*FEW)
 def test_a_vmap_equals_a_loop(case):
     tx, params = case.make(), make_params()
     grads = [make_grads(seed, params) for seed in range(3)]
@@ -588,9 +585,8 @@ def test_a_lasting_shift_freezes_nothing(case):
 
 
 @every_case
-@pytest.mark.parametrize(
-    "dtype", quick({"float32"}, [jnp.float32, jnp.bfloat16], ["float32", "bfloat16"])
-)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@quick_only(*(f"float32-{name}" for name in CASES))
 def test_inactive_means_bitwise_identity(case, dtype):
     if not case.can_be_inactive:
         return
@@ -606,7 +602,8 @@ def test_an_empty_tree_passes(case):
     assert trace(case.make(), {})[0] == {}
 
 
-@few_cases_quickly
+@every_case
+@quick_only(*FEW)
 def test_an_empty_tree_leaves_finite_metrics(case):
     tx = case.make()
     _, state = jax.jit(tx.update)({}, tx.init({}), {})
@@ -639,18 +636,15 @@ WRAPPERS = {
 }
 
 
-def pairs(firsts, seconds):
-    """All pairs, by value; in the quick tier each first with one of the seconds."""
-    cycle = itertools.cycle(seconds)
-    chosen = {(first, next(cycle)) for first in firsts}
-    return [
-        pytest.param(a, b, id=f"{x}-{y}", marks=() if (x, y) in chosen else full)
-        for x, a in firsts.items()
-        for y, b in seconds.items()
-    ]
+every_wrapper = pytest.mark.parametrize(
+    "wrapper", WRAPPERS.values(), ids=WRAPPERS.keys()
+)
+A_WRAPPER_EACH = map("-".join, zip(itertools.cycle(WRAPPERS), CASES, strict=False))
 
 
-@pytest.mark.parametrize(("case", "wrapper"), pairs(CASES, WRAPPERS))
+@every_case
+@every_wrapper
+@quick_only(*A_WRAPPER_EACH)
 def test_is_read_inside_every_wrapper(case, wrapper):
     tx, params = wrapper(case.make), make_params()
     _, state = trace(tx, params)
@@ -667,7 +661,7 @@ def test_is_read_inside_every_wrapper(case, wrapper):
 
 @full
 @every_case
-@pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS.keys())
+@every_wrapper
 def test_works_inside_every_wrapper(case, wrapper):
     params = make_params()
     updates, _ = run(functools.partial(wrapper, case.make), params)
@@ -675,13 +669,11 @@ def test_works_inside_every_wrapper(case, wrapper):
 
 
 @pytest.mark.parametrize(
-    "case",
-    quick(
-        {"clip_by_zscore", "scale_by_noise_scale"},
-        *zip(*((c, n) for n, c in CASES.items() if c.hyperparameters), strict=True),
-    ),
+    "name", [name for name in CASES if CASES[name].hyperparameters]
 )
-def test_hyperparameters_can_be_injected(case):
+@quick_only("clip_by_zscore", "scale_by_noise_scale")
+def test_hyperparameters_can_be_injected(name):
+    case = CASES[name]
     told = with_moments if case.needs_moments else lambda tx: tx
     injected = optax.inject_hyperparams(case.factory)
     params = make_params()
@@ -708,8 +700,9 @@ HAS_MODES = "graph" in inspect.signature(nnx.jit).parameters
 NNX_MODES = {"graph": {"graph": True}, "tree": {"graph": False}} if HAS_MODES else {}
 
 
-@few_cases_quickly
-@pytest.mark.parametrize("mode", quick({"graph"}, NNX_MODES or {"graph": {}}))
+@every_case
+@pytest.mark.parametrize("mode", NNX_MODES or {"graph": {}})
+@quick_only(*(f"graph-{name}" for name in FEW[:2]))
 def test_works_and_is_read_in_an_nnx_optimizer(case, mode):
     mode = NNX_MODES.get(mode, {})
     model = Model(nnx.Rngs(0))
@@ -750,7 +743,8 @@ def test_works_and_is_read_in_a_linen_train_state(case):
     assert bool(found) == case.has_state
 
 
-@few_cases_quickly
+@every_case
+@quick_only(*FEW)
 def test_orbax_restores_the_state(case, tmp_path):
     if not case.has_state:  # Orbax refuses to save nothing.
         return
@@ -774,10 +768,9 @@ def shard(tree, mesh):
     )
 
 
-@few_cases_quickly
-@pytest.mark.parametrize(
-    "axis_type", quick({"AxisType.Explicit"}, [AxisType.Auto, AxisType.Explicit])
-)
+@every_case
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@quick_only(*(f"AxisType.Explicit-{name}" for name in FEW[:2]))
 def test_sharded_parameters_give_the_same_and_keep_their_sharding(case, axis_type):
     tx, params = case.make(), make_params()
     expected, expected_state = run(case.make, params)
@@ -802,14 +795,8 @@ def test_sharded_parameters_give_the_same_and_keep_their_sharding(case, axis_typ
 PARAMS = jax.tree.structure(make_params())
 
 
-@pytest.mark.parametrize(
-    "case",
-    quick(
-        {"spike_guard"},
-        CASES.values(),
-        CASES.keys(),
-    ),
-)
+@every_case
+@quick_only("spike_guard")
 def test_norms_are_summed_over_the_axes_of_shard_map_that_shard_a_leaf(case):
     """And what other axes hold copies of counts once."""
     if not case.takes_axis_name:

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 import survival
+from tiers import full, quick_only, together
 
 import optax_stability as ost
 from optax_stability import thresholds
@@ -103,10 +104,14 @@ STACKS = {
     },
 }
 SKIPPING = [name for name in STACKS if name.split()[0] in ("guard", "skip", "restart")]
-every_stack = pytest.mark.parametrize("stack", STACKS)
+every_stack = pytest.mark.parametrize(
+    "stack", together("stack", {name: name for name in STACKS})
+)
 # A tenth of a clean stream is above its own quantile: that is nothing to skip by.
 SELECTIVE = [name for name in STACKS if name != "skip at window_quantile"]
-every_selective_stack = pytest.mark.parametrize("stack", SELECTIVE)
+every_selective_stack = pytest.mark.parametrize(
+    "stack", together("stack", {name: name for name in SELECTIVE})
+)
 
 
 # --- the faults ------------------------------------------------------------------
@@ -371,6 +376,7 @@ FINITE = ["updates", "params", "statistics", "reports"]
 
 
 @every_stack
+@quick_only("guard", "zscore")
 def test_everything_stays_finite_at_every_step(stack, outcomes):
     seen, _ = outcomes(stack)
     for what in FINITE:
@@ -385,6 +391,7 @@ UNSET = {name: [1] for name in SKIPPING if name != "guard"} | {"skip": [1, 2, 5]
 
 
 @every_stack
+@quick_only("guard", "zscore")
 def test_in_the_end_every_limit_is_finite(stack, outcomes):
     _, limits = outcomes(stack)
     unset = np.isin(np.arange(limits.shape[1]), UNSET.get(stack, []))
@@ -409,6 +416,7 @@ def lost(seen):
 
 
 @every_stack
+@quick_only("guard", "zscore")
 def test_every_leaf_moves_within_six_steps_whatever_came_before(stack, outcomes):
     seen, _ = outcomes(stack)
     failed = stuck(seen)
@@ -416,6 +424,7 @@ def test_every_leaf_moves_within_six_steps_whatever_came_before(stack, outcomes)
 
 
 @every_stack
+@quick_only("guard", "zscore")
 def test_the_bucket_bounds_the_steps_lost(stack, outcomes):
     seen, _ = outcomes(stack)
     most = BUDGET + STEPS // (BUDGET + 1) if stack in SKIPPING else 0
@@ -424,12 +433,14 @@ def test_the_bucket_bounds_the_steps_lost(stack, outcomes):
 
 
 @every_selective_stack
+@quick_only("guard", "zscore")
 def test_no_step_of_the_clean_stream_is_lost(stack, outcomes):
     seen, _ = outcomes(stack)
     assert seen.moved[0].all()
 
 
 @every_selective_stack
+@quick_only("guard", "zscore")
 def test_a_nonfinite_gradient_or_a_loss_costs_no_step_after_it(stack, outcomes):
     seen, _ = outcomes(stack)
     for i, each in enumerate(grid()):
@@ -519,6 +530,7 @@ def share_of_the_twin(seen):
 
 
 @every_selective_stack
+@quick_only("guard", "zscore")
 def test_the_update_regains_a_tenth_of_its_size(stack, outcomes):
     shares = share_of_the_twin(outcomes(stack)[0])
     slow, judged = [], 0
@@ -536,6 +548,7 @@ def test_the_update_regains_a_tenth_of_its_size(stack, outcomes):
 
 
 @every_selective_stack
+@quick_only("guard", "zscore")
 def test_where_nothing_is_promised_the_update_is_not_zero(stack, outcomes):
     seen, _ = outcomes(stack)
     for i, each in enumerate(grid()):
@@ -543,6 +556,7 @@ def test_where_nothing_is_promised_the_update_is_not_zero(stack, outcomes):
             assert seen.moved[i, each.end + MAX_CONSECUTIVE :].all(), each[:4]
 
 
+@full
 def test_one_tiny_gradient_in_the_warm_up_holds_a_leaf_down_for_a_few_rows_only():
     """From 1e-10 to 1 the rises are 10, 10², 10⁴ and 10⁸: four rows."""
     state = BY_LEAF.init({"w": jnp.ones(3)})
@@ -582,6 +596,7 @@ def written_out(drawn):
 @hypothesis.given(
     st.lists(st.lists(segments, min_size=1, max_size=5), min_size=16, max_size=16)
 )
+@quick_only("guard")
 def test_any_sequence_of_faults_is_survived(stack, drawn):
     programs = written_out(drawn)
     seen, _ = run_programs(stack, programs)

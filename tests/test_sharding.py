@@ -17,6 +17,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiers import full, quick_only
 
 import optax_stability as ost
 from optax_stability import thresholds
@@ -308,6 +309,7 @@ def looked_at(api):
 @by_place
 @by_api
 @pytest.mark.parametrize("accumulates", [False, True], ids=["chain", "accumulate"])
+@quick_only("chain-plain-explicit-tensor")
 def test_a_mesh_does_what_one_device_does(place, api, accumulates):
     """Also where one entry on one device is NaN, or so large that it is skipped."""
     chain = "accumulated" if accumulates else looked_at(api)
@@ -362,6 +364,7 @@ def update_alone(place, copies):
     return many_devices.collectives(lowered.compile().as_text())
 
 
+@full
 def test_an_update_adds_as_many_small_sums_whatever_the_number_of_leaves():
     few, many = (update_alone(Place("auto", "tensor"), copies) for copies in (1, 3))
     assert {each.kind for each in few + many} == {"all-reduce"}
@@ -370,6 +373,7 @@ def test_an_update_adds_as_many_small_sums_whatever_the_number_of_leaves():
     assert max(size for each in many for size in each.sizes) <= 4 * 16
 
 
+@full
 def test_an_update_of_what_is_copied_sends_nothing():
     assert not update_alone(Place("auto", "replicated"), 1)
 
@@ -436,6 +440,7 @@ def take_steps(tx, place, steps=3):
 
 
 @pytest.mark.parametrize("name", COMPANY)
+@quick_only("masked")
 def test_what_optax_wraps_works_on_an_explicit_mesh_and_in_a_scan(name):
     tx = optax.with_extra_args_support(COMPANY[name]())
     place = Place("explicit", "tensor")

@@ -89,7 +89,8 @@ def flush(
     :func:`accumulate_moments`; the mean is over the microbatches in the window.
 
     **Edge cases**: if the window is empty, the updates are 0 and the state of ``inner``
-    is unchanged. The mean has the dtype of ``params``, if they are given.
+    is unchanged. The mean has the dtype of ``params``, or of the
+    accumulator if they are not given.
 
     Args:
       inner: the transformation that ``accumulate_moments`` wraps.
@@ -169,7 +170,7 @@ def accumulate_moments(
 
     **Edge cases**
 
-    * A leaf whose norm is above 8e37 counts as not finite.
+    * A leaf whose norm is above 8e37, or a weight above it, counts as not finite.
     * A clip or skip *inside*, ``accumulate_moments(chain(clip, adam))``, sees the whole
       batch once. A clip or skip *before* it, ``chain(clip, accumulate_moments(adam))``,
       sees every microbatch.

@@ -86,7 +86,7 @@ def restart_moments(
     * The spike itself is applied with the old moments, and the restart follows: the new
       moments do not start from the spike.
     * Before the first restart, updates are those of ``inner``, bit for bit.
-    * A non-finite gradient triggers no restart and is not learned by ``on_spike``. It
+    * A non-finite gradient is no spike and is not learned by ``on_spike``. It
       is passed to ``inner``, which must tolerate it, as ``scale_by_safe_adam`` does.
     * Every step is taken, whatever ``on_spike`` finds: training never freezes.
 

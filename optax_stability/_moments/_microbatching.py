@@ -186,7 +186,7 @@ def microbatch_gradients(
 
     * If no microbatch is kept, the loss is NaN and the gradient is 0: ``skip_spikes``
       then skips the step.
-    * A leaf whose norm is above 8e37 counts as not finite.
+    * A leaf whose norm is above 8e37, or a weight above it, counts as not finite.
     * The loss scale is clipped to 2⁻¹²⁶ … 2¹²⁶; if it is NaN, no microbatch is kept.
       Average the loss in float32: the backward pass of a float16 mean starts with S in
       float16, whose maximum is 65504.

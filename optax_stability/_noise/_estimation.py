@@ -184,8 +184,8 @@ def estimate_noise_scale(
       A transformation with state :class:`EstimateNoiseScaleState`; its ``update`` needs
       ``moments=``. Metrics ``noise_scale/…``: ``b_simple``, ``low``, ``high`` and
       ``trace`` in the unit of the weights, ``valid``, ``grad_sq``, ``noise_to_weight``,
-      ``steps`` (of equal weight) and ``biased``. Unless the scope is global, all but
-      ``biased`` exist as ``…/per_leaf`` too; with labels, each leaf has the value of
+      ``steps`` (of equal weight), ``biased`` and ``batch_size``. Unless the scope is
+      global, all but the last two exist as ``…/per_leaf`` too; with labels, each leaf has the value of
       its label. To read them, see :func:`noise_scale`.
 
     Raises:

@@ -8,7 +8,8 @@ All thresholds follow these rules:
 
 * The limit is computed from *past* values, before the present value is learned. If the
   published rule also uses the present value, the docstring says so.
-* Until a threshold has learned enough values, its limit is infinite.
+* Until a threshold has learned enough values, its limit is infinite, or far above what
+  it will be (``detrended_mad``).
 * A value that is not finite is abnormal and is not learned: the state is unchanged.
 * State is O(1) or O(window), float32 and int32, with a structure that never changes.
   Every function can be jitted, scanned and vmapped (one stream per leaf or group).

@@ -129,8 +129,8 @@ def detrended_mad(
       5.05
 
     References:
-      Original to this library. The scale is the median absolute deviation (Hampel
-      1974). Comparison with the published rules:
+      Original to this library. The scale is the median absolute deviation (Hampel,
+      "The Influence Curve and Its Role in Robust Estimation", 1974, JASA 69). Comparison with the published rules:
       ``python benchmarks/spike_detection.py``.
     """
     _validate.check_interval("num_mads", num_mads, "(0, inf)", "5 and 6 are usual")

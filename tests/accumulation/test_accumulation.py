@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiers import full, quick_only
 
 import optax_stability as ost
 
@@ -353,6 +354,7 @@ INNERS = {
 
 
 @pytest.mark.parametrize("name", INNERS)
+@quick_only("safe adamw", "momentum")
 def test_the_steps_are_those_of_the_large_batch(name):
     inner, tolerance = INNERS[name]
     stream = several(12)
@@ -700,6 +702,7 @@ def test_inner_is_given_the_mean_in_the_dtype_of_the_gradients():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@quick_only("bfloat16")
 def test_the_accumulator_may_be_narrower(dtype):
     """The update is not: a third of the mean needs all digits of float32."""
     third = optax.scale(1 / 3)
@@ -957,6 +960,7 @@ def part(batch, start, stop, step=1):
     return jax.tree.map(lambda x: x[start:stop:step], batch)
 
 
+@full
 def test_in_a_call_and_across_calls_is_one_window():
     """Calls of four microbatches and of one, of two rows each, are five of one."""
     batch = rows(10)
@@ -1120,6 +1124,7 @@ def kernel(tree):
     return {"w": tree["body"]["w"]}
 
 
+@full
 def test_masked_around_and_inside_are_the_masked_leaves_alone():
     stream = several(6)
     alone = [kernel(grads) for grads in stream]
@@ -1160,6 +1165,7 @@ def group(tree, name):
 
 
 @pytest.mark.parametrize("place", ["around", "inside"])
+@full
 def test_every_group_of_a_partition_is_as_if_it_were_alone(place):
     extras = [{"weight": w} for w in (1.0, 5.0, 2.0, 1.0, 1.0, 3.0)]
     if place == "inside":
@@ -1248,6 +1254,7 @@ def test_skipping_inside_sees_the_mean_gradient_and_the_mean_loss():
     assert int(states[-1].inner_opt_state.step) == 3
 
 
+@full
 def test_the_guard_around_adam_of_the_microbatch_squares_gets_all_it_needs():
     inner = ost.spike_guard(FROM_SQUARES)
     found, _ = accumulate(inner, 2, several(4), [{"value": 2.0}] * 4)
@@ -1270,6 +1277,7 @@ def stack(trees: Sequence):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
+@full
 def test_a_scan_over_calls_under_vmap_equals_loops():
     """Three streams, of which each rejects and steps on its own."""
     tx = ost.accumulate_moments(FROM_SQUARES, lambda step: 2 + step)
@@ -1294,6 +1302,7 @@ def test_a_scan_over_calls_under_vmap_equals_loops():
     assert len(set(rejected)) > 1
 
 
+@full
 def test_orbax_restores_the_middle_of_a_window(tmp_path):
     stream = several(12)
     stream[5] = spoilt(stream[5], np.nan)
@@ -1365,6 +1374,7 @@ def test_an_nnx_optimizer_takes_it_as_it_is():
     assert int(ost.metrics(optimizer)["accumulate/mini_step"]) == 0
 
 
+@full
 def test_an_nnx_optimizer_can_be_split_donated_and_flushed():
     inner = optax.adam(0.1)
     model, optimizer = nnx_optimizer(ost.accumulate_moments(inner, 4))
@@ -1449,6 +1459,7 @@ def shard(tree, mesh):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@full
 def test_sharded_parameters_give_the_same_and_keep_their_sharding(axis_type):
     like = {"w": np.ones((4, 8), np.float32), "s": np.float32(1)}
     stream = several(5, like=like)
@@ -1486,6 +1497,7 @@ def test_sharded_parameters_give_the_same_and_keep_their_sharding(axis_type):
     ],
     ids=["momentum", "adamw", "from squares"],
 )
+@quick_only("adamw")
 def test_a_donated_step_needs_no_memory_of_its_own(inner, settings):
     params = {str(i): jnp.ones((128, 256)) for i in range(4)}
     tx = ost.accumulate_moments(inner, 4, **settings)
@@ -1510,6 +1522,7 @@ MESH_OF_8 = functools.partial(jax.make_mesh, (8,), ("data",))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@quick_only("AxisType.Explicit")
 def test_a_nan_on_any_device_is_seen_on_all(axis_type):
     """The maximum over devices of numbers and NaN is a number on CPU."""
     mesh = MESH_OF_8(axis_types=(axis_type,))
@@ -1524,6 +1537,7 @@ def test_a_nan_on_any_device_is_seen_on_all(axis_type):
             assert not np.asarray(updates).any()
 
 
+@full
 def test_under_shard_map_adam_takes_the_step_it_takes_without():
     tx = ost.accumulate_moments(MICROBATCH(), 2)
     sharded = ost.accumulate_moments(MICROBATCH(), 2, axis_name="data")
@@ -1546,6 +1560,7 @@ def test_under_shard_map_adam_takes_the_step_it_takes_without():
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@full
 def test_a_state_that_takes_the_dtype_of_the_gradient_keeps_its_own():
     """A momentum made from bfloat16 parameters, and gradients in float32."""
     params = jnp.ones(3, jnp.bfloat16)

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tiers import full, quick_only
 
 import optax_stability as ost
 
@@ -178,6 +179,7 @@ def bound(b1, b2):
 
 
 @pytest.mark.parametrize(("b1", "b2"), BETAS)
+@quick_only("0.9-0.95")
 def test_it_is_the_rule_while_the_number_of_microbatches_varies(b1, b2):
     data, reference = stream(COUNTS), Reference(b1, b2)
     expected = run_reference(split(data), reference)
@@ -257,6 +259,7 @@ def test_a_step_without_microbatches_changes_nothing_but_the_step():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@quick_only("float32")
 def test_a_first_step_without_microbatches_gives_no_update(dtype):
     tx = DEFAULT if dtype == jnp.float32 else SAFE(rms_dtype=dtype)
     updates, _, state = run(tx, np.full((3, 5, 48), np.nan, np.float32))
@@ -300,6 +303,7 @@ def test_where_squares_leave_float32_the_mean_itself_is_the_size(scale):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@quick_only("bfloat16")
 def test_gradients_may_be_narrow(dtype):
     data = stream([8] * 10)
     data = jnp.asarray(data / np.abs(data).max(axis=(0, 1)), dtype)
@@ -662,6 +666,7 @@ def clipped_reference(data, factors):
 
 
 @pytest.mark.parametrize("kind", CLIPS)
+@quick_only("leaf")
 def test_a_clip_acts_on_the_mean_square_as_if_on_every_microbatch(kind):
     data = two_leaves()
     factors = limits_of(data, kind)
@@ -676,6 +681,7 @@ def test_a_clip_acts_on_the_mean_square_as_if_on_every_microbatch(kind):
 
 
 @pytest.mark.parametrize("kind", CLIPS)
+@full
 def test_a_clip_acts_likewise_after_microbatch_gradients(kind):
     data = two_leaves()
     expected = clipped_reference(data, limits_of(data, kind))
@@ -707,6 +713,7 @@ def alone(tx, name):
     return updates[name]
 
 
+@full
 def test_groups_of_a_partition_are_each_group_alone():
     tx = optax.partition({"first": FIRST, "second": SECOND}, LABELS)
     updates, _ = accumulate(tx, two_leaves())
@@ -742,6 +749,7 @@ def nnx_labels(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: LABELS[path[0].key], params)
 
 
+@full
 def test_it_runs_under_nnx_in_groups():
     data = jax.tree.map(lambda x: x[:4], two_leaves())
     groups = {"first": FIRST, "second": SECOND}

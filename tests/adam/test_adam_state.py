@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import quick_only
 
 import optax_stability as ost
 from optax_stability._adam._state import update_bound
@@ -289,6 +290,7 @@ def advance(tx, grads, state=None):
 
 
 @pytest.mark.parametrize("name", OURS)
+@quick_only("bare")
 def test_a_running_job_switches_to_safe_adam_and_goes_on_the_same(name):
     _, state = advance(OPTAX[name], trees(20))
     expected, _ = advance(OPTAX[name], trees(20, seed=1), state)

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 import reporting
+from tiers import full
 
 NOISE, EVEN, SIGNAL = (regime.name for regime in batch_invariance.REGIMES)
 OURS, SQRT, LINEAR = batch_invariance.OPTIMIZERS
@@ -14,7 +15,7 @@ OURS, SQRT, LINEAR = batch_invariance.OPTIMIZERS
 SPREAD = 3 * 0.007
 
 
-def full():
+def stored():
     return reporting.read("batch_invariance")["b2"]
 
 
@@ -28,6 +29,7 @@ def distance(regime, k):
 
 
 # One test, because it is one run of ten seconds.
+@full
 def test_ours_goes_as_far_as_with_one_microbatch_per_step_and_plain_adam_does_not():
     rows = batch_invariance.measure(0.999, batch_invariance.QUICK)
     assert batch_invariance.largest_error(rows) < 0.007
@@ -46,7 +48,7 @@ def test_ours_goes_as_far_as_with_one_microbatch_per_step_and_plain_adam_does_no
 
 @pytest.mark.parametrize("b2", ["0.999", "0.95"])
 def test_the_full_run_stayed_within_a_percent(b2):
-    rows = full()[b2]
+    rows = stored()[b2]
     assert batch_invariance.largest_error(rows) < 0.002
     for k in batch_invariance.SPLITS:
         for regime in (NOISE, EVEN, SIGNAL):
@@ -65,7 +67,7 @@ def test_the_full_run_stayed_within_a_percent(b2):
     ],
 )
 def test_each_rule_of_plain_adam_is_wrong_in_one_regime(optimizer, k, regime, expected):
-    for rows in full().values():
+    for rows in stored().values():
         found = ratio(rows, optimizer, k, regime)
         assert found == pytest.approx(expected, rel=0.02)
 
@@ -112,7 +114,7 @@ def test_the_comparison_is_a_ratio_of_means_with_its_error():
 
 
 def test_the_table_has_a_row_for_every_optimizer_and_k():
-    rows = full()["0.999"]
+    rows = stored()["0.999"]
     header, rule, *lines = batch_invariance.table(rows).splitlines()
     assert header.count("|") == rule.count("|") == 6
     assert len(lines) == len(batch_invariance.OPTIMIZERS) * 2

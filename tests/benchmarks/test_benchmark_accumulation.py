@@ -5,12 +5,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from tiers import full
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="the XLA of older versions copies more"
 )
 
 
+@full
 def test_across_steps_nothing_is_copied():
     # Two leaves compile in a fraction of the time.
     scale = accumulation.QUICK._replace(shapes={"w": (512, 256), "b": (512,)})
@@ -60,6 +62,7 @@ def perceptron():
         ("…, mean_square=True", perceptron),
     ],
 )
+@full
 def test_inside_a_step_it_is_what_one_writes_by_hand(name, make):
     case, side = make(), accumulation.INSIDE[name]
     programs = {

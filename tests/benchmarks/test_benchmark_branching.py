@@ -3,10 +3,12 @@
 import branching
 import pytest
 import reporting
+from tiers import full
 
 
 @pytest.mark.parametrize("probes", branching.PROBES)
 @pytest.mark.parametrize("dtype", branching.DTYPES)
+@full
 def test_what_comes_back_is_rounded_once(dtype, probes):
     close, far = (
         branching.exactness(dtype, drift, probes, size=2000) for drift in (1e-3, 1.0)

@@ -9,6 +9,7 @@ import optax
 import pytest
 import reporting
 from many_devices import Collective
+from tiers import full
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -19,6 +20,7 @@ def test_the_readme_quotes_the_last_full_run():
         assert f"{report['checked'][key]:,}" in README
 
 
+@full
 def test_an_update_adds_few_and_small_sums():
     """However many leaves there are, but for what XLA can put into one message."""
     report = reporting.read("many_devices")
@@ -37,6 +39,7 @@ def test_an_update_adds_few_and_small_sums():
     assert len(set(by_devices)) == 1
 
 
+@full
 def test_microbatches_on_devices_add_next_to_nothing_to_the_gradient():
     plain, spread, _ = reporting.read("many_devices")["gradient"].values()
     for leaves in plain:
@@ -45,6 +48,7 @@ def test_microbatches_on_devices_add_next_to_nothing_to_the_gradient():
         assert added <= 16 * int(leaves) + 64
 
 
+@full
 def test_xla_counts_what_the_shapes_say():
     checked = reporting.read("many_devices")["checked"]
     assert checked["counted"] == pytest.approx(checked["expected"], rel=1e-5)

@@ -18,6 +18,10 @@ from contenders import CLIP, OURS
 from faulty_streams import Setting
 from grids import Fault, Grid
 from stability import Outcome
+from tiers import full
+
+# What costs much to make is made in one worker.
+pytestmark = pytest.mark.xdist_group("stability")
 
 TINY = Setting(layers=1, width=32, batch=2, calls=40)
 ALL_FAULTS = {
@@ -232,6 +236,7 @@ def test_a_cell_says_how_many_died_and_a_noise_row_how_far_runs_move():
     assert stability.cell([0.1, -0.1], noise=True) == "±0.100"
 
 
+@full
 def test_a_grid_is_trained_and_the_fault_is_found():
     """A NaN kills adamw and not ours; the clean runs are where they would be."""
     faults = grids.CLEAN | {
@@ -252,6 +257,7 @@ def test_a_grid_is_trained_and_the_fault_is_found():
     assert table.splitlines()[-1] == "| clean | +0.000 |"
 
 
+@full
 def test_all_at_once_is_row_by_row():
     faults = grids.CLEAN | {
         "random": Fault(faulty_streams.random_bytes(faulty_streams.at(5)))

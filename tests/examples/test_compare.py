@@ -11,7 +11,11 @@ import model
 import numpy as np
 import pytest
 import train
+from tiers import full
 from trainer import DivergedError
+
+# What costs much to make is made in one worker.
+pytestmark = pytest.mark.xdist_group("compare")
 
 INJECT = ("bytes@20x3", "nan@30")
 
@@ -49,6 +53,7 @@ def losses(rows):
     return np.array(list(found.values()), float)
 
 
+@full
 def test_the_chain_survives_what_kills_plain_optax(runs):
     assert list(runs) == ["rewind", "plain"]
     ours, plain = runs.values()
@@ -66,6 +71,7 @@ def test_the_chain_survives_what_kills_plain_optax(runs):
     assert table[1]["losses that are not finite"] == "11"
 
 
+@full
 def test_the_same_command_again_only_shows_it_once_more(
     config, runs, monkeypatch, capsys
 ):
@@ -198,6 +204,7 @@ def test_each_side_has_its_settings_and_a_folder():
             assert one.baseline or one.on_spike == side
 
 
+@full
 def test_a_run_that_gives_up_is_shown_as_far_as_it_came(
     config, tmp_path, monkeypatch, capsys
 ):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import full
 
 ROOT = Path(__file__).parents[2]
 GALLERY = (ROOT / "examples" / "README.md").read_text()
@@ -40,6 +41,7 @@ def evaluations(folder):
     return [row["eval/loss"] for row in rows if "eval/loss" in row]
 
 
+@full
 def test_the_gpt_learns_and_can_be_taught_other_text(tmp_path):
     assert "bits/byte" in run(tmp_path, "gpt/train.py")
     *_, last = evaluations(tmp_path / "runs" / "gpt")
@@ -55,6 +57,7 @@ def test_the_gpt_learns_and_can_be_taught_other_text(tmp_path):
     assert (tmp_path / "runs" / "lora" / "merged" / "checkpoints").is_dir()
 
 
+@full
 def test_the_broken_run_survives_and_plain_optax_does_not(tmp_path):
     printed = run(tmp_path, "compare.py")
     for row in ("held-out loss at the end", "steps skipped", "rewinds"):
@@ -74,6 +77,7 @@ def test_the_broken_run_survives_and_plain_optax_does_not(tmp_path):
     assert (runs / "compare.png").stat().st_size > 10_000
 
 
+@full
 def test_a_branch_is_taken_back_and_nothing_is_rewound(tmp_path):
     printed = run(tmp_path, "compare.py", number=1, more=("--sides", "branch"))
     assert re.search(r"branches taken back +│ 1 ", printed)
@@ -83,6 +87,7 @@ def test_a_branch_is_taken_back_and_nothing_is_rewound(tmp_path):
     assert branch == pytest.approx(end, abs=TEXTS_DIFFER)
 
 
+@full
 def test_the_linen_example_prints_what_the_gallery_shows(tmp_path):
     printed = run(tmp_path, "linen_train_state.py")
     losses = dict(re.findall(r"step (\d+)  loss (\S+)", printed))

@@ -27,8 +27,12 @@ from checkpoints import Checkpoints
 from config import check
 from flax import nnx
 from input_error import InputError
+from tiers import full, quick_only
 
 import optax_stability as ost
+
+# What costs much to make is made in one worker.
+pytestmark = pytest.mark.xdist_group("gpt")
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "gpt" / "train.py"
 # Eight devices share a batch of eight; few steps, for only the wiring is tested here.
@@ -86,6 +90,7 @@ def command(folder, text, flags):
     return [sys.executable, SCRIPT, *flags.split(), "--data", text, "--out", folder]
 
 
+@full
 def test_one_command_trains_and_leaves_a_log_and_a_picture(tmp_path, text):
     flags = (
         "--steps 12 --warmup-steps 2 --eval-batches 1 --sample-tokens 8 --log-every 4"
@@ -123,6 +128,7 @@ def test_one_command_trains_and_leaves_a_log_and_a_picture(tmp_path, text):
     assert "No finding" in (tmp_path / "report.html").read_text()
 
 
+@full
 def test_a_run_that_is_killed_takes_the_same_course(tmp_path, text):
     flags = "--steps 30 --warmup-steps 2 --eval-batches 1 --sample-tokens 0"
     flags += " --checkpoint-every 4 --eval-every 10 --inject nan@14 scale@20"
@@ -164,6 +170,7 @@ def read_whole_rows(folder):
 
 
 @pytest.mark.usefixtures("small")
+@full
 def test_a_surge_of_the_learning_rate_is_undone(tmp_path, text):
     settings = QUICK | {"steps": 80, "eval_every": 20, "checkpoint_every": 20}
     settings |= {"rewind_steps": 10, "skip_batches": 40, "inject": ("surge=100@61x12",)}
@@ -184,6 +191,7 @@ def test_a_surge_of_the_learning_rate_is_undone(tmp_path, text):
 
 
 @pytest.mark.usefixtures("small")
+@full
 def test_the_baseline_is_optax_alone(tmp_path, text):
     settings = QUICK | {"steps": 8, "inject": ("nan@5",), "baseline": True}
     train.train(train.Config(data=text, out=tmp_path, **settings))
@@ -195,6 +203,7 @@ def test_the_baseline_is_optax_alone(tmp_path, text):
 
 
 @pytest.mark.usefixtures("small")
+@full
 def test_half_precision_learns_and_its_scale_is_logged(tmp_path, text):
     settings = QUICK | {"steps": 12, "eval_every": 12, "dtype": "float16"}
     row = train.train(train.Config(data=text, out=tmp_path, **settings))
@@ -203,6 +212,7 @@ def test_half_precision_learns_and_its_scale_is_logged(tmp_path, text):
 
 
 @pytest.mark.usefixtures("small")
+@full
 def test_the_penalty_is_part_of_the_loss(tmp_path, text):
     flags = QUICK | {"gradient_penalty": 0.5, "eval_batches": 4}
     row = train.train(train.Config(data=text, out=tmp_path, **flags))
@@ -213,6 +223,7 @@ def test_the_penalty_is_part_of_the_loss(tmp_path, text):
 
 
 @pytest.mark.usefixtures("small")
+@full
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, text, monkeypatch, capsys):
     step, pressed = train.Run.advance, []
 
@@ -272,6 +283,7 @@ def test_there_is_one_noise_scale(level, late):
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("level", "switches_on"), [(0.0, True), (1e9, False)])
+@full
 def test_the_clip_can_wait_for_noise(tmp_path, text, level, switches_on):
     settings = QUICK | {"steps": 30, "eval_every": 30, "batch_size": 16}
     settings |= {"microbatches": 2, "on_spike": "rewind", "clip_when_noisy": level}
@@ -285,6 +297,7 @@ def test_the_clip_can_wait_for_noise(tmp_path, text, level, switches_on):
 
 
 @pytest.mark.usefixtures("small")
+@full
 def test_a_crash_leaves_a_report(tmp_path, text, monkeypatch):
     step = train.Run.advance
 
@@ -302,6 +315,7 @@ def test_a_crash_leaves_a_report(tmp_path, text, monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
+@full
 def test_histograms_of_every_layer_go_to_tensorboard(tmp_path, text):
     settings = QUICK | {"steps": 8, "histogram_every": 5}
     train.train(train.Config(data=text, out=tmp_path, **settings))
@@ -439,6 +453,7 @@ def test_bad_input_gets_one_clear_line(
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])
+@quick_only("tiny")
 def test_the_first_loss_is_that_of_no_opinion(size):
     shape = model.SIZES[size]
     gpt = model.GPT(shape, shape.vocabulary, jnp.float32, nnx.Rngs(0))
@@ -478,6 +493,7 @@ def train_scaled(scale):
     return nnx.to_pure_dict(nnx.state(gpt))
 
 
+@full
 def test_loss_scale_changes_no_bit_of_a_run():
     expected = train_scaled(1.0)
     for exponent in (-60, 60):
@@ -485,6 +501,7 @@ def test_loss_scale_changes_no_bit_of_a_run():
 
 
 @pytest.mark.usefixtures("small")
+@full
 def test_microbatches_do_not_change_the_course_of_training(tmp_path, text, capsys):
     settings = QUICK | {"batch_size": 32, "steps": 8, "eval_every": 8, "log_every": 8}
     curves = []

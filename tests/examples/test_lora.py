@@ -19,6 +19,10 @@ from checkpoints import Checkpoints
 from data import batches, load
 from flax import nnx
 from input_error import InputError
+from tiers import full
+
+# What costs much to make is made in one worker.
+pytestmark = pytest.mark.xdist_group("lora")
 
 SMALL = model.Size(1, 16, 2, 16, 256, 1e-2)
 RANK, ALPHA, BATCH_SIZE, EVAL_BATCHES = 2, 16.0, 8, 2
@@ -126,6 +130,7 @@ def parameters(gpt):
     return nnx.to_pure_dict(nnx.state(gpt))
 
 
+@full
 def test_the_newest_checkpoint_is_the_base(folder):
     config, gpt = lora.load(folder / "base")
     assert (config.steps, config.baseline) == (30, True)
@@ -135,6 +140,7 @@ def test_the_newest_checkpoint_is_the_base(folder):
     assert found == pytest.approx(last, abs=TOLERANCE)
 
 
+@full
 def test_it_starts_as_the_base_and_learns(flags, tuned):
     first, *_, last = evaluations(flags.out)
     base = held_out_loss(lora.load(flags.base)[1], flags.data)
@@ -142,6 +148,7 @@ def test_it_starts_as_the_base_and_learns(flags, tuned):
     assert last == tuned[1]["eval/loss"] < first - 0.1
 
 
+@full
 def test_only_the_adapters_are_trained(flags, tuned):
     del tuned
     before, _ = arrays_of(flags.base)
@@ -165,6 +172,7 @@ def test_only_the_adapters_are_trained(flags, tuned):
     assert matrices.isdisjoint(shapes)
 
 
+@full
 def test_the_merged_model_does_what_the_adapted_one_did(flags, tuned):
     merged, row = tuned
     found = held_out_loss(merged, flags.data)
@@ -187,6 +195,7 @@ def test_the_merged_model_does_what_the_adapted_one_did(flags, tuned):
         assert np.abs(expected - w).max() > 1e-2
 
 
+@full
 def test_what_is_saved_is_a_gpt_as_before(flags, tuned):
     config, gpt = lora.load(flags.out / "merged")
     chex.assert_trees_all_equal(parameters(gpt), parameters(tuned[0]))
@@ -197,6 +206,7 @@ def test_what_is_saved_is_a_gpt_as_before(flags, tuned):
     chex.assert_trees_all_equal_shapes(parameters(gpt), parameters(base))
 
 
+@full
 def test_a_run_that_was_killed_takes_the_same_course(flags, tuned, tmp_path):
     out = shutil.copytree(flags.out, tmp_path / "killed")
     shutil.rmtree(out / "merged")
@@ -206,6 +216,7 @@ def test_a_run_that_was_killed_takes_the_same_course(flags, tuned, tmp_path):
     chex.assert_trees_all_equal(parameters(merged), parameters(tuned[0]))
 
 
+@full
 def test_the_same_command_again_trains_nothing(flags, tuned, monkeypatch):
     monkeypatch.delattr(train.Run, "advance")
     merged, row = lora.finetune(flags)
@@ -229,6 +240,7 @@ def test_an_adapter_is_its_matrix_and_a_product():
     np.testing.assert_allclose(adapted.merged()(x), expected, atol=TOLERANCE)
 
 
+@full
 def test_a_base_that_was_never_trained_is_refused(flags, tmp_path):
     with pytest.raises(InputError, match=r"^--base: no checkpoints in .*; train one"):
         lora.load(tmp_path)
@@ -239,6 +251,7 @@ def test_a_base_that_was_never_trained_is_refused(flags, tmp_path):
         lora.finetune(dataclasses.replace(flags, base=tmp_path))
 
 
+@full
 def test_text_of_more_tokens_than_the_base_knows_is_refused(flags, tmp_path):
     np.full(500, 999, np.uint16).tofile(tmp_path / "ids.bin")
     says = "has 1000 token ids, but the model of .* has 256; "
@@ -259,6 +272,7 @@ def test_text_of_more_tokens_than_the_base_knows_is_refused(flags, tmp_path):
         ({"steps": 0}, "--steps: 0 is too small; give 1 or more"),
     ],
 )
+@full
 def test_settings_that_cannot_work_are_refused(flags, tmp_path, change, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         lora.finetune(dataclasses.replace(flags, out=tmp_path / "new", **change))
@@ -266,6 +280,7 @@ def test_settings_that_cannot_work_are_refused(flags, tmp_path, change, message)
 
 
 @pytest.mark.parametrize("change", [{"rank": 3}, {"alpha": 1.0}])
+@full
 def test_a_run_goes_on_with_its_own_adapters_alone(flags, tuned, change):
     del tuned
     (name,) = change

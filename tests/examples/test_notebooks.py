@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from tiers import full
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ["quickstart", "noise_scale"]
@@ -68,6 +69,7 @@ def pictures(notebook):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@full
 def test_a_notebook_runs_and_shows_what_its_text_says(name, tmp_path):
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     stored = len(pictures(notebook))

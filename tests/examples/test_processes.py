@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import survival
+from tiers import full
 
 SMALL_GPT = Path(__file__).parent / "small_gpt.py"
 STEPS = 40
@@ -108,6 +109,7 @@ def losses(folder):
     return {row["step"]: row["loss"] for row in rows(folder) if "loss" in row}
 
 
+@full
 def test_processes_train_together_and_survive(start):
     """Two lose one to a kill; four go on and are asked to stop; one finishes.
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+from tiers import full
 
 import optax_stability as ost
 
@@ -1122,6 +1123,7 @@ def accumulate_by_hand(params, x):
     return lax.scan(add, nothing, parts)[0]
 
 
+@full
 def test_one_by_one_costs_what_accumulation_by_hand_costs():
     kernel = jax.ShapeDtypeStruct((DEPTH, WIDTH, WIDTH), np.float32)
     params = {"in": kernel, "out": kernel}

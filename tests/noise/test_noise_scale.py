@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from scipy import stats
+from tiers import full, quick_only
 
 import optax_stability as ost
 from optax_stability._moments import _moments
@@ -115,6 +116,7 @@ def isotropic_trials(d, b_simple):
 
 
 @pytest.mark.parametrize(("d", "b_simple"), [(10, 40.0), (50, 400.0)])
+@quick_only("50-400.0")
 def test_how_often_g2_is_below_zero_and_its_quantiles(d, b_simple):
     """F = B‖ḡ‖²/S·… is noncentral F; one step's ratio is B/(F − 1)."""
     trace, grad_sq = isotropic_trials(d, b_simple)
@@ -190,6 +192,7 @@ def test_linear_regression_has_the_noise_scale_of_the_closed_form():
     assert round(found.steps) in range(3980, 4001)
 
 
+@full
 def test_the_size_of_the_batch_does_not_matter():
     small, large = regression(4, 16, 4000), regression(8, 64, 1000)
     both = [(each.high - each.low) / (2 * 1.96) for each in (small, large)]
@@ -463,6 +466,7 @@ def paired(steps):
     return tx, jax.jit(lambda s, g: jax.lax.scan(step, s, g))(tx.init(params), grads)[0]
 
 
+@full
 def test_pairs_estimate_the_same_and_say_that_they_are_biased():
     found = ost.noise_scale(paired(20_001)[1])
     assert found.biased
@@ -474,6 +478,7 @@ def test_pairs_estimate_the_same_and_say_that_they_are_biased():
     assert 6000 < found.steps < 10_000
 
 
+@full
 def test_better_estimates_take_the_place_of_pairs():
     tx, state = paired(21)
     params, update = jnp.ones(VARIANCES.size), jax.jit(tx.update)
@@ -534,6 +539,7 @@ def one_step(num_microbatches, params, x, tx=CHAIN):
     return tx.update(grads, tx.init(params), params, moments=moments)[1]
 
 
+@full
 def test_in_a_step_across_steps_and_both_nested_say_the_same():
     params, x = make_mlp()
     parts = [x[i::8] for i in range(8)]
@@ -601,6 +607,7 @@ def test_a_clip_before_it_changes_nothing():
 
 
 @pytest.mark.parametrize("wrap", ["masked", "partition"])
+@quick_only("masked")
 def test_hidden_leaves_are_left_out(wrap):
     params, x = make_mlp()
     only_out = {"in": False, "out": True}
@@ -639,6 +646,7 @@ COPY = re.compile(r"f32\[1024,1024\]\S* copy\(")
 
 # One after the other, and all at once: XLA counts the body of a loop once.
 @pytest.mark.parametrize("vmap_size", [1, None])
+@full
 def test_it_needs_no_buffer_and_hardly_an_operation(vmap_size):
     size = 1024
     shape = jax.ShapeDtypeStruct((size, size), np.float32)

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from test_noise_scale import synthetic
+from tiers import full, quick_only
 
 import optax_stability as ost
 
@@ -111,6 +112,7 @@ def test_every_power_of_two_is_reached():
 
 
 @pytest.mark.parametrize("weight", [None, 16.0])
+@quick_only("None")
 def test_the_unit_of_the_weights_does_not_matter(weight):
     """Gradients 4 and −2, in turn, in windows of two: S = 18·n, G² = 1 − 18/2."""
     chain = optax.chain(ost.estimate_noise_scale(scope="global"), optax.sgd(0.0))
@@ -126,6 +128,7 @@ def test_the_unit_of_the_weights_does_not_matter(weight):
     assert k > 2
 
 
+@full
 def test_accumulation_follows_the_noise():
     """One weight, gradients ±s around 1: the noise scale of a microbatch is s²."""
     chain = optax.chain(ost.estimate_noise_scale(scope="global"), optax.sgd(0.0))

@@ -11,9 +11,13 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_microbatching import collectives, place
+from tiers import full
 
 import optax_stability as ost
 from optax_stability import flax as ost_flax
+
+# What costs much to make is made in one worker.
+pytestmark = pytest.mark.xdist_group("noise sources")
 
 ROWS, LENGTH, WIDTH, WORDS, K, STEPS = 64, 6, 16, 11, 8, 24
 
@@ -159,6 +163,7 @@ SAME = {
 
 
 @pytest.mark.parametrize(("source", "reference"), SAME.values(), ids=SAME)
+@full
 def test_the_same_parts_give_the_same_numbers(source, reference):
     found, expected = source(), reference()
     leaves = {"": (found, expected)}
@@ -216,6 +221,7 @@ def compile_step(gradients, tx):
 
 
 @pytest.mark.parametrize("parts", [8, 16])
+@full
 def test_over_devices_it_sends_one_gradient_and_two_small_messages(parts):
     adam = ost.safe_adamw(1e-3)
     noisy = optax.chain(ost.estimate_noise_scale(), ost.clip_by_zscore(), adam)
@@ -229,6 +235,7 @@ def test_over_devices_it_sends_one_gradient_and_two_small_messages(parts):
     assert sizes[-2] <= 8
 
 
+@full
 def test_over_devices_there_is_no_second_backward_pass():
     def plain(params, x):
         return *jax.value_and_grad(mlp)(params, x), None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from tiers import full, quick_only
 
 from optax_stability._noise import _statistics
 from optax_stability._noise._statistics import (
@@ -248,6 +249,7 @@ CHANCE = 4 * (0.95 * 0.05 / RUNS) ** 0.5
 
 
 @pytest.mark.parametrize("setting", HARD.values(), ids=HARD)
+@quick_only("five steps")
 def test_the_interval_covers_where_the_delta_method_does_not(setting):
     averages, true = longest_consistent(simulate(*setting)), setting[3]
     found = interval(averages, 0.95)
@@ -257,6 +259,7 @@ def test_the_interval_covers_where_the_delta_method_does_not(setting):
 
 
 @pytest.mark.parametrize("setting", HOPELESS.values(), ids=HOPELESS)
+@full
 def test_a_hopeless_case_is_called_so_and_its_bound_holds(setting):
     averages, true = longest_consistent(simulate(*setting)), setting[3]
     found = interval(averages, 0.95)
@@ -268,6 +271,7 @@ def test_a_hopeless_case_is_called_so_and_its_bound_holds(setting):
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.8, 0.99])
+@quick_only("0.8")
 def test_the_confidence_is_kept(confidence):
     averages = longest_consistent(simulate(100, 8, 32, 50.0, 0.97, 200))
     found = interval(averages, confidence)
@@ -275,6 +279,7 @@ def test_the_confidence_is_kept(confidence):
     np.testing.assert_allclose(covered, confidence, atol=0.03)
 
 
+@full
 def test_without_a_change_the_longest_memory_is_trusted():
     averages = simulate(1000, 8, 32, 200.0, 0.98, 300)
     assert jnp.mean(longest_consistent(averages).steps == averages.steps[0]) > 0.9
