@@ -368,6 +368,7 @@ def test_the_steps_are_those_of_the_large_batch(name):
 
 
 @pytest.mark.parametrize("name", INNERS)
+@quick_only("sgd")
 def test_one_microbatch_per_step_is_the_bare_optimizer(name):
     inner, _ = INNERS[name]
     found, _ = accumulate(inner, 1, several(3), moving=True)
@@ -383,6 +384,7 @@ def test_a_single_microbatch_reaches_inner_bit_for_bit():
         np.testing.assert_array_equal(state.inner_opt_state.deviation, 0.0)
 
 
+@full
 def test_in_float64_two_parts_are_their_mean_to_the_last_bits():
     with jax.enable_x64(True):
         like = to_float64(PARAMS)
@@ -781,6 +783,7 @@ def test_every_k_may_follow_the_gradient_step():
     assert int(seen.calls) == 4
 
 
+@full
 def test_every_k_is_usually_a_plain_integer():
     _, states = run(ost.accumulate_moments(SGD, 3), several(3))
     assert [bool(ost.has_updated(state)) for state in states] == [0, 0, 1]
@@ -848,6 +851,7 @@ FROM_SQUARES = MICROBATCH(0.9, 0.99)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
+@quick_only("2")
 def test_flush_takes_the_step_that_a_full_window_would_have_taken(count):
     stream = several(4 + count)
     stream[4] = spoilt(stream[4], np.nan) if count > 1 else stream[4]
@@ -1096,6 +1100,7 @@ def test_the_state_of_something_else_raises():
 # --- what is around and inside ---------------------------------------------------
 
 
+@full
 def test_a_clip_inside_sees_the_mean_and_one_before_it_every_microbatch():
     clip = optax.clip_by_global_norm(1.0)
     small, large = ({**ZEROS, "gain": np.float32(x)} for x in (0.5, 8.5))
@@ -1106,6 +1111,7 @@ def test_a_clip_inside_sees_the_mean_and_one_before_it_every_microbatch():
         assert float(updates[1]["gain"]) == pytest.approx(expected, rel=ROUNDING)
 
 
+@full
 def test_a_chain_may_go_on_behind_it():
     nonnegative = optax.keep_params_nonnegative()
     tx = optax.chain(ost.accumulate_moments(SGD, 2), optax.scale(9.0), nonnegative)
@@ -1183,6 +1189,7 @@ def test_every_group_of_a_partition_is_as_if_it_were_alone(place):
         chex.assert_trees_all_close(shown, expected, rtol=ROUNDING, atol=1e-8)
 
 
+@full
 def test_groups_may_accumulate_over_different_numbers_of_calls():
     groups = {
         "slow": ost.accumulate_moments(SGD, 3),
@@ -1215,6 +1222,7 @@ def test_adam_of_the_microbatch_squares_is_that_of_its_formula():
         chex.assert_trees_all_close(updates[at], expected, rtol=ADAM)
 
 
+@full
 def test_hyperparameters_of_inner_can_be_injected():
     inner = optax.inject_hyperparams(optax.sgd)(lambda step: 2.0**-step)
     updates, states = accumulate(inner, 2, [jax.tree.map(np.ones_like, PARAMS)] * 4)
@@ -1224,6 +1232,7 @@ def test_hyperparameters_of_inner_can_be_injected():
     assert float(injected.hyperparams["learning_rate"]) == 0.5
 
 
+@full
 def test_every_k_can_be_injected():
     def make(every_k):
         return ost.accumulate_moments(SGD, every_k)
@@ -1357,6 +1366,7 @@ def nnx_optimizer(tx):
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
+@full
 def test_an_nnx_optimizer_takes_it_as_it_is():
     model, optimizer = nnx_optimizer(ost.accumulate_moments(optax.adam(0.1), 8))
 
@@ -1429,6 +1439,7 @@ def sharded_spy():
 
 
 @pytest.mark.parametrize("fault", ["none", "gradient", "loss"])
+@quick_only("gradient")
 def test_under_shard_map_all_devices_keep_or_reject_alike(fault):
     step, state = sharded_spy()
     stream, kept = several(4, like=EIGHT), [0, 1, 2, 3]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import full, quick_only
 
 import optax_stability as ost
 
@@ -487,6 +488,7 @@ def test_rms_may_be_narrow(dtype):
 @pytest.mark.parametrize(
     ("dtype", "spread"), [(jnp.bfloat16, 0.06), (jnp.float16, 0.02)]
 )
+@quick_only("bfloat16-0.06")
 def test_a_narrow_rms_decays_after_a_spike_as_it_should(dtype, spread):
     # Per step a coordinate moves one spacing s ≤ 2⁻⁷ (2⁻¹⁰) down with probability
     # 5e-4/s: over 1400 steps a random walk of deviation √(0.7·s) = 7 % (2.6 %). Equal
@@ -622,6 +624,7 @@ def test_bias_correction_stays_exact_over_a_long_run():
     assert float(state.rms_unit) == pytest.approx(rms_unit, rel=1e-4)
 
 
+@full
 def test_injected_constants_equal_static_ones():
     grads = noisy(60)
     options = {"b2": 0.99, "eps": 1e-3, "update_rms_max": 1.0, "spike_ratio": 25.0}

@@ -332,6 +332,7 @@ INJECT = optax.inject_hyperparams(ost.scale_by_safe_adam, static_args=("rms_dtyp
 
 
 @pytest.mark.parametrize("kind", ["constant", "schedule"])
+@quick_only("schedule")
 def test_traced_betas_correct_the_bias_of_every_one_they_were(kind):
     betas = (0.9, 0.99) if kind == "constant" else (schedule_b1, schedule_b2)
     data, reference = stream(COUNTS), Reference(*betas)
@@ -349,6 +350,7 @@ EPS_MODES = [(1e-2, "add"), (1e-2, "max"), (0.0, "max"), (0.0, "atan2")]
 
 
 @pytest.mark.parametrize(("eps", "mode"), EPS_MODES)
+@quick_only("0.01-add", "0.01-max")
 def test_every_mode_of_eps_is_as_without_microbatches(eps, mode):
     # Sizes from 1e-6, where ε dominates, to 1e6.
     data = stream(COUNTS)
@@ -395,6 +397,7 @@ def test_spike_ratio_holds_mean_and_mean_square():
 
 
 @pytest.mark.parametrize("dtype", HALF_SPACING)
+@quick_only("bfloat16")
 def test_rms_may_be_narrow(dtype):
     data = stream(COUNTS)
     if dtype == jnp.float16:  # which ends at 6e4
@@ -485,6 +488,7 @@ def test_it_warns_where_there_is_no_bound_whatever_k_is(b1, b2):
 
 
 @pytest.mark.parametrize("second_moment", ["mean", "microbatch"])
+@quick_only("microbatch")
 def test_safe_adamw_hands_the_choice_on(second_moment):
     data = stream([4] * 10)
     tx = ost.safe_adamw(1.0, weight_decay=0.0, second_moment=second_moment)
@@ -721,6 +725,7 @@ def test_groups_of_a_partition_are_each_group_alone():
     np.testing.assert_allclose(updates["b"], alone(SECOND, "b"), rtol=ROUNDING)
 
 
+@full
 def test_masks_hide_the_moments_of_what_they_hide():
     data = two_leaves()
     tree = {"hidden": data, "shown": data}
@@ -846,6 +851,7 @@ MEAN_SQUARE = 2 * np.sqrt(2 / SIZE) + 0.03
 
 @pytest.mark.parametrize("k", STEPS)
 @pytest.mark.parametrize("correlation", CORRELATIONS)
+@quick_only("-0.5-8")
 def test_correlation_is_that_of_successive_microbatches(correlation, k):
     found = metrics_after_ar1(k)
     i = CORRELATIONS.index(correlation)

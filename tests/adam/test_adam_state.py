@@ -222,6 +222,7 @@ def test_update_rms_is_that_of_the_last_update():
 @pytest.mark.parametrize(
     "options", [{"rms_dtype": jnp.bfloat16}, {"mu_dtype": jnp.bfloat16}]
 )
+@quick_only("options0")
 def test_the_metrics_of_narrow_storage_are_float32(options):
     state = step(ost.scale_by_safe_adam(**options), [1.0] * 4)
     assert {value.dtype for value in state.metrics.values()} == {jnp.dtype("float32")}
@@ -303,6 +304,7 @@ def test_a_running_job_switches_to_safe_adam_and_goes_on_the_same(name):
 
 
 @pytest.mark.parametrize("name", OURS)
+@quick_only("bare")
 def test_a_running_job_switches_back_to_optax_and_goes_on_the_same(name):
     _, state = advance(OURS[name], trees(20))
     expected, _ = advance(OURS[name], trees(20, seed=1), state)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import quick_only
 
 import optax_stability as ost
 from optax_stability import thresholds
@@ -465,6 +466,7 @@ def computation(tx, grads=None):
     ],
     ids=" ".join,
 )
+@quick_only("scope0", "decay")
 def test_clip_by_zscore_is_the_composition(settings):
     published = {"z_max": 2.5, "decay": 0.97, "warmup": 25, "mode": "adaptive"}
     written_out = published | {"relearn_after": 25, "scope": "global"} | settings
@@ -498,6 +500,7 @@ def test_without_relearning_a_lasting_rise_is_clipped_for_ever():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@quick_only("float32")
 def test_hyperparameters_can_be_injected(dtype):
     settings = {"z_max": 2.0, "decay": 0.9375, "warmup": 3}  # exact in bfloat16
     injected = optax.inject_hyperparams(ost.clip_by_zscore)(**settings)
@@ -574,6 +577,7 @@ PRESETS = {
 
 
 @pytest.mark.parametrize("make", PRESETS.values(), ids=PRESETS.keys())
+@quick_only("leaf history")
 def test_a_preset_sums_over_the_named_axes(make):
     tx = make(axis_name="shards")
     grads = {"w": np.array([[3.0], [4.0]], np.float32)}
@@ -778,6 +782,7 @@ def test_inactive_stacked_layers_are_kept_bit_for_bit():
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 1e18])
+@quick_only("0.001")
 def test_the_derivative_through_stacked_layers_is_that_of_separate_leaves(scale):
     grads = stacked_tree(scale=scale)
     weights = stacked_tree(seed=1)

@@ -101,11 +101,13 @@ def test_microbatches_are_the_power_of_two_below_the_noise_scale(low, fraction, 
     assert chosen(ost.batch_size_schedule(max_k=32, fraction=fraction), low) == k
 
 
+@full
 def test_it_is_held_to_its_ends_whether_powers_or_not():
     schedule = ost.batch_size_schedule(5, min_k=3)
     assert [chosen(schedule, low) for low in (None, 2 * 4.1, 1e5)] == [3, 4, 4]
 
 
+@full
 def test_every_power_of_two_is_reached():
     for power in range(1, 16):
         assert chosen(ost.batch_size_schedule(2**power), 1e5) == 2**power

@@ -179,6 +179,7 @@ def test_the_same_parts_give_the_same_numbers(source, reference):
             )
 
 
+@full
 def test_parts_of_any_size_estimate_the_same():
     """Of 64 parts and of 8 they differ by chance, as their intervals say."""
     fine, coarse = every_example(), in_the_step()

@@ -271,7 +271,7 @@ def test_a_hopeless_case_is_called_so_and_its_bound_holds(setting):
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.8, 0.99])
-@quick_only("0.8")
+@full
 def test_the_confidence_is_kept(confidence):
     averages = longest_consistent(simulate(100, 8, 32, 50.0, 0.97, 200))
     found = interval(averages, confidence)

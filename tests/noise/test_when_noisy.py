@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from test_noise_scale import synthetic
+from tiers import full
 
 import optax_stability as ost
 
@@ -41,6 +42,7 @@ def test_it_switches_with_the_noise_and_not_between_the_levels():
     assert not blocks[4].any()
 
 
+@full
 def test_chance_does_not_switch():
     """The estimate is above the level, its interval holds it."""
     tx = ost.when_noisy(HALF, above=10.0, estimator=ost.estimate_noise_scale())
@@ -65,6 +67,7 @@ def test_a_lower_bound_is_enough_to_switch_on():
     assert float(updates["w"]) == 0.5
 
 
+@full
 def test_the_ratio_to_the_weights_can_be_the_measure():
     tx = ost.when_noisy(HALF, above=2.0, below=1.0, measure="noise_to_weight")
     # √(trace·K/N), of one coordinate: K/N = 1/2.
@@ -78,6 +81,7 @@ def test_the_ratio_to_the_weights_can_be_the_measure():
     assert float(updates["w"]) == 1.0
 
 
+@full
 def test_what_is_inside_learns_all_the_time():
     clip = ost.clip_by_zscore(warmup=2)
     tx = ost.when_noisy(clip, above=1e9)
@@ -104,6 +108,7 @@ def test_what_is_wrong_is_named(arguments, error, match):
         ost.when_noisy(**{"inner": HALF, **arguments})
 
 
+@full
 def test_the_estimator_may_be_wrapped_and_has_to_be_one():
     labels = ost.estimate_noise_scale(scope=lambda tree: {"w": "a"}, decay=0.5)
     injected = optax.inject_hyperparams(ost.estimate_noise_scale)(decay=0.5)

@@ -10,6 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from tiers import full, quick_only
 
 import optax_stability as ost
 from optax_stability._core import _norms
@@ -63,11 +64,13 @@ def assert_kept(state, seen, first):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 6, 8, 11])
+@quick_only("6", "11")
 def test_the_last_rows_are_kept_across_any_number_of_turns(params, steps):
     state, seen = train(chain(), params, steps)
     assert_kept(state, seen, first=max(0, steps - 4))
 
 
+@full
 def test_it_goes_on_after_a_restart(params, tmp_path):
     tx = chain()
     state, seen = train(tx, params, 5)
@@ -79,6 +82,7 @@ def test_it_goes_on_after_a_restart(params, tmp_path):
     assert_kept(state, seen + more, first=3)
 
 
+@full
 def test_under_accumulation_there_is_one_row_per_step(params):
     tx = ost.accumulate_moments(chain(), every_k=2)
     state, _ = train(tx, params, 7)
@@ -155,6 +159,7 @@ def test_nothing_goes_to_the_host(params):
     assert len(ost.history(state)["step"]) == 3
 
 
+@full
 def test_it_is_read_from_an_nnx_optimizer():
     model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, chain(), wrt=nnx.Param)
@@ -174,6 +179,7 @@ def test_it_is_read_from_an_nnx_optimizer():
     assert "update/norm/kernel" in kept
 
 
+@full
 def test_two_states_with_one_key_have_a_column_each(params):
     labels = {"dense": {"bias": "plain", "kernel": "decayed"}}
     parts = {"plain": ost.safe_adamw(1e-3), "decayed": ost.safe_adamw(1e-3)}

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import full, quick_only
 
 import optax_stability as ost
 
@@ -57,6 +58,7 @@ def test_every_statistic_is_numpys(dtype, every):
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e18, 1e30])
+@quick_only("1.0")
 def test_bimodality_tells_one_mode_from_two_at_every_size(scale):
     draw = jax.random.normal(jax.random.key(0), (100_000,))
     shapes = {
@@ -149,6 +151,7 @@ def test_parameters_that_are_missing_are_asked_for(options):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@quick_only("float32")
 def test_the_correlation_is_the_cosine_with_the_measurement_before(dtype):
     keys = jax.random.split(jax.random.key(0), 6)
     params = {"a": jnp.zeros((5, 7), dtype), "b": jnp.zeros((), dtype)}
@@ -184,6 +187,7 @@ def largest_singular_value(x):
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e25])
+@quick_only("1.0")
 def test_the_singular_value_of_weights_is_followed_and_never_exceeded(scale):
     keys = jax.random.split(jax.random.key(0), 3)
     start = {
@@ -240,6 +244,7 @@ def test_infinity_is_in_the_last_bin_and_nan_in_none():
     assert float(counts.sum()) == 2.0
 
 
+@full
 def test_stacked_leaves_are_measured_layer_by_layer():
     keys = jax.random.split(jax.random.key(0), 2)
     stacked = jax.random.normal(keys[0], (3, 4, 5))

@@ -9,6 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from tiers import full, quick_only
 
 import optax_stability as ost
 
@@ -68,6 +69,7 @@ NEW = {
 
 
 @pytest.mark.parametrize("new", NEW.values(), ids=NEW.keys())
+@quick_only("appended", "wrapped")
 def test_the_next_update_is_the_one_the_old_run_would_have_made(new):
     old = old_chain()
     old_state = trained(old)
@@ -212,6 +214,7 @@ def test_a_checkpoint_without_the_wrapper_is_taken_up(tmp_path):
     chex.assert_trees_all_equal(state.inner_state[1], old_state[1])
 
 
+@full
 def test_an_nnx_optimizer_takes_up_an_older_one():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     old = nnx.Optimizer(model, old_adamw(), wrt=nnx.Param)

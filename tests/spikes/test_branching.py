@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiers import full, quick_only
 
 import optax_stability as ost
 from optax_stability import thresholds
@@ -188,18 +189,17 @@ STRETCHES = st.lists(
     min_size=1,
     max_size=12,
 )
-SETTINGS = st.sampled_from(
-    [
-        {"keep": keep, "max_length": 20, "rollback_budget": 1} | more
-        for keep in ("params", "all")
-        for more in (
-            {},
-            {"max_length": 256, "rollback_budget": 3},
-            {"max_consecutive": 1, "max_length": 256},
-            {"max_consecutive": 2, "budget": 3, "max_length": 2},
-        )
-    ]
-)
+SETTINGS = {
+    f"{keep}, {name}": {"keep": keep, "max_length": 20, "rollback_budget": 1} | more
+    for keep in ("params", "all")
+    for name, more in {
+        "short": {},
+        "long": {"max_length": 256, "rollback_budget": 3},
+        "accepts at once": {"max_consecutive": 1, "max_length": 256},
+        "small bucket": {"max_consecutive": 2, "budget": 3, "max_length": 2},
+    }.items()
+}
+every_setting = pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 
 
 @functools.cache
@@ -231,8 +231,10 @@ def follow(events, **options):
     return params, states, Machine(**defaults | options)
 
 
-@hypothesis.settings(deadline=None, max_examples=80)
-@hypothesis.given(stretches=STRETCHES, options=SETTINGS)
+@every_setting
+@quick_only("params, short", "all, small bucket")
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=20)
+@hypothesis.given(stretches=STRETCHES)
 def test_every_transition_is_that_of_the_machine(stretches, options):
     events = [event for event, length in stretches for _ in range(length)][:LONGEST]
     params, states, machine = follow(events, **options)
@@ -253,8 +255,10 @@ def test_every_transition_is_that_of_the_machine(stretches, options):
             assert state.kept.detector.value == level, i
 
 
-@hypothesis.settings(deadline=None, max_examples=60)
-@hypothesis.given(stretches=STRETCHES, options=SETTINGS)
+@every_setting
+@quick_only("params, short")
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=20)
+@hypothesis.given(stretches=STRETCHES)
 def test_nothing_freezes_and_nothing_is_poisoned(stretches, options):
     events = [event for event, length in stretches for _ in range(length)][:LONGEST]
     params, states, _ = follow(events, **options)
@@ -317,6 +321,7 @@ def test_a_shift_that_stays_is_trained_on_after_one_step():
     assert states[-1].probes == 1
 
 
+@full
 def test_without_spikes_it_is_the_guard_bit_for_bit():
     rng = np.random.default_rng(0)
     events = [(n, 3 + 0.1 * x) for n, x in np.abs(rng.standard_normal((60, 2)))]
@@ -407,6 +412,7 @@ def distance(params, kind):
 
 @pytest.mark.parametrize("keep", ["params", "all"])
 @pytest.mark.parametrize("length", [1, 2, 5, 20, 60, 200])
+@quick_only("1-params", "5-params", "60-params")
 def test_what_was_learned_from_corrupted_data_is_forgotten_when_they_end(keep, length):
     kinds = np.zeros(COURSE, np.int32)
     kinds[100 : 100 + length] = CORRUPT
@@ -430,7 +436,7 @@ def test_what_has_changed_for_good_is_followed(keep):
     assert reached < 100 + 2 / 0.05 + 20  # The way there, and no more than a few steps.
 
 
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=40)
 @hypothesis.given(
     st.lists(
         st.tuples(
@@ -442,6 +448,7 @@ def test_what_has_changed_for_good_is_followed(keep):
     ),
     st.sampled_from(["params", "all"]),
 )
+@full
 def test_whatever_happens_training_goes_on_afterwards(stretches, keep):
     kinds, factors = np.zeros(COURSE, np.int32), np.ones(COURSE, np.float32)
     at = 60
@@ -459,6 +466,7 @@ def test_whatever_happens_training_goes_on_afterwards(stretches, keep):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@quick_only("float32")
 def test_an_exchange_restores_to_within_a_rounding(dtype):
     """Half a spacing of the difference and half of the result; exactly when close."""
     rng = np.random.default_rng(0)
@@ -507,6 +515,7 @@ def test_an_exchange_of_the_state_is_exact_whatever_is_in_it():
     assert list(map(bits, swap(False, first, second))) == [bits(first), bits(second)]
 
 
+@full
 def test_updates_narrower_than_the_parameters_round_an_exchange_and_no_more():
     """Gradients of bfloat16 make updates of bfloat16."""
     tx = ost.branch_on_spike(
@@ -526,6 +535,7 @@ def test_updates_narrower_than_the_parameters_round_an_exchange_and_no_more():
 
 
 @pytest.mark.parametrize("keep_in", ["device", "host"])
+@full
 def test_what_has_no_bits_to_mix_is_exchanged_as_well(keep_in):
     """A random key in the state of ``inner``."""
     tx = ost.branch_on_spike(
@@ -544,6 +554,7 @@ def test_what_has_no_bits_to_mix_is_exchanged_as_well(keep_in):
 
 
 @pytest.mark.parametrize("wrap", ["accumulate_moments", "MultiSteps"])
+@full
 def test_accumulated_gradients_branch_as_whole_ones_do(wrap):
     tx = {
         "accumulate_moments": ost.accumulate_moments(branching(), 2),
@@ -582,6 +593,7 @@ def open_branch(tx, params, **extra):
 
 
 @pytest.mark.parametrize("wrap", ["chain", "masked", "partition", "inject"])
+@quick_only("masked")
 def test_what_is_evaluated_is_found_in_any_state(wrap):
     params = {"a": jnp.ones((2, 3)), "b": jnp.zeros(4)}
     whole = optax.partition(
@@ -605,6 +617,7 @@ def test_what_is_evaluated_is_found_in_any_state(wrap):
     assert ((now["b"] != found["b"]).all()) == (wrap != "masked")
 
 
+@full
 def test_what_is_evaluated_of_an_nnx_optimizer_goes_back_into_its_model():
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, branching(), wrt=nnx.Param)
@@ -637,6 +650,7 @@ COURSE_OF_ALL_MODES = [CLEAN] * 3 + [OTHER] * 20 + [CLEAN] * 4
 
 
 @pytest.mark.parametrize("keep", ["params", "all"])
+@full
 def test_orbax_restores_every_mode_and_the_course_goes_on(keep, tmp_path):
     tx = branching(keep=keep)
     course = list(run(tx, COURSE_OF_ALL_MODES))
@@ -656,6 +670,7 @@ def test_orbax_restores_every_mode_and_the_course_goes_on(keep, tmp_path):
 
 
 @pytest.mark.parametrize("keep", ["params", "all"])
+@full
 def test_in_the_buffers_it_is_given_it_takes_the_same_course(keep):
     tx, start = branching(keep=keep), {"a": START, "b": np.ones((2, 3), np.float32)}
 
