@@ -14,6 +14,7 @@ from config import Config, check
 from flax import nnx
 from input_error import InputError
 from jax.sharding import PartitionSpec
+from tiers import full
 
 
 @pytest.fixture
@@ -137,6 +138,7 @@ def test_the_optimizer_keeps_what_is_like_a_parameter_where_that_is(small):
     assert kernels == [PartitionSpec("fsdp", "model")] * 3
 
 
+@full
 def test_a_step_moves_no_array_from_one_split_to_another(small):
     """Sums, and where parameters are split they are gathered: no exchange."""
     del small

@@ -244,6 +244,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, text, monkeypatch, capsys)
     assert [row["step"] for row in read_log(tmp_path)[0]] == [1, 2, 3, 4]
 
 
+@full
 def test_clipping_can_wait_for_the_end_of_the_warm_up():
     config = train.Config(steps=40, warmup_steps=8, clip_after_warmup=True)
     tx = training.make_optimizer(config)
@@ -260,6 +261,7 @@ def test_clipping_can_wait_for_the_end_of_the_warm_up():
 
 
 @pytest.mark.parametrize("on_spike", ["skip", "branch", "rewind"])
+@quick_only("rewind")
 def test_the_guard_leaves_out_a_step_whose_loss_is_not_finite(on_spike):
     config, guard = train.Config(on_spike=on_spike), on_spike != "rewind"
     tx = training.make_optimizer(config)
@@ -383,6 +385,7 @@ def test_the_line_says_that_a_branch_is_open_and_leaves_probes_out(capsys):
 
 
 @pytest.mark.parametrize("on_spike", ["skip", "branch"])
+@full
 def test_what_is_evaluated_is_what_a_branch_has_kept(on_spike, monkeypatch):
     config = train.Config(on_spike=on_spike)
     model, optimizer = training.create(config, vocabulary=256)
@@ -453,7 +456,7 @@ def test_bad_input_gets_one_clear_line(
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])
-@quick_only("tiny")
+@full
 def test_the_first_loss_is_that_of_no_opinion(size):
     shape = model.SIZES[size]
     gpt = model.GPT(shape, shape.vocabulary, jnp.float32, nnx.Rngs(0))

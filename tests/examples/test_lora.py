@@ -224,6 +224,7 @@ def test_the_same_command_again_trains_nothing(flags, tuned, monkeypatch):
     chex.assert_trees_all_equal(parameters(merged), parameters(tuned[0]))
 
 
+@full
 def test_an_adapter_is_its_matrix_and_a_product():
     base = nnx.Linear(5, 7, use_bias=False, rngs=nnx.Rngs(0))
     adapted = lora.Adapted(base, rank=3, alpha=6.0, rngs=nnx.Rngs(1))

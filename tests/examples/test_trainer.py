@@ -13,6 +13,7 @@ import pytest
 import survival
 from checkpoints import Checkpoints, select_checkpoints
 from stopping import StopRequest
+from tiers import full
 from trainer import DivergedError, Schedule, Trainer
 from writers import JsonLines, Writer, read_json_lines
 
@@ -232,6 +233,7 @@ def undisturbed(tmp_path):
 
 
 @pytest.mark.parametrize("policy", [AfterThree, recent_median])
+@full
 def test_a_run_that_is_killed_at_any_call_takes_the_same_course(
     tmp_path, undisturbed, policy
 ):
@@ -430,6 +432,7 @@ def test_a_run_that_is_killed_again_and_again_takes_the_same_course(tmp_path):
     survival.count(survival.KILLS, deaths)
 
 
+@full
 def test_a_process_that_is_killed_while_it_saves_takes_the_same_course(tmp_path):
     expected = finish(tmp_path / "undisturbed")
     folder = tmp_path / "killed"

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from flax.linen import fp8_ops
 from flax.training import train_state
+from tiers import full, quick_only
 
 import optax_stability as ost
 from optax_stability.flax import TrainState, microbatch_gradients
@@ -121,6 +122,7 @@ ROWS = jax.random.normal(jax.random.key(1), (12, 3))
 
 
 @pytest.mark.parametrize("vmap_size", [1, 2, 4])
+@quick_only("2")
 def test_an_nnx_module_has_the_gradient_of_the_whole_batch(vmap_size):
     expected = nnx.value_and_grad(squares)(Net(), ROWS)
     split = nnx.jit(microbatch_gradients(squares, 4, vmap_size=vmap_size))
@@ -130,6 +132,7 @@ def test_an_nnx_module_has_the_gradient_of_the_whole_batch(vmap_size):
     assert float(moments.weight) == len(ROWS)
 
 
+@full
 def test_graph_and_tree_mode_of_nnx_agree():
     expected = microbatch_gradients(squares, 4)(Net(), ROWS)
     flax.config.update("nnx_graph_mode", False)
@@ -141,6 +144,7 @@ def test_graph_and_tree_mode_of_nnx_agree():
 
 
 @pytest.mark.parametrize("vmap_size", [1, 4])
+@quick_only("1")
 def test_running_statistics_are_the_mean_over_microbatches(vmap_size):
     model = Net(norm=True)
     microbatch_gradients(squares, 4, vmap_size=vmap_size)(model, ROWS)
@@ -152,6 +156,7 @@ def test_running_statistics_are_the_mean_over_microbatches(vmap_size):
     assert int(model.calls[...]) == 1
 
 
+@full
 def test_a_bad_microbatch_does_not_reach_the_running_statistics():
     model, clean = Net(norm=True), Net(norm=True)
     rows = ROWS.at[0].set(jnp.nan)
@@ -191,12 +196,14 @@ def test_what_nobody_writes_is_not_copied():
     assert compiled.memory_analysis().temp_size_in_bytes < frozen
 
 
+@full
 def test_by_what_it_differentiates_can_be_chosen():
     fn = microbatch_gradients(squares, 2, wrt=nnx.PathContains("bias"))
     _, grads, _ = fn(Net(), ROWS)
     assert ost.leaf_names(grads) == ["inner/bias"]
 
 
+@full
 def test_microbatches_go_through_an_nnx_optimizer():
     model = Net()
     inner = ost.safe_adamw(1e-2, second_moment="microbatch")

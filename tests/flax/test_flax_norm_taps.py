@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tiers import full, quick_only
 
 import optax_stability as ost
 from optax_stability.flax import (
@@ -184,6 +185,7 @@ def input_of(module):
 
 
 @pytest.mark.parametrize("name", PAIRS)
+@quick_only("Linear", "RMSNorm")
 def test_without_taps_a_module_is_that_of_nnx(name):
     ours, theirs, shape, options = PAIRS[name]
     ours = ours(*shape, rngs=nnx.Rngs(0), **options)
@@ -195,6 +197,7 @@ def test_without_taps_a_module_is_that_of_nnx(name):
 
 
 @pytest.mark.parametrize("name", PAIRS)
+@quick_only("RMSNorm")
 def test_with_taps_it_is_that_of_nnx_to_rounding(name):
     ours, theirs, shape, options = PAIRS[name]
     ours = ours(*shape, rngs=nnx.Rngs(0), **options)
@@ -219,6 +222,7 @@ def test_the_model_is_left_as_it_was():
 
 
 @pytest.mark.parametrize(("kind", "tied"), [(Block, True), (Layer, False)])
+@quick_only("Layer-False")
 def test_moments_are_those_of_one_example_per_microbatch(kind, tied):
     model = Transformer(kind, tied=tied)
     *found, moments = by_taps(model)
@@ -227,6 +231,7 @@ def test_moments_are_those_of_one_example_per_microbatch(kind, tied):
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@full
 def test_graph_and_tree_mode_of_nnx_agree():
     flax.config.update("nnx_graph_mode", False)
     try:
@@ -288,6 +293,7 @@ def join_layers(moments):
 
 
 @pytest.mark.parametrize("run", [nnx_scan, nnx_scan_of_params, lax_scan_of_checkpoints])
+@quick_only("nnx_scan_of_params")
 def test_layers_may_be_stacked_and_scanned(run):
     moments = by_taps(stacked(run))[2]
     found, expected = join_layers(moments), join_layers(two_layers())
@@ -307,6 +313,7 @@ def checkpoint(blocks, x):
 
 
 @pytest.mark.parametrize("run", [remat, checkpoint])
+@full
 def test_layers_may_be_computed_twice(run):
     assert_moments_close(by_taps(Transformer(run=run))[2], usual())
 

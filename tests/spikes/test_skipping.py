@@ -14,6 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from tiers import full, quick_only
 
 import optax_stability as ost
 from optax_stability import thresholds
@@ -298,6 +299,7 @@ def outcome(name):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", SETTINGS)
+@quick_only("guard-0", "guard-1", "guard-2", "default-0")
 def test_every_decision_count_and_limit_is_that_of_the_reference(name, seed):
     settings, make = SETTINGS[name]
     norms, losses, (sizes, states) = outcome(name)
@@ -341,6 +343,7 @@ def test_every_decision_count_and_limit_is_that_of_the_reference(name, seed):
     np.testing.assert_array_equal(state.consecutive, np.where(taken, rows, at + 1))
 
 
+@full
 def test_the_streams_of_the_reference_meet_every_case():
     for name, (settings, make) in SETTINGS.items():
         actions, kinds, bare = set(), np.zeros(4, bool), False
@@ -385,6 +388,7 @@ def test_what_is_not_finite_never_reaches_inner_at_any_step(norm, loss):
 
 
 @pytest.mark.parametrize("watched", [{}, {"grad_norm": None}], ids=["norm", "nothing"])
+@quick_only("norm")
 def test_steps_that_are_not_finite_are_skipped_however_many_there_are(watched):
     tx = skipping(RICH, max_consecutive=2, budget=1, **watched)
     bad = [np.nan, np.inf, -np.inf] * 20
@@ -459,6 +463,7 @@ def test_what_is_skipped_is_not_learned():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@quick_only("float32")
 def test_on_a_normal_step_the_gradient_passes_bit_for_bit(dtype):
     tx = skipping(IDENTITY)
     grads = jax.tree.map(lambda x: jnp.asarray(x, dtype), direction())
@@ -550,6 +555,7 @@ def test_an_accepted_loss_does_not_move_the_level_of_a_normal_norm():
     assert float(states[2].norm_limit) == pytest.approx(2.5, rel=LIMIT)
 
 
+@full
 def test_what_is_confirmed_by_the_loss_is_accepted_in_the_lower_threshold_too():
     confirm = thresholds.detrended_mad(4.0, floor=0.3, arm=2, log=False)
     tx = skipping(IDENTITY, grad_norm=AT_FIVE, confirm=confirm, max_consecutive=1)
@@ -572,6 +578,7 @@ def test_with_an_empty_bucket_a_spike_is_taken_at_the_limit_and_not_rebased():
 
 
 @pytest.mark.parametrize("budget", [1, 3, 16])
+@quick_only("16")
 def test_a_mixture_loses_the_bucket_and_what_its_normal_steps_earn(budget):
     """Every second batch is abnormal, for ever."""
     tx = skipping(IDENTITY, grad_norm=AT_FIVE, budget=budget)
@@ -710,6 +717,7 @@ def test_inner_may_take_no_extra_arguments():
 
 @pytest.mark.parametrize("name", ["value", "loss"])
 @pytest.mark.parametrize("kind", [float, np.float64, jnp.bfloat16, int])
+@quick_only("float-value", "bfloat16-loss")
 def test_the_loss_is_given_as_value_or_as_loss_in_any_dtype(name, kind):
     tx = skipping(IDENTITY, value=thresholds.constant(2.0))
     for loss, skipped in ((1, False), (3, True)):
@@ -803,6 +811,7 @@ def casting(dtype):
     ("grads_dtype", "dtype"),
     [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)],
 )
+@quick_only("float32-bfloat16")
 def test_updates_have_the_dtype_that_inner_gives_them_skipped_or_not(
     grads_dtype, dtype
 ):
@@ -822,6 +831,7 @@ def test_updates_have_the_dtype_that_inner_gives_them_skipped_or_not(
     assert total == 4.5
 
 
+@full
 def test_only_some_leaves_may_change_their_dtype():
     def update(updates, state, params=None):
         return updates | {"gain": updates["gain"].astype(jnp.bfloat16)}, state + 1
@@ -845,6 +855,7 @@ def test_a_shortened_bf16_gradient_keeps_its_dtype():
 # --- inside and around others ----------------------------------------------------
 
 
+@full
 def test_inside_multi_steps_one_bad_mean_is_left_out():
     tx = optax.MultiSteps(skipping(optax.sgd(1.0), grad_norm=AT_FIVE), 2)
     updates, states = run(tx, [1.0, 3.0, 50.0, 1.0, 1.0, 3.0])
@@ -854,6 +865,7 @@ def test_inside_multi_steps_one_bad_mean_is_left_out():
     assert int(states[-1].inner_opt_state.step) == 3
 
 
+@full
 def test_inside_multi_steps_optax_must_leave_out_what_is_not_finite_itself():
     """The sum of MultiSteps keeps a NaN for ever, and every mean is then skipped."""
     inner = skipping(optax.sgd(1.0), grad_norm=AT_FIVE)
@@ -875,6 +887,7 @@ def test_around_multi_steps_one_bad_microbatch_is_left_out():
     assert skips(states) == [False, True, False, True, False, False]
 
 
+@full
 def test_a_scan_equals_a_loop():
     tx = skipping(RICH, grad_norm=AT_FIVE, max_consecutive=2)
     norms = [1.0, 2.0, np.nan, 9.0, 9.0, 9.0, 1.0, np.inf, 0.5]
@@ -894,6 +907,7 @@ def test_a_scan_equals_a_loop():
         chex.assert_trees_all_close(chosen, each, rtol=ROUNDING, atol=1e-9)
 
 
+@full
 def test_under_vmap_each_member_decides_for_itself():
     tx = skipping(RICH, value=thresholds.constant(2.0))
     streams = [[1.0, 2.0, 1.5], [1.0, np.nan, 1.5], [1.0, 900.0, 1.5]]
@@ -924,6 +938,7 @@ def test_hyperparameters_of_inner_can_be_injected_inside_jit():
     assert int(states[-1].inner_state.count) == 2
 
 
+@full
 def test_max_consecutive_and_budget_can_be_injected():
     factory = functools.partial(ost.skip_spikes, grad_norm=AT_FIVE)
 
@@ -1002,6 +1017,7 @@ def test_all_devices_decide_alike_though_one_alone_is_abnormal(entry, loss, skip
 
 
 @pytest.mark.parametrize("at", [10, 42], ids=["mid-warm-up", "mid-spike"])
+@quick_only("mid-spike")
 def test_a_restored_run_continues_bit_for_bit(at, tmp_path):
     tx = guarding(optax.chain(ost.clip_by_zscore(warmup=20), RICH))
     rng = np.random.default_rng(3)
@@ -1110,6 +1126,7 @@ def computation(tx):
     ],
     ids=" ".join,
 )
+@quick_only("budget", "confirm")
 def test_spike_guard_is_skip_spikes_with_the_three_thresholds(overrides):
     settings = {
         "grad_norm": thresholds.detrended_mad(5.0, floor=5.0),
@@ -1195,6 +1212,7 @@ def test_spike_guard_takes_no_argument_that_skip_spikes_does_not_know():
         ost.spike_guard(IDENTITY, patience=3)
 
 
+@full
 def test_reverse_mode_differentiation_does_not_pass():
     tx = skipping(IDENTITY)
 
@@ -1219,6 +1237,7 @@ def clipped_within(*first):
     ids=["alone", "scaled"],
 )
 @pytest.mark.parametrize("norm", [2.0, 100.0], ids=["normal", "shortened"])
+@quick_only("shortened-scaled")
 def test_a_clip_inside_sees_the_norm_of_what_reaches_it(norm, first, factor):
     tx = clipped_within(*first)
     state, update = tx.init(PARAMS), compiled(tx.update)
