@@ -376,7 +376,7 @@ FINITE = ["updates", "params", "statistics", "reports"]
 
 
 @every_stack
-@quick_only("guard", "zscore")
+@quick_only("zscore")
 def test_everything_stays_finite_at_every_step(stack, outcomes):
     seen, _ = outcomes(stack)
     for what in FINITE:
@@ -391,7 +391,7 @@ UNSET = {name: [1] for name in SKIPPING if name != "guard"} | {"skip": [1, 2, 5]
 
 
 @every_stack
-@quick_only("guard", "zscore")
+@quick_only("zscore")
 def test_in_the_end_every_limit_is_finite(stack, outcomes):
     _, limits = outcomes(stack)
     unset = np.isin(np.arange(limits.shape[1]), UNSET.get(stack, []))
@@ -416,7 +416,7 @@ def lost(seen):
 
 
 @every_stack
-@quick_only("guard", "zscore")
+@quick_only("zscore")
 def test_every_leaf_moves_within_six_steps_whatever_came_before(stack, outcomes):
     seen, _ = outcomes(stack)
     failed = stuck(seen)
@@ -424,7 +424,7 @@ def test_every_leaf_moves_within_six_steps_whatever_came_before(stack, outcomes)
 
 
 @every_stack
-@quick_only("guard", "zscore")
+@quick_only("zscore")
 def test_the_bucket_bounds_the_steps_lost(stack, outcomes):
     seen, _ = outcomes(stack)
     most = BUDGET + STEPS // (BUDGET + 1) if stack in SKIPPING else 0
@@ -433,14 +433,14 @@ def test_the_bucket_bounds_the_steps_lost(stack, outcomes):
 
 
 @every_selective_stack
-@quick_only("guard", "zscore")
+@quick_only("zscore")
 def test_no_step_of_the_clean_stream_is_lost(stack, outcomes):
     seen, _ = outcomes(stack)
     assert seen.moved[0].all()
 
 
 @every_selective_stack
-@quick_only("guard", "zscore")
+@quick_only("zscore")
 def test_a_nonfinite_gradient_or_a_loss_costs_no_step_after_it(stack, outcomes):
     seen, _ = outcomes(stack)
     for i, each in enumerate(grid()):
@@ -530,7 +530,7 @@ def share_of_the_twin(seen):
 
 
 @every_selective_stack
-@quick_only("guard", "zscore")
+@quick_only("zscore")
 def test_the_update_regains_a_tenth_of_its_size(stack, outcomes):
     shares = share_of_the_twin(outcomes(stack)[0])
     slow, judged = [], 0
@@ -548,7 +548,7 @@ def test_the_update_regains_a_tenth_of_its_size(stack, outcomes):
 
 
 @every_selective_stack
-@quick_only("guard", "zscore")
+@quick_only("zscore")
 def test_where_nothing_is_promised_the_update_is_not_zero(stack, outcomes):
     seen, _ = outcomes(stack)
     for i, each in enumerate(grid()):
@@ -596,7 +596,7 @@ def written_out(drawn):
 @hypothesis.given(
     st.lists(st.lists(segments, min_size=1, max_size=5), min_size=16, max_size=16)
 )
-@quick_only("guard")
+@quick_only("zscore")
 def test_any_sequence_of_faults_is_survived(stack, drawn):
     programs = written_out(drawn)
     seen, _ = run_programs(stack, programs)

@@ -438,6 +438,7 @@ def test_it_writes_and_draws_as_value_and_grad_does():
     assert int(ours.calls[...]) == 2
 
 
+@full
 def test_moments_go_through_an_optimizer_that_donates():
     model = Pair()
     tx = ost.accumulate_moments(ost.safe_adamw(1e-2), every_k=2, mean_square=False)
@@ -453,6 +454,7 @@ def test_moments_go_through_an_optimizer_that_donates():
     assert losses[-1] < losses[0]
 
 
+@full
 def test_a_batch_may_be_sharded():
     mesh = Mesh(np.array(jax.devices()), ("data",))
     windows = jax.random.randint(jax.random.key(2), (8, LENGTH + 1), 0, WORDS)
@@ -515,6 +517,7 @@ def past_its_module(model, x):
         past_its_module,
     ],
 )
+@quick_only("in_a_loop", "past_its_module")
 def test_what_the_taps_have_not_seen_is_not_known(loss):
     moments = by_taps(Pair(), ROWS, loss)[2]
     assert unknown(moments) == FIRST

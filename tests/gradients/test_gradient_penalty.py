@@ -7,6 +7,7 @@ import model
 import numpy as np
 import pytest
 from flax import nnx
+from tiers import full
 
 import optax_stability as ost
 from optax_stability import flax as ost_flax
@@ -139,6 +140,7 @@ def noisy_loss(model, x):
     return jnp.mean(model(x) ** 2)
 
 
+@full
 def test_a_module_is_used_once():
     x = jnp.ones((8, 4))
     plain, penalized = Noisy(nnx.Rngs(0)), Noisy(nnx.Rngs(0))
@@ -153,6 +155,7 @@ def test_a_module_is_used_once():
     assert int(count[0]) == int(count[1])
 
 
+@full
 def test_microbatches_of_a_gpt_pay_for_their_own_gradients():
     shape = model.Size(1, 16, 2, 8, 32, 1e-2)
     gpt = model.GPT(shape, 32, jnp.float32, nnx.Rngs(0))

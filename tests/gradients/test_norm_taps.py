@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import quick_only
 
 from optax_stability._gradients import _norm_taps
 
@@ -144,6 +145,7 @@ def test_a_lookup_taps_the_norm_of_every_example(shape):
 
 
 @pytest.mark.parametrize("length", [1, 30])
+@quick_only("1")
 def test_a_head_that_shares_the_embedding_adds_the_cross_term(length):
     # As many positions in the head as it likes.
     ids = draw_ids(5, B, length)
@@ -217,6 +219,7 @@ norms = jax.jit(jax.grad(model_loss, 1))
 
 
 @pytest.mark.parametrize("length", X)
+@quick_only("2")
 def test_taps_go_through_jit_scan_and_checkpoint(length):
     found = norms(PARAMETERS, TAPS, X[length])
     for squares, parts in zip(found, each_gradient(X[length]), strict=True):
