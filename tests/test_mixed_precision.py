@@ -8,6 +8,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
+from tiers import full
 
 import optax_stability as ost
 from optax_stability.flax import TrainState, microbatch_gradients, update_dynamic_scale
@@ -142,6 +143,7 @@ def at(scale, value):
     return scale.replace(scale=jnp.float32(value), fin_steps=jnp.int32(0))
 
 
+@full
 def test_an_overflow_costs_its_microbatch_alone():
     batch = make_batch()
     batch["y"][1] = 1000  # Rows 1 and 5; in the backward pass alone it is too large.

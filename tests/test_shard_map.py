@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
+from tiers import full
 
 import optax_stability as ost
 from optax_stability._core import _mesh_axes, _norms
@@ -101,6 +102,7 @@ def as_on_devices(x):
     return jnp.asarray(per_device.reshape(32, -1))
 
 
+@full
 def test_the_stack_takes_the_steps_of_one_device():
     """Clean, then with a NaN in one row of one device, then with nothing but Inf."""
     params = others = make_params()

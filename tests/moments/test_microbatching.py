@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
-from tiers import full
+from tiers import full, quick_only
 
 import optax_stability as ost
 
@@ -143,6 +143,7 @@ def every_vmap_size(vmap_size):
 
 
 @pytest.mark.parametrize("vmap_size", divisors(12))
+@quick_only("1", "4", "12")
 def test_the_rule_for_every_vmap_size(vmap_size):
     fn = every_vmap_size(vmap_size)
     equal, unequal = make_batch(24), make_batch(24, weights=np.arange(24) % 7 + 0.5)
@@ -226,6 +227,7 @@ whole_gradient = jax.jit(jax.value_and_grad(mlp_loss))
     # Shares of the weight are float32: one after the other they are 1/3, 1/5 and such.
     [(False, 1, 1e-6), (False, 16, 1e-6), (True, 1, 1e-7), (True, 16, 1e-14)],
 )
+@quick_only("False-1-1e-06")
 def test_loss_and_gradient_are_those_of_the_whole_batch(x64, vmap_size, tolerance):
     with jax.enable_x64(x64):
         params, batch = make_mlp(np.float64 if x64 else np.float32)
@@ -276,6 +278,7 @@ ROWS = {
 @pytest.mark.parametrize(
     ("num_microbatches", "vmap_size"), [(8, 1), (8, 2), (8, 8), (64, 1), (64, 64)]
 )
+@quick_only("8-2-noise", "8-8-agreeing")
 def test_rounding_of_the_mean_in_float32(kind, num_microbatches, vmap_size):
     rng = np.random.default_rng(7)
     rows = ROWS[kind](rng, (num_microbatches, 2048)).astype(np.float32)
@@ -317,6 +320,7 @@ def test_a_spread_of_a_ten_thousandth_of_the_mean_is_measured(level, vmap_size):
 
 
 @pytest.mark.parametrize("vmap_size", [1, 2, 4])
+@quick_only("4")
 def test_equal_microbatches_have_no_deviation(vmap_size):
     batch = make_batch(1, level=3.0)
     batch = jax.tree.map(lambda leaf: np.repeat(leaf, 4, axis=0), batch)
@@ -336,6 +340,7 @@ def with_aux(params, batch):
 
 
 @pytest.mark.parametrize("vmap_size", divisors(6))
+@quick_only("1", "6")
 def test_aux_is_stacked_in_the_order_of_the_microbatches(vmap_size):
     ids = np.arange(24)
     fn = compiled(6, vmap_size, loss=with_aux, has_aux=True)
@@ -382,6 +387,7 @@ def mean_of_means(params, parts):
 
 
 @pytest.mark.parametrize("vmap_size", [1, 4])
+@quick_only("4")
 def test_token_weights_give_the_mean_over_all_tokens(vmap_size):
     rng = np.random.default_rng(5)
     mask = rng.random((8, 16)) < np.linspace(0.1, 1, 8)[:, None]
@@ -587,6 +593,7 @@ def test_the_mean_of_narrow_gradients_is_rounded_once(vmap_size):
 
 
 @pytest.mark.parametrize("vmap_size", [1, 2])
+@quick_only("2")
 def test_every_leaf_keeps_its_own_dtype(vmap_size):
     dtypes = {"b": jnp.float32, "w": jnp.bfloat16}
     params = jax.tree.map(lambda p, dtype: p.astype(dtype), PARAMS, dtypes)
@@ -639,6 +646,7 @@ def scaled(num_microbatches, vmap_size, loss):
 
 
 @pytest.mark.parametrize("vmap_size", [1, 4])
+@quick_only("4")
 def test_a_power_of_two_as_loss_scale_changes_no_bit(vmap_size):
     params, batch = make_mlp()
     plain = summary(compiled(4, vmap_size, loss=mlp_loss)(params, batch))
@@ -730,6 +738,7 @@ def test_a_batch_without_rows_is_no_microbatch():
 
 
 @pytest.mark.parametrize("vmap_size", [1, 4])
+@quick_only("1")
 def test_integer_inputs_and_arrays_without_a_second_axis(vmap_size):
     def cross_entropy(logits, batch):
         picked = jnp.take_along_axis(
@@ -757,6 +766,7 @@ one_microbatch = jax.jit(jax.value_and_grad(dropout_loss, has_aux=True))
 
 
 @pytest.mark.parametrize("vmap_size", [1, 4])
+@quick_only("4")
 def test_every_microbatch_has_a_key_of_its_own(vmap_size):
     batch = {
         "x": np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32),
@@ -816,6 +826,7 @@ def test_vmap_size_divides_the_number_of_microbatches(parts, together):
 
 
 @pytest.mark.parametrize("vmap_size", [1, 16])
+@quick_only("1")
 def test_checkpoint_inside_the_loss_changes_nothing(vmap_size):
     params, batch = make_mlp()
     plain = compiled(16, vmap_size, loss=mlp_loss, mean_square=True)(params, batch)
@@ -845,6 +856,7 @@ def make_steps(steps=3):
 
 
 @pytest.mark.parametrize("vmap_size", [1, 4])
+@quick_only("1")
 def test_a_scan_over_steps_is_the_steps_one_by_one(vmap_size):
     params, batches = make_steps()
     step = functools.partial(train_step, vmap_size=vmap_size)
@@ -861,6 +873,7 @@ def test_a_scan_over_steps_is_the_steps_one_by_one(vmap_size):
 @pytest.mark.parametrize(
     ("vmap_size", "in_axes"), [(1, (0, None)), (2, (None, 0)), (2, (0, 0))]
 )
+@quick_only("1-in_axes0")
 def test_vmap_around_is_each_on_its_own(in_axes, vmap_size):
     params, batches = make_steps()
     seeds = {"w": np.arange(9, dtype=np.float32).reshape(3, 3)}
@@ -975,6 +988,7 @@ def neighbours(rows, parts):
 
 
 @pytest.mark.parametrize(("axis_type", "parts", "vmap_size", "spmd"), SPLITS)
+@quick_only("AxisType.Explicit-4-1-None")
 def test_sharded_rows_stay_where_they_are(axis_type, parts, vmap_size, spmd):
     params, batch = make_mlp()
     fn = ost.microbatch_gradients(
