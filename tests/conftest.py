@@ -19,8 +19,17 @@ CACHE_OPTIONS = {
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
 DAYS_KEPT = 30
+# Code generation is most of the time of XLA on a CPU, and changes no operation: here it
+# is the simplest. XLA ends the process at a flag that it does not know.
+FAST_TO_COMPILE = (
+    "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
+)
+KNOWN_TO = (0, 9), (0, 11)
 
 jax.config.update("jax_num_cpu_devices", 8)
+if KNOWN_TO[0] <= jax.__version_info__ < KNOWN_TO[1]:
+    os.environ.setdefault("XLA_FLAGS", FAST_TO_COMPILE)
 for name, value in CACHE_OPTIONS.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)

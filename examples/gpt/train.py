@@ -51,17 +51,13 @@ class Run:
     ):
         """Creates the model and its optimizer; each device creates its own part.
 
-        Args:
-          config: a checked configuration.
-          corpus: the data to train on.
-          create: returns a new model and its optimizer.
-          arguments: arrays, the arguments of ``create``.
+        ``create(*arguments)`` returns a new model and its optimizer.
         """
         self._config, size = config, SIZES[config.size]
         self.step = self.batch = 0
         self._mesh = mesh = devices.make_mesh(config.mesh)
+        self._by_rows = devices.batch_sharding(mesh)
         replicated = devices.replicated(mesh)
-        self._batch_sharding = devices.batch_sharding(mesh)
 
         def create_state(*arguments):
             arrays = nnx.split(create(*arguments))[1]
@@ -71,9 +67,8 @@ class Run:
         self.parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
         self.flops_per_token = size.flops_per_token(self.parameters)
         self._graphdef = nnx.graphdef((model, optimizer))
-        self.state, sharding = devices.create_sharded(
-            create_state, arguments, mesh, SPLIT
-        )
+        made = devices.create_sharded(create_state, arguments, mesh, SPLIT)
+        self.state, places = made
 
         def step(leaves, windows, factors):
             state = jax.tree.unflatten(self._structure, leaves)
@@ -83,9 +78,7 @@ class Run:
             return jax.tree.leaves(state), metrics
 
         self._train_step = jax.jit(
-            step,
-            donate_argnums=0,
-            out_shardings=(jax.tree.leaves(sharding), replicated),
+            step, donate_argnums=0, out_shardings=(jax.tree.leaves(places), replicated)
         )
         self._loss = jax.jit(
             lambda state, x: next_token_loss(self._to_evaluate(state), x),
@@ -127,7 +120,7 @@ class Run:
         """Trains on the next batch; the metrics may not be ready yet."""
         windows = self._injector.corrupt(self._batches(self.batch), self.batch + 1)
         factors = self._injector.factors(self.batch + 1) if self._config.inject else {}
-        windows = devices.place(windows, self._batch_sharding)
+        windows = devices.place(windows, self._by_rows)
         with jax.set_mesh(self._mesh):
             self._leaves, metrics = self._train_step(self._leaves, windows, factors)
         self.step, self.batch = self.step + 1, self.batch + 1
@@ -135,8 +128,7 @@ class Run:
 
     def evaluate(self) -> Row:
         """Evaluates the model on the held-out part."""
-        sharding = self._batch_sharding
-        windows = [devices.place(each, sharding) for each in self._held_out]
+        windows = [devices.place(each, self._by_rows) for each in self._held_out]
         with jax.set_mesh(self._mesh):
             losses = jax.device_get([self._loss(self.state, each) for each in windows])
         loss = float(np.mean(losses))

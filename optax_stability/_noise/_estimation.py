@@ -185,8 +185,8 @@ def estimate_noise_scale(
       ``moments=``. Metrics ``noise_scale/…``: ``b_simple``, ``low``, ``high`` and
       ``trace`` in the unit of the weights, ``valid``, ``grad_sq``, ``noise_to_weight``,
       ``steps`` (of equal weight), ``biased`` and ``batch_size``. Unless the scope is
-      global, all but the last two exist as ``…/per_leaf`` too; with labels, each leaf has the value of
-      its label. To read them, see :func:`noise_scale`.
+      global, all but the last two exist as ``…/per_leaf`` too; with labels, each leaf
+      has the value of its label. To read them, see :func:`noise_scale`.
 
     Raises:
       TypeError: an argument is not a number.

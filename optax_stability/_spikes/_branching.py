@@ -107,8 +107,9 @@ def branch_on_spike(
       were measured on the snapshot.
     * While a branch is open, the parameters in use may be learning from corrupted data:
       evaluate :func:`eval_params`. A checkpoint holds both copies.
-    * A legitimate *excursion* that ends within ``max_length`` steps is undone,
-      after ``rollback_budget`` such excursions at most once in 60 steps; corruption that lasts longer is learned.
+    * A legitimate *excursion* that ends within ``max_length`` steps is undone; after
+      ``rollback_budget`` of them at most once in 60 steps. Corruption that lasts longer
+      is learned.
     * A change without a spike opens no branch: see :func:`spike_guard`.
     * Reverse-mode differentiation is not supported.
 

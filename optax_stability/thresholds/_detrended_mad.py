@@ -130,8 +130,8 @@ def detrended_mad(
 
     References:
       Original to this library. The scale is the median absolute deviation (Hampel,
-      "The Influence Curve and Its Role in Robust Estimation", 1974, JASA 69). Comparison with the published rules:
-      ``python benchmarks/spike_detection.py``.
+      "The Influence Curve and Its Role in Robust Estimation", 1974, JASA 69).
+      Comparison with the published rules: ``python benchmarks/spike_detection.py``.
     """
     _validate.check_interval("num_mads", num_mads, "(0, inf)", "5 and 6 are usual")
     allowed = "(1, inf)" if log else "(0, inf)"
