@@ -19,17 +19,18 @@ CACHE_OPTIONS = {
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
 DAYS_KEPT = 30
-# Code generation is most of the time of XLA on a CPU, and changes no operation: here it
-# is the simplest. XLA ends the process at a flag that it does not know.
-FAST_TO_COMPILE = (
-    "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
+# Code generation takes XLA most of its time on a CPU. Simpler code does the same: the
+# older emitters of loops always, and for the quick tier no optimizations by LLVM, which
+# may change the last bit. XLA ends the process at a flag that it does not know.
+SIMPLE_LOOPS = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+NOT_OPTIMIZED = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 KNOWN_TO = (0, 9), (0, 11)
 
 jax.config.update("jax_num_cpu_devices", 8)
-if KNOWN_TO[0] <= jax.__version_info__ < KNOWN_TO[1]:
-    os.environ.setdefault("XLA_FLAGS", FAST_TO_COMPILE)
 for name, value in CACHE_OPTIONS.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
@@ -44,8 +45,16 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     for marker in tiers.MARKERS:
         config.addinivalue_line("markers", marker)
-    if not hasattr(config, "workerinput"):
+    if not hasattr(config, "workerinput"):  # Its workers have its environment.
         forget_old_programs()
+        compile_simply(optimized=config.getoption("full"))
+
+
+def compile_simply(*, optimized):
+    """Before JAX starts; whoever sets XLA_FLAGS decides."""
+    if KNOWN_TO[0] <= jax.__version_info__ < KNOWN_TO[1]:
+        flags = SIMPLE_LOOPS if optimized else f"{SIMPLE_LOOPS} {NOT_OPTIMIZED}"
+        os.environ.setdefault("XLA_FLAGS", flags)
 
 
 def forget_old_programs():

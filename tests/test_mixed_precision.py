@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
-from tiers import full
+from tiers import full, quick_only
 
 import optax_stability as ost
 from optax_stability.flax import TrainState, microbatch_gradients, update_dynamic_scale
@@ -35,6 +35,7 @@ def step(state, scaler):
     return state.apply_gradients(grads=grads, extra_args={"value": loss}), scaler, loss
 
 
+@full
 def test_an_overflow_of_the_loss_scale_is_skipped_and_counted():
     tx = ost.spike_guard(optax.chain(ost.clip_by_zscore(), ost.safe_adamw(0.05)))
     state, scaler = create(tx), DynamicScale(scale=jnp.float32(2.0**24))
@@ -53,6 +54,7 @@ def test_an_overflow_of_the_loss_scale_is_skipped_and_counted():
 
 
 @pytest.mark.parametrize(("scale", "lost"), [(1.0, False), (2.0**-22, True)])
+@quick_only("2.384185791015625e-07-True")
 def test_gradients_that_underflow_before_the_optimizer_are_counted(scale, lost):
     state = create(ost.safe_adamw(0.05))
     scaler = DynamicScale(growth_interval=1000, scale=jnp.float32(scale))
@@ -160,6 +162,7 @@ def test_an_overflow_costs_its_microbatch_alone():
     assert int(ost.metrics(optimizer)["skip/total"]) == 0
 
 
+@full
 def test_far_too_large_a_scale_recovers_by_itself():
     model, optimizer, scale = make_run(2.0**24)
     start = jax.tree.map(np.array, nnx.as_pure(nnx.state(model)))
@@ -189,6 +192,7 @@ def test_far_too_large_a_scale_recovers_by_itself():
     assert losses[-1] < 0.05 * max(losses)
 
 
+@full
 def test_a_limit_does_not_jump_with_the_scale():
     limits = []
     for scales in ([2.0**8] * 40, [2.0**4, 2.0**12] * 20):

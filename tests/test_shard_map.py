@@ -132,6 +132,7 @@ def test_the_stack_takes_the_steps_of_one_device():
     )
 
 
+@full
 def test_a_nan_on_one_device_costs_its_microbatch_everywhere():
     """Here all microbatches at once."""
 
@@ -166,6 +167,7 @@ def test_gradients_that_were_added_up_are_refused(vmap_size):
         jax.eval_shape(step, make_params(), batch(0))
 
 
+@full
 def test_parameters_that_were_made_local_keep_their_noise():
     """One gradient per device, as for local training: nothing is added up."""
 
@@ -184,6 +186,7 @@ def test_parameters_that_were_made_local_keep_their_noise():
     assert counts.tolist() == [K] * 4
 
 
+@full
 def test_accumulation_takes_microbatches_of_shards():
     tx = ost.accumulate_moments(optax.sgd(1.0), 2)
     sharded = ost.accumulate_moments(optax.sgd(1.0), 2, axis_name=AXES)
@@ -225,6 +228,7 @@ def norm_by(spec, **options):
     return float(jax.jit(norm)(tree) / jnp.linalg.norm(tree["w"]))
 
 
+@full
 def test_a_leaf_counts_once_where_types_tell():
     assert norm_by(ROWS) == pytest.approx(1)
     assert norm_by(WHOLE) == pytest.approx(1)

@@ -17,7 +17,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tiers import full, quick_only
+from tiers import full
 
 import optax_stability as ost
 from optax_stability import thresholds
@@ -309,7 +309,7 @@ def looked_at(api):
 @by_place
 @by_api
 @pytest.mark.parametrize("accumulates", [False, True], ids=["chain", "accumulate"])
-@quick_only("chain-plain-explicit-tensor")
+@full
 def test_a_mesh_does_what_one_device_does(place, api, accumulates):
     """Also where one entry on one device is NaN, or so large that it is skipped."""
     chain = "accumulated" if accumulates else looked_at(api)
@@ -440,7 +440,7 @@ def take_steps(tx, place, steps=3):
 
 
 @pytest.mark.parametrize("name", COMPANY)
-@quick_only("masked")
+@full
 def test_what_optax_wraps_works_on_an_explicit_mesh_and_in_a_scan(name):
     tx = optax.with_extra_args_support(COMPANY[name]())
     place = Place("explicit", "tensor")
@@ -452,6 +452,7 @@ def test_what_optax_wraps_works_on_an_explicit_mesh_and_in_a_scan(name):
         assert leaf.sharding.is_equivalent_to(lie[name].sharding, leaf.ndim)
 
 
+@full
 def test_an_axis_of_one_device_changes_nothing():
     mesh = jax.make_mesh((8, 1), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     lie = LAYOUTS["tensor"].lie
@@ -471,6 +472,7 @@ def test_an_axis_of_one_device_changes_nothing():
     CLOSE(updates, expected)
 
 
+@full
 def test_a_state_that_jit_makes_is_copied_where_the_mesh_is_auto():
     """Why the README says to initialise outside of it."""
     place = Place("auto", "tensor")

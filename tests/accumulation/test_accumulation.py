@@ -999,6 +999,7 @@ def test_in_a_call_and_across_calls_is_one_window():
     chex.assert_trees_all_close(seen, expected, rtol=1e-5, atol=1e-6)
 
 
+@full
 def test_a_call_whose_loss_is_nan_counts_for_nothing():
     batch = rows(4)
     fn = jax.jit(ost.microbatch_gradients(quadratic, 2, mean_square=True))
@@ -1586,6 +1587,7 @@ def test_complex_gradients_are_refused():
         ost.accumulate_moments(SGD, 2).init({"w": jnp.ones(2, complex)})
 
 
+@full
 def test_a_clip_in_front_is_known_by_the_norm_of_the_moments():
     """r̂ is what it would be had every microbatch gradient been scaled alike."""
     grads = jnp.array([30.0, 40.0])

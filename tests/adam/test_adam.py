@@ -303,6 +303,7 @@ SOME_GRADIENTS = st.one_of(
 
 @hypothesis.settings(derandomize=True, max_examples=50, deadline=None)
 @hypothesis.given(grads=hnp.arrays(np.float32, (16, 3), elements=SOME_GRADIENTS))
+@full
 def test_no_sequence_of_gradients_exceeds_the_bound(grads):
     for betas, transformations in BOUNDED.items():
         for tx in transformations:
@@ -312,6 +313,7 @@ def test_no_sequence_of_gradients_exceeds_the_bound(grads):
 
 
 @pytest.mark.parametrize(("b1", "b2", "zeros"), [(0.9, 0.95, 120), (0.9, 0.999, 6000)])
+@quick_only("0.9-0.95-120")
 def test_the_worst_sequence_comes_within_a_percent_of_the_bound_untouched(
     b1, b2, zeros
 ):

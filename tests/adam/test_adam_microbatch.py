@@ -370,6 +370,7 @@ def test_a_schedule_of_eps_counts_steps_and_not_microbatches():
     assert float(state.eps) == pytest.approx(eps(len(COUNTS) - 1), rel=RTOL)
 
 
+@full
 def test_update_rms_max_looks_at_the_microbatches_leaf_by_leaf():
     leaves = {"quiet": stream(COUNTS), "loud": stream(COUNTS, seed=1)}
     # The microbatches of one step cancel: only their squares tell of the spike.
@@ -591,6 +592,7 @@ ENTRIES = st.one_of(
 @hypothesis.given(
     st.lists(st.lists(ENTRIES, min_size=12, max_size=12), min_size=10, max_size=10)
 )
+@full
 def test_no_sequence_of_microbatches_exceeds_the_bound(entries):
     data = np.tile(np.array(entries, np.float32).reshape(10, 4, 3), 16)
     for betas in ((0.9, 0.999), (0.9, 0.95)):
@@ -693,6 +695,7 @@ def test_a_clip_acts_likewise_after_microbatch_gradients(kind):
     chex.assert_trees_all_close(updates, expected, rtol=RTOL, atol=ATOL)
 
 
+@full
 def test_a_leaf_whose_mean_is_zero_keeps_its_mean_square():
     data = jax.tree.map(lambda x: x[:4], two_leaves())
     data["a"][2] = np.array([1, -1, 2, -2], np.float32)[:, None, None]

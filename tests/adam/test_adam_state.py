@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiers import quick_only
+from tiers import full, quick_only
 
 import optax_stability as ost
 from optax_stability._adam._state import update_bound
@@ -115,6 +115,7 @@ def relative_error_of_mean_square(correlation):
     return 3 * np.sqrt(2 / SIZE) + 2 / effective
 
 
+@full
 def test_independent_gradients_have_update_rms_0_229():
     found = float(after_ar1()["adam/update_rms/per_leaf"][1])
     expected = np.sqrt((1 - 0.9) / (1 + 0.9))
@@ -123,6 +124,7 @@ def test_independent_gradients_have_update_rms_0_229():
 
 
 @pytest.mark.parametrize("correlation", CORRELATIONS)
+@quick_only("0.0", "0.9", "0.5")
 def test_the_correlation_of_ar1_gradients_is_recovered(correlation):
     i = CORRELATIONS.index(correlation)
     found = float(after_ar1()["adam/correlation/per_leaf"][i])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import quick_only
 
 import optax_stability as ost
 from optax_stability import thresholds
@@ -37,6 +38,7 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("adam", ADAMS.values(), ids=ADAMS.keys())
+@quick_only("optax")
 def test_every_so_many_steps_it_is_a_new_optimizer(adam):
     trees = [grads(seed) for seed in range(10)]
     updates, states = run(ost.restart_moments(adam, every=4), trees)

@@ -20,6 +20,7 @@ from early_warning.spikes.cases import (
     spiking_steps,
 )
 from early_warning.spikes.precursors import jump, trailing_mean, z_score
+from tiers import full
 
 
 def abnormal_at(*steps, length=300):
@@ -28,6 +29,7 @@ def abnormal_at(*steps, length=300):
     return abnormal
 
 
+@full
 def test_abnormal_is_half_a_nat_above_the_trend():
     loss = 4 - 0.01 * np.arange(100) + 0.02 * np.sin(np.arange(100))
     higher = loss.copy()

@@ -5,6 +5,7 @@ import collections
 import mutations
 import pytest
 from test_architecture import ALLOWED
+from tiers import full
 
 BREAKS = mutations.read()
 
@@ -42,6 +43,7 @@ def test_the_table_counts_what_is_noticed_by_which_tier():
 
 
 @pytest.mark.parametrize(("code", "fails"), [("1", False), ("1 / 0", True)])
+@full
 def test_a_break_is_noticed_if_a_test_fails(tmp_path, code, fails):
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_it.py").write_text(f"def test_it():\n    {code}\n")

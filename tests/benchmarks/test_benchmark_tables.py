@@ -11,6 +11,7 @@ import reporting
 import run
 import tables
 import trainer_step
+from tiers import full
 
 BENCHMARKS = Path(tables.__file__).parent
 README = tables.README.read_text()
@@ -73,6 +74,7 @@ def test_every_suite_is_a_script_whose_help_says_what_it_does():
     assert modules - helpers == {*run.ON_EVERY_DEVICE, *run.ANYWHERE}
 
 
+@full
 def test_a_folder_of_studies_is_called_like_a_file():
     command = [sys.executable, str(run.script_of("early_warning")), "--help"]
     ended = subprocess.run(command, capture_output=True, check=True, text=True)
@@ -108,6 +110,7 @@ def test_a_report_goes_into_the_file_of_its_device(tmp_path, monkeypatch):
     assert "[3, 4]" not in (tmp_path / "cpu.json").read_text()
 
 
+@full
 def test_an_unknown_suite_is_an_error_that_names_the_others():
     command = [sys.executable, str(BENCHMARKS / "run.py"), "--only", "stabilty"]
     ended = subprocess.run(command, capture_output=True, check=False, text=True)
@@ -120,6 +123,7 @@ def test_the_chain_costs_little_of_a_step_on_cpu():
     assert rows[trainer_step.OURS]["time_ratio"]["median"] <= 1.03
 
 
+@full
 def test_a_suite_that_fails_is_named(capfd):
     assert run.run("nothing", []) == "nothing ended with 2"
     assert "can't open file" in capfd.readouterr().err

@@ -12,6 +12,7 @@ import peers
 import pytest
 import reporting
 from early_warning.learning_rate.statistics import RHO, RHO_LATER
+from tiers import full
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -343,6 +344,7 @@ def test_faults_are_where_they_should_be():
         assert stream.faulty.any() == expected, name
 
 
+@full
 def test_the_readme_quotes_the_early_warning_benchmark():
     report = reporting.read("early_warning")
     rates, words = report["rates"], " ".join(README.split())

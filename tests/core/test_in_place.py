@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import full
 
 import optax_stability as ost
 from optax_stability._core._in_place import (
@@ -156,6 +157,7 @@ def test_a_measurement_is_that_of_a_conditional_and_lets_derivatives_pass(run):
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="the XLA of older versions copies more"
 )
+@full
 def test_a_guard_needs_no_buffer_but_the_gradient_s_own():
     params = {str(i): jnp.ones((128, 256)) for i in range(4)}
     tx = ost.spike_guard(ost.safe_adamw(1e-3))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import struct
+from tiers import full
 
 import optax_stability as ost
 
@@ -50,6 +51,7 @@ def test_a_mask_that_hides_a_whole_subtree_keeps_the_names_right(params):
     assert "grad/norm/a/dense/kernel" not in found
 
 
+@full
 def test_two_states_with_one_key_are_told_apart_by_their_place(params):
     labels = {"dense": {"bias": "plain", "kernel": "decayed"}}
     tx = optax.partition(
@@ -102,6 +104,7 @@ def test_a_field_called_metrics_in_a_train_state_is_not_mistaken(params):
     assert {"g/norm", "g/norm/per_leaf"} <= ost.metrics(state).keys()
 
 
+@full
 def test_inside_and_outside_jit_agree(params):
     tx = optax.chain(ost.record("grad"), ost.clip_by_zscore(), ost.safe_adamw(1e-3))
     state = step(tx, params)

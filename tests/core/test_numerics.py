@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import quick_only
 
 from optax_stability._core import _numerics
 
@@ -87,6 +88,7 @@ def test_hypot_with_zero_is_the_other_number():
 
 
 @pytest.mark.parametrize("dtype", NARROW)
+@quick_only("float16")
 def test_the_result_is_the_number_below_or_the_number_above(dtype):
     x = between(dtype)
     below, above = ends(x, dtype)

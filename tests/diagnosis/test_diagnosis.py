@@ -8,6 +8,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import full
 
 import optax_stability as ost
 from optax_stability._diagnosis import _limits as limits
@@ -356,6 +357,7 @@ def kinds(history):
     return [each.kind for each in diagnose(history)]
 
 
+@full
 def test_the_loss_of_a_probe_is_no_finding():
     """It is one of parameters that are not in use."""
     history = healthy()
@@ -622,6 +624,7 @@ def test_health_has_no_findings(make):
     noise=st.floats(0.0, 0.5),
     decays=st.booleans(),
 )
+@full
 def test_no_healthy_run_has_a_finding(seed, rows, first, noise, decays):
     assert kinds(healthy(seed, rows, first, noise, decays)) == []
 
@@ -631,6 +634,7 @@ VALUES = st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -1.0, 1e-320, 1e308, 0.5
 
 @settings(derandomize=True, max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from([0, 1, 2, 3, 30, 130, 260]))
+@full
 def test_garbage_never_raises(data, rows):
     history = {"step": np.arange(rows)}
     for key in healthy(rows=1):
@@ -701,6 +705,7 @@ def test_a_gradient_that_jumps_before_the_loss_is_another():
     assert kinds(history) == ["exploding_gradient", "loss_spike"]
 
 
+@full
 def test_the_last_rows_of_a_sparse_log_are_no_death():
     history = one_row_in_ten()
     history["loss"][[-20, -10]] += 3
@@ -912,6 +917,7 @@ def test_the_history_is_not_changed():
 # --- Parts. ---------------------------------------------------------------------------
 
 
+@full
 def test_the_trend_is_that_of_the_threshold():
     values = np.exp(np.random.default_rng(0).standard_normal(120)).astype(np.float32)
     values[70:75], values[90:94] = 500.0, np.nan

@@ -123,6 +123,7 @@ def compile_step(config):
         return step.lower(state, windows).compile(), state
 
 
+@full
 def test_the_optimizer_keeps_what_is_like_a_parameter_where_that_is(small):
     del small
     _, state = begin(Config(mesh="fsdp=4,model=2"))

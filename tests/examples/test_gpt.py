@@ -261,7 +261,7 @@ def test_clipping_can_wait_for_the_end_of_the_warm_up():
 
 
 @pytest.mark.parametrize("on_spike", ["skip", "branch", "rewind"])
-@quick_only("rewind")
+@full
 def test_the_guard_leaves_out_a_step_whose_loss_is_not_finite(on_spike):
     config, guard = train.Config(on_spike=on_spike), on_spike != "rewind"
     tx = training.make_optimizer(config)
@@ -276,6 +276,7 @@ def test_the_guard_leaves_out_a_step_whose_loss_is_not_finite(on_spike):
 
 @pytest.mark.parametrize("level", [None, 5.0])
 @pytest.mark.parametrize("late", [True, False])
+@quick_only("False-None", "False-5.0", "True-None")
 def test_there_is_one_noise_scale(level, late):
     config = train.Config(clip_when_noisy=level, clip_after_warmup=late)
     state = training.make_optimizer(config).init({"w": jnp.ones(2)})
@@ -468,6 +469,7 @@ def test_the_first_loss_is_that_of_no_opinion(size):
 @pytest.mark.parametrize(
     ("size", "millions"), [("tiny", 0.84), ("small", 10.8), ("gpt2", 124.4)]
 )
+@quick_only("tiny-0.84", "small-10.8")
 def test_the_sizes_are_what_the_help_says(size, millions):
     shape = model.SIZES[size]
     gpt = nnx.eval_shape(

@@ -413,6 +413,7 @@ def finish(folder, life=None):
         return course(saved, log, *finished)
 
 
+@full
 def test_a_run_that_is_killed_again_and_again_takes_the_same_course(tmp_path):
     expected = finish(tmp_path / "undisturbed")
     folder, lives = tmp_path / "killed", np.random.default_rng(0)

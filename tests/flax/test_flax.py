@@ -32,6 +32,7 @@ def loss_and_grads(state):
     return jax.value_and_grad(loss_fn)(state.params)
 
 
+@full
 def test_the_loss_reaches_the_chain():
     @jax.jit
     def step(state):
@@ -45,6 +46,7 @@ def test_the_loss_reaches_the_chain():
     assert float(ost.metrics(state)["skip/value"]) == float(loss)
 
 
+@full
 def test_without_extra_arguments_it_is_flax_s_own():
     tx = optax.adamw(0.1)
     ours, flaxs = create(tx), create(tx, train_state.TrainState)
@@ -170,6 +172,7 @@ def test_a_bad_microbatch_does_not_reach_the_running_statistics():
     )
 
 
+@full
 def test_every_microbatch_has_its_own_dropout_and_every_call():
     model = Net(rate=0.5)
 
@@ -238,6 +241,7 @@ def test_a_batch_that_cannot_be_split_is_named_as_it_was_given():
         microbatch_gradients(lambda m, b: squares(m, b["x"]), 5)(Net(), {"x": ROWS})
 
 
+@full
 def test_weights_see_the_batch_as_it_was_given():
     fn = microbatch_gradients(squares, 2, weight_fn=lambda x: 10 * x.shape[0])
     assert float(fn(Net(), ROWS)[2].weight) == 120

@@ -49,6 +49,7 @@ def test_value_and_gradient_are_those_of_a_quadratic(power):
     np.testing.assert_allclose(found, gradient, rtol=1e-4, atol=1e-5)
 
 
+@full
 def test_the_gradient_is_that_of_reverse_over_reverse():
     def loss_fn(params, x):
         return jnp.mean(jnp.tanh(x @ params["w"]) ** 2 * jnp.cos(params["b"]))
@@ -87,6 +88,7 @@ def test_a_gradient_that_is_no_number_makes_the_loss_none(bad):
     assert np.isnan(float(loss_fn(jnp.ones(3))))
 
 
+@full
 def test_a_weight_of_zero_is_the_loss_itself():
     assert ost.penalize_gradient_norm(quadratic, 0.0) is quadratic
     traced = jax.jit(
@@ -95,6 +97,7 @@ def test_a_weight_of_zero_is_the_loss_itself():
     np.testing.assert_allclose(traced(0.0), quadratic(split(THETA)), rtol=1e-5)
 
 
+@full
 def test_what_the_loss_returns_beside_it_is_kept():
     def loss_fn(params):
         return quadratic(params), {"seen": params["a"] + 1}

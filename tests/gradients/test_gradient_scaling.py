@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import full
 
 import optax_stability as ost
 
@@ -50,6 +51,7 @@ def test_it_is_the_shrink_of_glm_130b():
     np.testing.assert_allclose(found, shrunk, rtol=1e-6)
 
 
+@full
 def test_an_adam_without_epsilon_cancels_the_factor_and_a_clip_does_not():
     def first_update(*first):
         tx = optax.chain(*first, ost.scale_by_safe_adam())

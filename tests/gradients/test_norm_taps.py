@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiers import quick_only
+from tiers import full, quick_only
 
 from optax_stability._gradients import _norm_taps
 
@@ -229,6 +229,7 @@ def test_taps_go_through_jit_scan_and_checkpoint(length):
             np.testing.assert_allclose(squares[layer], expected, rtol=10 * RTOL)
 
 
+@full
 def test_taps_go_through_vmap():
     def squares(x):
         return norms(PARAMETERS, TAPS, x)

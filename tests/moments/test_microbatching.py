@@ -241,6 +241,7 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(x64, vmap_size, toleranc
         assert found_loss.dtype == moments.deviation.dtype == np.float32
 
 
+@full
 def test_float64_moments_are_those_of_float64_gradients():
     with jax.enable_x64(True):
         params = jax.tree.map(np.float64, PARAMS)
@@ -793,6 +794,7 @@ def rows_of(num_microbatches, vmap_size, **options):
     return np.asarray(aux["rows"])
 
 
+@full
 def test_rows_are_neighbours_if_devices_have_microbatches_of_their_own():
     blocks = np.arange(24).reshape(12, 2)
     # Device d of 4 has blocks 3d, 3d + 1 and 3d + 2, and takes them one by one.
@@ -1044,6 +1046,7 @@ def test_a_batch_sharded_along_a_second_axis_is_not_gathered():
 
 
 @pytest.mark.parametrize(("parts", "vmap_size"), [(4, 1), (8, 4)])
+@quick_only("4-1")
 def test_sharded_parameters_on_an_explicit_mesh(parts, vmap_size):
     params, batch = make_mlp()
     params.pop("bias")  # Its one entry cannot be sharded.
@@ -1080,6 +1083,7 @@ def test_sharded_parameters_on_an_explicit_mesh(parts, vmap_size):
 
 
 @pytest.mark.parametrize(("parts", "vmap_size", "spmd"), [(4, 1, None), (8, 4, "data")])
+@quick_only("4-1-None")
 def test_sharded_parameters_on_an_auto_mesh(parts, vmap_size, spmd):
     params, batch = make_mlp()
     expected = whole_gradient(params, batch)
@@ -1160,6 +1164,7 @@ def test_one_by_one_costs_what_accumulation_by_hand_costs():
     assert flops[2] - flops[1] < 2.1 * gradient / 4
 
 
+@full
 def test_memory_grows_with_how_many_are_evaluated_together():
     """Only vmap_size gradients at a time: a quarter of all is well below all."""
     params = jax.ShapeDtypeStruct((64, 512), np.float32)

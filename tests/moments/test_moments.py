@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from tiers import full
 
 import optax_stability as ost
 from optax_stability._moments import _moments
@@ -135,6 +136,7 @@ QUICK = hypothesis.settings(derandomize=True, max_examples=60, deadline=None)
 
 @QUICK
 @hypothesis.given(stream=streams(), data=st.data())
+@full
 def test_any_order_and_grouping_is_the_mean_of_those_that_count(stream, data):
     grads, values, weights = stream
     merged = merge_at_random(data.draw, each(*stream))
@@ -148,6 +150,7 @@ def test_any_order_and_grouping_is_the_mean_of_those_that_count(stream, data):
 
 @QUICK
 @hypothesis.given(stream=streams(), cut=st.integers(0, 6))
+@full
 def test_groups_that_are_stacked_merge_like_single_ones(stream, cut):
     grads, values, weights = stream
     if not np.any(weights > 0):

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training import train_state
+from tiers import full
 
 import optax_stability as ost
 
@@ -64,6 +65,7 @@ def params():
     return {"dense": {"kernel": jnp.ones((2, 3))}, "scale": jnp.ones(())}
 
 
+@full
 def test_it_is_found_wherever_it_is():
     tx = ost.accumulate_moments(ost.skip_spikes(ost.estimate_noise_scale()), 2)
     state = train_state.TrainState.create(apply_fn=None, params=params(), tx=tx)
@@ -84,6 +86,7 @@ def test_none_or_several_are_refused_with_the_remedy():
     assert not ost.noise_scale(state[1]).valid
 
 
+@full
 def test_everything_it_holds_is_plain():
     state = ost.estimate_noise_scale().init(params())
     found = ost.noise_scale(state)

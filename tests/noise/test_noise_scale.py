@@ -132,6 +132,7 @@ def test_how_often_g2_is_below_zero_and_its_quantiles(d, b_simple):
     np.testing.assert_allclose(shares, expected, atol=SIGMAS * 0.5 / TRIALS**0.5)
 
 
+@full
 def test_microbatches_of_unequal_weight():
     sizes = np.array([1, 3, 7, 2, 11])
     noise = jax.random.normal(jax.random.key(2), (TRIALS, len(sizes), VARIANCES.size))
@@ -207,6 +208,7 @@ def draw_tree(steps, seed=0, scale=1.0):
     return jax.tree.map(lambda x: np.float32(scale * x), {"loud": loud, "quiet": quiet})
 
 
+@full
 def test_the_whole_is_pooled_and_no_mean_of_the_leaves():
     found = ost.noise_scale(run(ost.estimate_noise_scale(decay=0.999), draw_tree(2000)))
     # One example per microbatch: the trace is that of the noise drawn.
@@ -223,6 +225,7 @@ def test_the_whole_is_pooled_and_no_mean_of_the_leaves():
     assert not found.low < mean < found.high
 
 
+@full
 def test_labels_make_streams_of_their_own():
     steps = draw_tree(50)
     steps["other"] = steps["loud"][:, :, 0] / 2
@@ -244,6 +247,7 @@ def test_labels_make_streams_of_their_own():
 
 
 @pytest.mark.parametrize("factor", [2.0**-40, 2.0**20])
+@quick_only("1048576.0")
 def test_a_loss_times_a_power_of_two_changes_no_bit(factor):
     expected = ost.metrics(run(ost.estimate_noise_scale(), draw_tree(40)))
     scaled = ost.metrics(run(ost.estimate_noise_scale(), draw_tree(40, scale=factor)))
@@ -253,6 +257,7 @@ def test_a_loss_times_a_power_of_two_changes_no_bit(factor):
 
 
 @pytest.mark.parametrize("factor", [3.7e-12, 1e15])
+@quick_only("3.7e-12")
 def test_a_loss_times_a_constant_changes_nothing(factor):
     expected = ost.metrics(run(ost.estimate_noise_scale(), draw_tree(40)))
     scaled = ost.metrics(run(ost.estimate_noise_scale(), draw_tree(40, scale=factor)))
@@ -270,6 +275,7 @@ def test_noise_of_a_ten_thousandth_of_the_gradient_is_seen_in_float32():
     np.testing.assert_allclose(found.b_simple, 1e-8, rtol=0.01)
 
 
+@full
 def test_bfloat16_gradients_add_no_more_than_their_rounding():
     rng, d = np.random.default_rng(0), 1000
     grads = 1.5 + 0.1 * rng.standard_normal((200, K, d)).astype("f4")
@@ -402,6 +408,7 @@ def test_without_moments_the_remedy_is_named():
         jax.eval_shape(tx.update, params, tx.init(params), params)
 
 
+@full
 def test_moments_of_another_tree_are_refused():
     _, _, moments = ost.microbatch_gradients(regression_loss, 2)(
         {"w": jnp.zeros(D)}, draw_regression(jax.random.key(0), 4)
@@ -434,6 +441,7 @@ def test_noise_to_weight_is_the_plain_definition():
     np.testing.assert_allclose(found.noise_to_weight, ratio(*flat), rtol=ROUNDING)
 
 
+@full
 def test_noise_relative_to_parameters_of_zero():
     tx = ost.estimate_noise_scale()
     params = {"a": jnp.zeros(()), "b": jnp.zeros(())}
@@ -506,6 +514,7 @@ def test_a_gradient_that_is_not_finite_spoils_only_its_own_pair():
     assert state.averages.total[0, 0] == 1
 
 
+@full
 def test_pairs_of_narrow_gradients_keep_the_type_of_the_state():
     tx, params = ost.estimate_noise_scale(difference=True), jnp.ones(2, jnp.bfloat16)
     state, one = tx.init(params), synthetic(1.0, 1.0, k=1)
@@ -574,6 +583,7 @@ def test_in_a_step_across_steps_and_both_nested_say_the_same():
             )
 
 
+@full
 def test_a_rejected_microbatch_does_not_enter():
     params, x = make_mlp()
     spoilt = x.copy()
@@ -588,6 +598,7 @@ def test_a_rejected_microbatch_does_not_enter():
         np.testing.assert_allclose(found, true, rtol=1e-4)
 
 
+@full
 def test_a_skipped_step_does_not_enter():
     tx = ost.skip_spikes(ost.estimate_noise_scale())
     params = {"w": jnp.ones(())}
@@ -598,6 +609,7 @@ def test_a_skipped_step_does_not_enter():
     chex.assert_trees_all_equal(after.inner_state, state.inner_state)
 
 
+@full
 def test_a_clip_before_it_changes_nothing():
     params, x = make_mlp()
     clip = ost.clip_by_threshold(ost.thresholds.constant(1e-3))

@@ -32,11 +32,13 @@ def test_the_scale_is_that_of_the_rule():
     np.testing.assert_allclose(found, [2, 2, 1, 1], rtol=1e-6)
 
 
+@full
 def test_without_a_batch_size_it_is_that_of_the_moments():
     found = scales(ost.scale_by_noise_scale(None), [24.0] * 4, weight=8.0)
     np.testing.assert_allclose(found[-1], 0.25, rtol=1e-6)
 
 
+@full
 def test_it_stays_above_the_least_and_never_stops_training():
     found = scales(ost.scale_by_noise_scale(1.0, min_scale=0.2), [1e5] * 5)
     np.testing.assert_allclose(found[-1], 0.2)

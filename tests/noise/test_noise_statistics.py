@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from tiers import full, quick_only
+from tiers import full
 
 from optax_stability._noise import _statistics
 from optax_stability._noise._statistics import (
@@ -249,7 +249,7 @@ CHANCE = 4 * (0.95 * 0.05 / RUNS) ** 0.5
 
 
 @pytest.mark.parametrize("setting", HARD.values(), ids=HARD)
-@quick_only("five steps")
+@full
 def test_the_interval_covers_where_the_delta_method_does_not(setting):
     averages, true = longest_consistent(simulate(*setting)), setting[3]
     found = interval(averages, 0.95)

@@ -30,6 +30,7 @@ def quick(**settings):
     return ost.estimate_noise_scale(decay=0.5, scope="global", **settings)
 
 
+@full
 def test_it_switches_with_the_noise_and_not_between_the_levels():
     tx = ost.when_noisy(HALF, above=10.0, below=2.0, estimator=quick())
     quiet, noisy, between = [1.0] * 12, [100.0] * 12, [5.0] * 30
@@ -55,6 +56,7 @@ def test_chance_does_not_switch():
     assert run(tx, [2.0, 25.0, 4.0, 18.0, 2.0, 30.0] * 20)[0][-1]
 
 
+@full
 def test_a_lower_bound_is_enough_to_switch_on():
     tx = ost.when_noisy(HALF, above=10.0, estimator=quick())
     state, update = tx.init(PARAMS), jax.jit(tx.update)

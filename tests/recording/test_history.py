@@ -64,7 +64,7 @@ def assert_kept(state, seen, first):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 6, 8, 11])
-@quick_only("6", "11")
+@quick_only("11")
 def test_the_last_rows_are_kept_across_any_number_of_turns(params, steps):
     state, seen = train(chain(), params, steps)
     assert_kept(state, seen, first=max(0, steps - 4))
@@ -97,6 +97,7 @@ def test_before_the_first_step_there_is_nothing(params):
     assert "grad/norm/dense/kernel" in kept
 
 
+@full
 def test_without_a_loss_there_is_none(params):
     tx = ost.record_history(ost.record("grad"), length=3)
     _, state = tx.update(params, tx.init(params))
@@ -105,6 +106,7 @@ def test_without_a_loss_there_is_none(params):
     np.testing.assert_array_equal(ost.history(state)["loss"], [np.nan, 2.0])
 
 
+@full
 def test_the_bad_step_itself_is_in_the_record(params):
     tx = chain()
     state, _ = train(tx, params, 3)
@@ -117,6 +119,7 @@ def test_the_bad_step_itself_is_in_the_record(params):
     assert kept["skip/skipped"].tolist() == [0, 0, 0, 1]
 
 
+@full
 def test_updates_and_inner_state_are_bitwise_what_they_are_without(params):
     recorded = chain()
     plain = optax.chain(
@@ -138,6 +141,7 @@ def test_updates_and_inner_state_are_bitwise_what_they_are_without(params):
         states = left, right
 
 
+@full
 def test_what_costs_a_pass_is_read_every_so_often(params):
     tx = chain(length=8, slow_every=3)
     state, seen = train(tx, params, 7)
@@ -197,6 +201,7 @@ def test_histograms_are_left_out(params):
     assert not any("histogram" in key for key in ost.history(state))
 
 
+@full
 def test_of_two_recorders_the_outermost_is_read(params):
     tx = ost.record_history(ost.record_history(ost.record("grad"), length=2), length=3)
     state = tx.init(params)

@@ -41,6 +41,7 @@ def numpys(leaves):
 @pytest.mark.parametrize(
     ("dtype", "every"), [(jnp.float32, 1), (jnp.bfloat16, 3), (jnp.float16, 1)]
 )
+@quick_only("float16-1")
 def test_every_statistic_is_numpys(dtype, every):
     a = jax.random.normal(jax.random.key(0), (3, 5)).astype(dtype).at[0, :2].set(0)
     b = (100 * jax.random.normal(jax.random.key(1), (7,))).astype(dtype)
@@ -82,6 +83,7 @@ def test_a_leaf_far_smaller_than_another_keeps_its_bimodality():
     np.testing.assert_allclose(found["grad/bimodality/per_leaf"], 1.0, rtol=4 * RTOL)
 
 
+@full
 def test_many_leaves_of_one_shape_are_told_apart():
     leaves = {f"{i:03}": jnp.full((4, 4), float(i)) for i in range(50)}
     leaves["vector"] = jnp.full(7, -3.0)
@@ -213,6 +215,7 @@ def test_the_singular_value_of_weights_is_followed_and_never_exceeded(scale):
     assert float(by_name["w/spectral_norm"]) == pytest.approx(float(max(values)))
 
 
+@full
 def test_a_matrix_that_was_not_finite_is_followed_again():
     good = {"w": jnp.diag(jnp.array([5.0, 1.0]))}
     bad = {"w": jnp.full((2, 2), jnp.nan)}
@@ -274,6 +277,7 @@ def test_a_mask_and_a_stack_go_together():
     assert {"g/norm/a/0", "g/norm/a/1"} == {k for k in found if k.startswith("g/norm/")}
 
 
+@full
 def test_derivatives_pass():
     tx = ost.record("grad", every=2)
 

@@ -69,7 +69,7 @@ NEW = {
 
 
 @pytest.mark.parametrize("new", NEW.values(), ids=NEW.keys())
-@quick_only("appended", "wrapped")
+@quick_only("wrapped")
 def test_the_next_update_is_the_one_the_old_run_would_have_made(new):
     old = old_chain()
     old_state = trained(old)
@@ -82,6 +82,7 @@ def test_the_next_update_is_the_one_the_old_run_would_have_made(new):
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
+@full
 def test_a_bare_state_and_our_own_are_adopted_too():
     state = trained(optax.scale_by_adam())
     adopted = ost.adopt_state(
@@ -106,6 +107,7 @@ def test_a_bare_state_and_our_own_are_adopted_too():
     ],
     ids=["MultiSteps", "masked", "partition", "apply_if_finite"],
 )
+@quick_only("masked", "MultiSteps", "partition")
 def test_what_grows_inside_a_wrapper_is_adopted(wrap):
     old_state = trained(wrap(old_adamw()))
     new = wrap(ost.skip_spikes(optax.chain(INACTIVE_CLIP, old_adamw())))
@@ -180,6 +182,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("old", "new", "reason"), REFUSED.values(), ids=REFUSED.keys())
+@quick_only(
+    "another class",
+    "another dtype",
+    "two places",
+    "two wrappers' insides",
+    "two wrappers",
+    "two into one",
+)
 def test_what_has_no_place_is_refused_by_name(old, new, reason):
     with pytest.raises(ValueError, match=f"cannot adopt {reason}") as raised:
         ost.adopt_state(new, PARAMS, trained(old))

@@ -6,6 +6,7 @@ import re
 import matplotlib
 import numpy as np
 import pytest
+from tiers import full, quick_only
 
 from optax_stability._core import _atomic_file
 from optax_stability._diagnosis._finding import Finding
@@ -112,6 +113,7 @@ def test_short_histories_are_drawn(tmp_path, rows):
     assert (tmp_path / "run.svg").stat().st_size > 1000
 
 
+@full
 def test_mixtures_of_numbers_are_drawn(tmp_path):
     rng = np.random.default_rng(0)
     values = np.array([*SPECIAL, 1.0, 2.0, 3.0])
@@ -195,6 +197,7 @@ def test_fallbacks_of_loss_and_norm():
     assert titles(steps | {"clip/norm": np.ones(5)}) == ["gradient"]
 
 
+@full
 def test_the_legend_counts_and_tells_the_last_values():
     shown = texts(picture(run_of()))
     for text in ("held out, last 2.50", "skipped, 2 steps", "not finite, 1 step"):
@@ -205,6 +208,7 @@ def test_the_legend_counts_and_tells_the_last_values():
     assert any(text.startswith("not finite (") for text in shown)
 
 
+@full
 def test_a_branch_is_shaded_and_its_probes_are_marked_and_no_loss():
     history = branching_run()
     svg = picture(history)
@@ -268,6 +272,7 @@ def test_extremes_and_marks_survive_thinning():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@quick_only("nan")
 def test_one_bad_cell_of_many_is_seen_in_the_heat_map(bad):
     rows, layers = 5000, 900
     norms = np.ones((rows, layers))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_plotting import SPECIAL, branching_run, finding, only, run_of, titles
+from tiers import full, quick_only
 
 from optax_stability._core import _atomic_file
 from optax_stability._diagnosis._finding import KINDS, Finding
@@ -92,6 +93,7 @@ def test_any_number_is_reported(report, value):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
+@quick_only("0", "1")
 def test_short_histories_are_reported(report, rows):
     page = report({key: values[:rows] for key, values in run_of().items()})
     assert "Findings" in page
@@ -101,6 +103,7 @@ def test_short_histories_are_reported(report, rows):
 # --- The page. ------------------------------------------------------------------------
 
 
+@full
 def test_the_page_loads_nothing_and_is_well_formed():
     page = full_report()
     outline = Outline(page)
@@ -113,6 +116,7 @@ def test_the_page_loads_nothing_and_is_well_formed():
     assert "default-src 'none'" in page
 
 
+@full
 def test_links_inside_the_page_lead_somewhere():
     outline = Outline(full_report())
     inside = [link[1:] for link in outline.links if link.startswith("#")]
@@ -120,6 +124,7 @@ def test_links_inside_the_page_lead_somewhere():
     assert set(inside) <= set(outline.ids)
 
 
+@full
 def test_everything_is_escaped(report, monkeypatch):
     history, found = nasty()
     monkeypatch.setattr(_report, "diagnose", lambda history: [found])
@@ -214,6 +219,7 @@ def test_all_names_are_listed():
     assert all(f"<li><code>{key}</code></li>" in page for key in run_of())
 
 
+@full
 def test_a_large_history_makes_a_moderate_file(report):
     rng = np.random.default_rng(0)
     history = {
@@ -284,6 +290,7 @@ def test_a_browser_opens_it_without_a_complaint_or_a_request(tmp_path):
     assert '"initiator":"null"' not in log.read_text()
 
 
+@full
 def test_what_was_taken_back_is_on_the_page(report):
     page = report(branching_run())
     assert "Rolled back" in page

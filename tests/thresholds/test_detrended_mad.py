@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from streams import compiled, follow, last, noisy, run, signature, together
+from tiers import full, quick_only
 
 from optax_stability import thresholds
 
@@ -185,6 +186,7 @@ def test_a_value_above_the_limit_is_learned_as_the_limit(log):
     assert float(found) == pytest.approx(np.log(x) if log else x, abs=ROUNDING)
 
 
+@full
 def test_one_value_of_any_size_shifts_the_medians_by_one_rank():
     # The odd sizes have one middle; a large num_mads lets the outlier in unclipped.
     threshold = thresholds.detrended_mad(
@@ -414,6 +416,7 @@ def follow_every(norms, losses):
     norms=st.lists(NORM_VALUES, min_size=16, max_size=16),
     losses=st.lists(LOSS_VALUES, min_size=16, max_size=16),
 )
+@full
 def test_no_stream_makes_a_state_infinite_or_a_limit_nan(norms, losses):
     found = follow_every(np.array(norms, np.float32), np.array(losses, np.float32))
     for limits, states in found.values():
@@ -422,6 +425,7 @@ def test_no_stream_makes_a_state_infinite_or_a_limit_nan(norms, losses):
 
 
 @pytest.mark.parametrize("threshold", EVERY.values(), ids=EVERY.keys())
+@quick_only("norms")
 def test_a_scan_over_fifty_streams_equals_fifty_loops(threshold):
     streams = np.stack([noisy(14, seed=s, spikes=0.1) for s in range(50)])
     streams[0, 7], streams[1, 0], streams[2, 10] = np.nan, np.inf, 0.0

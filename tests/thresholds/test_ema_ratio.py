@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from streams import compiled, follow, last, noisy, run, signature, together
+from tiers import full
 
 from optax_stability import thresholds
 
@@ -257,6 +258,7 @@ def follow_every(values):
 
 @hypothesis.settings(derandomize=True, max_examples=50, deadline=None)
 @hypothesis.given(values=st.lists(SOME_VALUES, min_size=16, max_size=16))
+@full
 def test_no_stream_makes_a_state_infinite_or_a_limit_nan(values):
     for limits, states in follow_every(np.array(values, np.float32)):
         chex.assert_tree_all_finite(states)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from streams import compiled, last, noisy, run, signature
+from tiers import full
 
 import optax_stability as ost
 from optax_stability import thresholds
@@ -171,6 +172,7 @@ SHORT = [
 
 @hypothesis.settings(derandomize=True, max_examples=50, deadline=None)
 @hypothesis.given(values=st.lists(SOME_VALUES, min_size=16, max_size=16))
+@full
 def test_no_stream_makes_a_state_infinite_or_a_limit_nan(values):
     for threshold in SHORT:
         limits, states = run(threshold, values)

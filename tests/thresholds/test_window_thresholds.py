@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from streams import compiled, follow, last, noisy, run, signature, together
+from tiers import full, quick_only
 
 from optax_stability import thresholds
 
@@ -252,6 +253,7 @@ def test_zscore_is_blind_while_the_stream_falls():
     assert limits[-1] > 100 * np.exp(-199 / 30)
 
 
+@full
 def test_the_quantile_calls_a_share_of_1_minus_q_abnormal():
     values = noisy(4000) / noisy(4000, seed=1)
     limits, _ = run(LONG["quantile"], values)
@@ -366,6 +368,7 @@ def test_rebase_moves_the_limit_with_the_level(rule):
 
 
 @pytest.mark.parametrize("rule", SHORT)
+@quick_only("zscore", "median")
 def test_rebase_of_a_fresh_threshold_learns_the_value(rule):
     threshold = SHORT[rule]
     rebased = compiled(threshold.rebase)(7.0, threshold.init())
@@ -407,6 +410,7 @@ def test_rebase_by_any_factor_keeps_the_state_finite(past, level):
         ("median", 25, {10.0: 25, 50.0: 25}),
     ],
 )
+@quick_only("zscore-25-abnormal1")
 def test_relearn_accepts_a_level_shift_within_a_row_per_factor(rule, after, abnormal):
     threshold = thresholds.relearn(LONG[rule], after=after)
     for factor, expected in abnormal.items():
@@ -422,6 +426,7 @@ def test_relearn_accepts_a_level_shift_within_a_row_per_factor(rule, after, abno
 
 
 @pytest.mark.parametrize("threshold", EVERY.values(), ids=EVERY.keys())
+@quick_only("median", "quantile")
 def test_a_scan_over_fifty_streams_equals_fifty_loops(threshold):
     streams = np.stack(
         [noisy(12, seed=s, level=10.0 ** (s % 9), spikes=0.1) for s in range(50)]
