@@ -5,7 +5,6 @@ several (drawn by hypothesis); one compiled program per stack runs hundreds at o
 see the same clean stream, so that case 0, the *twin*, shows what was lost.
 """
 
-import concurrent.futures
 import functools
 import itertools
 import math
@@ -343,25 +342,10 @@ def run_programs(stack, programs):
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)
 
 
-@pytest.fixture(scope="module")
-def outcomes():
-    """The grid of a stack; the next stack is compiled meanwhile on another core."""
-    stacks = list(STACKS)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-
-        @functools.cache
-        def submit(stack):
-            return pool.submit(
-                lambda: run_programs(stack, [each.program for each in grid()])
-            )
-
-        def outcome(stack):
-            at = stacks.index(stack)
-            futures = [submit(each) for each in stacks[at : at + 3]]
-            return futures[0].result()
-
-        yield outcome
-        pool.shutdown(cancel_futures=True)
+@functools.cache
+def outcomes(stack):
+    """The grid of a stack; all tests of a stack run in one worker."""
+    return run_programs(stack, [each.program for each in grid()])
 
 
 def names(cases, failed):
@@ -377,7 +361,7 @@ FINITE = ["updates", "params", "statistics", "reports"]
 
 @every_stack
 @quick_only("zscore")
-def test_everything_stays_finite_at_every_step(stack, outcomes):
+def test_everything_stays_finite_at_every_step(stack):
     seen, _ = outcomes(stack)
     for what in FINITE:
         failed = ~getattr(seen, what).all(axis=1)
@@ -392,7 +376,7 @@ UNSET = {name: [1] for name in SKIPPING if name != "guard"} | {"skip": [1, 2, 5]
 
 @every_stack
 @quick_only("zscore")
-def test_in_the_end_every_limit_is_finite(stack, outcomes):
+def test_in_the_end_every_limit_is_finite(stack):
     _, limits = outcomes(stack)
     unset = np.isin(np.arange(limits.shape[1]), UNSET.get(stack, []))
     failed = (np.isfinite(limits) == unset).any(axis=1)
@@ -417,7 +401,7 @@ def lost(seen):
 
 @every_stack
 @quick_only("zscore")
-def test_every_leaf_moves_within_six_steps_whatever_came_before(stack, outcomes):
+def test_every_leaf_moves_within_six_steps_whatever_came_before(stack):
     seen, _ = outcomes(stack)
     failed = stuck(seen)
     assert not failed.any(), names(grid(), failed)
@@ -425,7 +409,7 @@ def test_every_leaf_moves_within_six_steps_whatever_came_before(stack, outcomes)
 
 @every_stack
 @quick_only("zscore")
-def test_the_bucket_bounds_the_steps_lost(stack, outcomes):
+def test_the_bucket_bounds_the_steps_lost(stack):
     seen, _ = outcomes(stack)
     most = BUDGET + STEPS // (BUDGET + 1) if stack in SKIPPING else 0
     failed = lost(seen) > most
@@ -434,14 +418,14 @@ def test_the_bucket_bounds_the_steps_lost(stack, outcomes):
 
 @every_selective_stack
 @quick_only("zscore")
-def test_no_step_of_the_clean_stream_is_lost(stack, outcomes):
+def test_no_step_of_the_clean_stream_is_lost(stack):
     seen, _ = outcomes(stack)
     assert seen.moved[0].all()
 
 
 @every_selective_stack
 @quick_only("zscore")
-def test_a_nonfinite_gradient_or_a_loss_costs_no_step_after_it(stack, outcomes):
+def test_a_nonfinite_gradient_or_a_loss_costs_no_step_after_it(stack):
     seen, _ = outcomes(stack)
     for i, each in enumerate(grid()):
         if each.kind in ("NaN", "Inf", "-Inf") or each.kind.startswith("loss"):
@@ -531,7 +515,7 @@ def share_of_the_twin(seen):
 
 @every_selective_stack
 @quick_only("zscore")
-def test_the_update_regains_a_tenth_of_its_size(stack, outcomes):
+def test_the_update_regains_a_tenth_of_its_size(stack):
     shares = share_of_the_twin(outcomes(stack)[0])
     slow, judged = [], 0
     for each, share in zip(grid(), shares, strict=True):
@@ -549,7 +533,7 @@ def test_the_update_regains_a_tenth_of_its_size(stack, outcomes):
 
 @every_selective_stack
 @quick_only("zscore")
-def test_where_nothing_is_promised_the_update_is_not_zero(stack, outcomes):
+def test_where_nothing_is_promised_the_update_is_not_zero(stack):
     seen, _ = outcomes(stack)
     for i, each in enumerate(grid()):
         if recovery(stack, each) is None:

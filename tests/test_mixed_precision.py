@@ -206,6 +206,7 @@ def test_a_limit_does_not_jump_with_the_scale():
 
 
 @pytest.mark.parametrize(("value", "lost"), [(1.0, True), (2.0**15, False)])
+@quick_only("1.0-True")
 def test_underflow_is_counted_before_the_optimizer_and_diagnosed(value, lost):
     model, optimizer, scale = make_run(value)
     for _ in range(20):

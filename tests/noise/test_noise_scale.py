@@ -116,7 +116,7 @@ def isotropic_trials(d, b_simple):
 
 
 @pytest.mark.parametrize(("d", "b_simple"), [(10, 40.0), (50, 400.0)])
-@quick_only("50-400.0")
+@full
 def test_how_often_g2_is_below_zero_and_its_quantiles(d, b_simple):
     """F = B‖ḡ‖²/S·… is noncentral F; one step's ratio is B/(F − 1)."""
     trace, grad_sq = isotropic_trials(d, b_simple)

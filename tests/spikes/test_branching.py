@@ -596,7 +596,7 @@ def open_branch(tx, params, **extra):
 
 
 @pytest.mark.parametrize("wrap", ["chain", "masked", "partition", "inject"])
-@quick_only("masked")
+@full
 def test_what_is_evaluated_is_found_in_any_state(wrap):
     params = {"a": jnp.ones((2, 3)), "b": jnp.zeros(4)}
     whole = optax.partition(
