@@ -6,8 +6,8 @@ the repository. Then the tests run until one fails: those of the package that is
 and its doctests, then those that all packages share; first of the quick tier, then of
 the full one. A break that no test notices needs a test.
 
-    python benchmarks/mutations.py                    # an hour on two CPU cores
-    python benchmarks/mutations.py --quick            # three breaks, no JSON
+    python benchmarks/mutations.py                    # hours on two CPU cores
+    python benchmarks/mutations.py --quick            # three, quick tier, no JSON
     python benchmarks/mutations.py --only _spikes     # one package, no JSON
 """
 
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,8 +97,8 @@ def fails(folder: Path, tier: tuple[str, ...], tests: tuple[str, ...]) -> bool:
     return ended.returncode not in (PASSED, NO_TESTS)
 
 
-def noticed(mutation: Mutation) -> str:
-    """The first tier that notices a break, or nothing."""
+def noticed(mutation: Mutation, tiers: Iterable[str]) -> str:
+    """The first of these tiers that notices a break, or nothing."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "copy"
         left_out = shutil.ignore_patterns(".*", "runs", "__pycache__")
@@ -106,26 +107,27 @@ def noticed(mutation: Mutation) -> str:
         (folder / ".cache").symlink_to(ROOT / ".cache")
         broken = mutation.apply((folder / mutation.path).read_text())
         (folder / mutation.path).write_text(broken)
-        for name, tier in TIERS.items():
-            if any(fails(folder, tier, tests) for tests in mutation.tests):
+        for name in tiers:
+            if any(fails(folder, TIERS[name], tests) for tests in mutation.tests):
                 return name
     return ""
 
 
-def make_report(mutations: list[Mutation]) -> Report:
+def make_report(mutations: list[Mutation], tiers: Iterable[str]) -> Report:
     """Tries all breaks, two at a time."""
     (ROOT / ".cache").mkdir(exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        tiers = []
-        for mutation, tier in zip(mutations, pool.map(noticed, mutations), strict=True):
+        found = []
+        tried = pool.map(lambda each: noticed(each, tiers), mutations)
+        for mutation, tier in zip(mutations, tried, strict=True):
             verdict = f"noticed ({tier})" if tier else "NOT NOTICED"
             sys.stdout.write(f"{verdict}: {mutation.path}: {mutation.what}\n")
             sys.stdout.flush()
-            tiers.append(tier)
+            found.append(tier)
     return {
         "mutations": [
             {"file": str(each.path), "what": each.what, "noticed": tier}
-            for each, tier in zip(mutations, tiers, strict=True)
+            for each, tier in zip(mutations, found, strict=True)
         ]
     }
 
@@ -159,7 +161,8 @@ def main() -> None:
     if flags.quick:
         mutations = mutations[:: len(mutations) // FOR_QUICK][:FOR_QUICK]
     part = flags.quick or bool(flags.only)
-    finish("mutations", make_report(mutations), tables, quick=part)
+    report = make_report(mutations, ["quick"] if flags.quick else list(TIERS))
+    finish("mutations", report, tables, quick=part)
 
 
 if __name__ == "__main__":
