@@ -19,13 +19,11 @@ CACHE_OPTIONS = {
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
 DAYS_KEPT = 30
-# Code generation takes XLA most of its time on a CPU. Simpler code does the same: the
-# older emitters of loops always, and for the quick tier no optimizations by LLVM, which
-# may change the last bit. XLA ends the process at a flag that it does not know.
-SIMPLE_LOOPS = (
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
-NOT_OPTIMIZED = (
+# Code generation takes XLA most of its time on a CPU. In the quick tier it is the
+# simplest: slower code, whose last bit may differ. XLA ends the process at a flag that
+# it does not know.
+SIMPLE_CODE = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 KNOWN_TO = (0, 9), (0, 11)
@@ -47,14 +45,14 @@ def pytest_configure(config):
         config.addinivalue_line("markers", marker)
     if not hasattr(config, "workerinput"):  # Its workers have its environment.
         forget_old_programs()
-        compile_simply(optimized=config.getoption("full"))
+        if not config.getoption("full"):
+            compile_simply()
 
 
-def compile_simply(*, optimized):
+def compile_simply():
     """Before JAX starts; whoever sets XLA_FLAGS decides."""
     if KNOWN_TO[0] <= jax.__version_info__ < KNOWN_TO[1]:
-        flags = SIMPLE_LOOPS if optimized else f"{SIMPLE_LOOPS} {NOT_OPTIMIZED}"
-        os.environ.setdefault("XLA_FLAGS", flags)
+        os.environ.setdefault("XLA_FLAGS", SIMPLE_CODE)
 
 
 def forget_old_programs():
