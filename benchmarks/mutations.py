@@ -6,7 +6,7 @@ the repository. Then the tests run until one fails: those of the package that is
 and its doctests, then those that all packages share; first of the quick tier, then of
 the full one. A break that no test notices needs a test.
 
-    python benchmarks/mutations.py                    # hours on two CPU cores
+    python benchmarks/mutations.py                    # all, both tiers
     python benchmarks/mutations.py --quick            # three, quick tier, no JSON
     python benchmarks/mutations.py --only _spikes     # one package, no JSON
 """

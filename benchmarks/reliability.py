@@ -5,7 +5,7 @@ sequences after which everything is finite and learns again, kills after which a
 takes the same course as if nobody had killed it, stops by a signal that were gone on
 from, restored states that equal the saved ones.
 
-    python benchmarks/reliability.py            # half an hour on two CPU cores
+    python benchmarks/reliability.py            # as long as pytest --full
     python benchmarks/reliability.py --quick    # restored states alone, no JSON
 """
 
