@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import chex
 import jax
@@ -11,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+from jax.sharding import AxisType, PartitionSpec, reshard
+from meshes import collectives, put_on
 from tiers import full, quick_only
 
 import optax_stability as ost
@@ -955,26 +955,10 @@ SPLITS = [
     (AxisType.Auto, 16, 8, "data"),
     (AxisType.Explicit, 16, 8, "data"),
 ]
-COLLECTIVES = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
 
 
 def make_mesh(axis_type):
     return jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
-
-
-def place(tree, mesh, *spec):
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
-
-
-def collectives(program):
-    """What devices send each other: the operation and the shapes it gives."""
-    text = program.as_text()
-    found = re.findall(rf"= (\(.*?\)|\S+) ({COLLECTIVES})(?:-start)?\(", text)
-    sizes = [re.findall(r"\[([\d,]*)\]", shapes) for shapes, _ in found]
-    return [
-        (operation, [tuple(map(int, filter(None, s.split(",")))) for s in shapes])
-        for (_, operation), shapes in zip(found, sizes, strict=True)
-    ]
 
 
 def reduced_entries(program):
@@ -998,7 +982,7 @@ def test_sharded_rows_stay_where_they_are(axis_type, parts, vmap_size, spmd):
     )
     mesh = make_mesh(axis_type)
     with jax.set_mesh(mesh):
-        arguments = place(params, mesh), place(batch, mesh, "data")
+        arguments = put_on(params, mesh), put_on(batch, mesh, "data")
         program = jax.jit(fn).lower(*arguments).compile()
         result = program(*arguments)
     assert {operation for operation, _ in collectives(program)} == {"all-reduce"}
@@ -1025,8 +1009,8 @@ def test_microbatches_of_their_own_are_added_up_once(axis_type, parts, spmd):
     mesh, params = make_mesh(axis_type), np.ones(512, np.float32)
     fn = ost.microbatch_gradients(dot, parts, vmap_size=8, spmd_axis_name=spmd)
     with jax.set_mesh(mesh):
-        rows = place(np.ones((64, 512), np.float32), mesh, "data")
-        program = jax.jit(fn).lower(place(params, mesh), rows).compile()
+        rows = put_on(np.ones((64, 512), np.float32), mesh, "data")
+        program = jax.jit(fn).lower(put_on(params, mesh), rows).compile()
     gradients = 8 if spmd is None else 1
     # Beside the gradients a few scalars: losses, weights, counts and deviations.
     assert 0 <= reduced_entries(program) - gradients * params.size <= 16
@@ -1038,7 +1022,7 @@ def test_a_batch_sharded_along_a_second_axis_is_not_gathered():
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(AxisType.Explicit,) * 2)
     fn = ost.microbatch_gradients(dot, 4, vmap_size=2)
     with jax.set_mesh(mesh):
-        arguments = place(params, mesh), place(rows, mesh, "data", "seq")
+        arguments = put_on(params, mesh), put_on(rows, mesh, "data", "seq")
         program = jax.jit(fn).lower(*arguments).compile()
         _, grads, _ = program(*arguments)
     assert {operation for operation, _ in collectives(program)} == {"all-reduce"}
@@ -1062,10 +1046,10 @@ def test_sharded_parameters_on_an_explicit_mesh(parts, vmap_size):
     fn = ost.microbatch_gradients(loss, parts, vmap_size=vmap_size, mean_square=True)
     with jax.set_mesh(mesh):
         sharded = {
-            "in": place(params["in"], mesh, None, "data"),
-            "out": place(params["out"], mesh, "data"),
+            "in": put_on(params["in"], mesh, None, "data"),
+            "out": put_on(params["out"], mesh, "data"),
         }
-        arguments = sharded, place(batch, mesh, "data")
+        arguments = sharded, put_on(batch, mesh, "data")
         program = jax.jit(fn).lower(*arguments).compile()
         value, grads, moments = program(*arguments)
     np.testing.assert_allclose(value, expected[0], rtol=ROUNDING)
@@ -1090,13 +1074,13 @@ def test_sharded_parameters_on_an_auto_mesh(parts, vmap_size, spmd):
     mesh = make_mesh(AxisType.Auto)
     specs = {"in": (None, "data"), "out": ("data",), "bias": ()}
     with jax.set_mesh(mesh):
-        sharded = {name: place(params[name], mesh, *specs[name]) for name in params}
+        sharded = {name: put_on(params[name], mesh, *specs[name]) for name in params}
         wanted = jax.tree.map(lambda leaf: leaf.sharding, sharded)
         fn = ost.microbatch_gradients(
             mlp_loss, parts, vmap_size=vmap_size, spmd_axis_name=spmd
         )
         fn = jax.jit(fn, out_shardings=(None, wanted, None))
-        value, grads, _ = fn(sharded, place(batch, mesh, "data"))
+        value, grads, _ = fn(sharded, put_on(batch, mesh, "data"))
     chex.assert_trees_all_close((value, grads), expected, rtol=1e-5, atol=ROUNDING)
 
 
@@ -1107,7 +1091,7 @@ def test_a_sharded_batch_loses_one_microbatch_only():
     mesh = make_mesh(AxisType.Auto)
     with jax.set_mesh(mesh):
         fn = compiled(8, 4, loss=dot, spmd_axis_name="data")
-        _, grads, moments = fn(place(params, mesh), place(rows, mesh, "data"))
+        _, grads, moments = fn(put_on(params, mesh), put_on(rows, mesh, "data"))
     assert int(moments.num_microbatches) == 7
     kept = np.delete(rows, [4, 5], axis=0)  # Neighbours.
     np.testing.assert_allclose(grads, kept.mean(0), rtol=1e-5, atol=ROUNDING)
