@@ -32,7 +32,9 @@ TIERS = {"quick": (), "full": ("--full", "-m", "full")}
 # A break may make a loop endless.
 SECONDS = 900
 FOR_QUICK = 3
-PASSED, NO_TESTS = 0, 5
+# Exit codes of pytest: passed or none, and what no break should lead to, as an import
+# that fails.
+PASSED, NOT_RUN = (0, 5), (2, 3, 4)
 
 
 class Mutation(NamedTuple):
@@ -79,7 +81,11 @@ def read() -> list[Mutation]:
 
 
 def fails(folder: Path, tier: tuple[str, ...], tests: tuple[str, ...]) -> bool:
-    """Whether one of the tests of a copy fails, or does not end."""
+    """Whether one of the tests of a copy fails, or does not end.
+
+    Raises:
+      RuntimeError: pytest could not run them.
+    """
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", *tier, *tests]
     # The copy comes before what is installed.
     environment = os.environ | {"PYTHONPATH": str(folder)}
@@ -89,12 +95,15 @@ def fails(folder: Path, tier: tuple[str, ...], tests: tuple[str, ...]) -> bool:
             cwd=folder,
             env=environment,
             capture_output=True,
+            text=True,
             check=False,
             timeout=SECONDS,
         )
     except subprocess.TimeoutExpired:
         return True
-    return ended.returncode not in (PASSED, NO_TESTS)
+    if ended.returncode in NOT_RUN:
+        raise RuntimeError(f"{' '.join(command)}\n{ended.stdout}{ended.stderr}")
+    return ended.returncode not in PASSED
 
 
 def noticed(mutation: Mutation, tiers: Iterable[str]) -> str:

@@ -48,3 +48,11 @@ def test_a_break_is_noticed_if_a_test_fails(tmp_path, code, fails):
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_it.py").write_text(f"def test_it():\n    {code}\n")
     assert mutations.fails(tmp_path, (), ("test_it.py",)) is fails
+
+
+@full
+def test_tests_that_cannot_be_imported_notice_nothing(tmp_path):
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_it.py").write_text("import there_is_no_such_module\n")
+    with pytest.raises(RuntimeError, match="there_is_no_such_module"):
+        mutations.fails(tmp_path, (), ("test_it.py",))
