@@ -1241,7 +1241,7 @@ def clipped_within(*first):
     ids=["alone", "scaled"],
 )
 @pytest.mark.parametrize("norm", [2.0, 100.0], ids=["normal", "shortened"])
-@quick_only("shortened-scaled")
+@quick_only("shortened-alone", "shortened-scaled")
 def test_a_clip_inside_sees_the_norm_of_what_reaches_it(norm, first, factor):
     tx = clipped_within(*first)
     state, update = tx.init(PARAMS), compiled(tx.update)
