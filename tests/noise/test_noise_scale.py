@@ -459,10 +459,9 @@ def test_noise_relative_to_parameters_of_zero():
 # --- pairs of successive gradients ---------------------------------------------------
 
 
-@functools.cache
-def paired(steps):
-    """Single gradients of four examples each, seen by an estimator of differences."""
-    noise = jax.random.normal(jax.random.key(5), (steps, 1, VARIANCES.size))
+@full
+def test_pairs_estimate_the_same_and_say_that_they_are_biased():
+    noise = jax.random.normal(jax.random.key(5), (20_001, 1, VARIANCES.size))
     grads = MEAN + noise * np.sqrt(VARIANCES / EACH)
     tx = ost.estimate_noise_scale(decay=0.9999, difference=True)
     params = jnp.ones(VARIANCES.size)
@@ -471,12 +470,8 @@ def paired(steps):
         moments, mean = moments_of(grads, np.full(1, EACH, np.float32))
         return tx.update(mean, state, params, moments=moments)[1], None
 
-    return tx, jax.jit(lambda s, g: jax.lax.scan(step, s, g))(tx.init(params), grads)[0]
-
-
-@full
-def test_pairs_estimate_the_same_and_say_that_they_are_biased():
-    found = ost.noise_scale(paired(20_001)[1])
+    run_all = jax.jit(lambda s, g: jax.lax.scan(step, s, g))
+    found = ost.noise_scale(run_all(tx.init(params), grads)[0])
     assert found.biased
     assert found.valid
     assert "biased" in repr(found)
@@ -486,27 +481,48 @@ def test_pairs_estimate_the_same_and_say_that_they_are_biased():
     assert 6000 < found.steps < 10_000
 
 
-@full
+ALIKE = np.ones(2, np.float32)
+DIFFERENCE = ost.estimate_noise_scale(difference=True)
+observe_difference = jax.jit(DIFFERENCE.update)
+
+
+def feed_difference(values, state=None, **moments):
+    """The state after gradients of eight examples, whose two entries are alike."""
+    state = DIFFERENCE.init(ALIKE) if state is None else state
+    moments = synthetic(1.0, 1.0, **{"k": 1} | moments)
+    for value in values:
+        gradient = np.float32(value) * ALIKE
+        _, state = observe_difference(gradient, state, ALIKE, moments=moments)
+    return state
+
+
 def test_better_estimates_take_the_place_of_pairs():
-    tx, state = paired(21)
-    params, update = jnp.ones(VARIANCES.size), jax.jit(tx.update)
-    _, fresh = update(params, tx.init(params), params, moments=synthetic(2.0, 1.0))
-    _, later = update(params, state, params, moments=synthetic(2.0, 1.0))
+    pairs = feed_difference([1.0, 3.0])
+    assert pairs.biased
+    fresh, later = (feed_difference([1.0], state, k=4) for state in (None, pairs))
     assert not later.biased
     chex.assert_trees_all_equal(later.averages, fresh.averages)
     # From then on pairs are not asked.
-    for _ in range(3):
-        _, later = update(params, later, params, moments=synthetic(9.0, 9.0, k=1))
+    later = feed_difference([1.0, 3.0, 5.0], later)
     assert not later.biased
     chex.assert_trees_all_equal(later.averages, fresh.averages)
 
 
+def test_pairs_do_not_overlap():
+    state = feed_difference([1.0, 3.0, 4.0, 8.0, 100.0])
+    # ‖3 − 1‖² and ‖8 − 4‖² in two entries, 8·8/16 of it; ⟨1, 3⟩ and ⟨4, 8⟩.
+    weights = [0.99, 1.0]
+    averages = jax.tree.map(lambda x: x[0, 0], state.averages)
+    np.testing.assert_allclose(averages.total, sum(weights), ROUNDING)
+    trace, grad_sq = (np.average(x, weights=weights) for x in ([32, 128], [6, 64]))
+    np.testing.assert_allclose(averages.trace, trace, ROUNDING)
+    np.testing.assert_allclose(averages.grad_sq, grad_sq, ROUNDING)
+
+
 def test_a_gradient_that_is_not_finite_spoils_only_its_own_pair():
-    tx = ost.estimate_noise_scale(difference=True)
-    params, update = jnp.ones(2), jax.jit(tx.update)
-    state, one = tx.init(params), synthetic(1.0, 1.0, k=1)
+    state = None
     for value in (np.nan, 1.0, np.nan, 3.0, np.nan):
-        _, state = update(jnp.full(2, value), state, params, moments=one)
+        state = feed_difference([value], state)
         chex.assert_tree_all_finite((state.averages, state.pairs))
     # One pair: ‖3 − 1‖² in two entries, 8·8/16 of it, and ⟨3, 1⟩.
     np.testing.assert_allclose(state.averages.trace[0, 0], 8 * 4)
