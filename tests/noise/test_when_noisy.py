@@ -30,7 +30,6 @@ def quick(**settings):
     return ost.estimate_noise_scale(decay=0.5, scope="global", **settings)
 
 
-@full
 def test_it_switches_with_the_noise_and_not_between_the_levels():
     tx = ost.when_noisy(HALF, above=10.0, below=2.0, estimator=quick())
     quiet, noisy, between = [1.0] * 12, [100.0] * 12, [5.0] * 30
