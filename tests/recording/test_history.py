@@ -1,6 +1,7 @@
 """What the flight recorder keeps is what was measured, step by step."""
 
 import functools
+from typing import NamedTuple
 
 import chex
 import jax
@@ -97,13 +98,13 @@ def test_before_the_first_step_there_is_nothing(params):
     assert "grad/norm/dense/kernel" in kept
 
 
-@full
 def test_without_a_loss_there_is_none(params):
-    tx = ost.record_history(ost.record("grad"), length=3)
+    tx = ost.record_history(optax.identity(), length=3)
     _, state = tx.update(params, tx.init(params))
     assert "loss" not in ost.history(state)
-    _, state = tx.update(params, state, loss=jnp.float32(2.0))
-    np.testing.assert_array_equal(ost.history(state)["loss"], [np.nan, 2.0])
+    for given in ({"loss": jnp.float32(2.0)}, {}):
+        _, state = tx.update(params, state, **given)
+    np.testing.assert_array_equal(ost.history(state)["loss"], [np.nan, 2.0, np.nan])
 
 
 @full
@@ -149,6 +150,30 @@ def test_what_costs_a_pass_is_read_every_so_often(params):
     true = [row["adam/update_rms"] for row in seen]
     expected = [true[step - step % 3] for step in range(7)]
     np.testing.assert_allclose(kept, expected, rtol=1e-5)
+
+
+class Counted(NamedTuple):
+    """A state that counts calls, as if that cost a pass."""
+
+    step: jax.Array
+    costly_metrics = True
+
+    @property
+    def metrics(self):
+        return {"count": self.step}
+
+
+def test_what_is_not_read_keeps_its_last_value():
+    inner = optax.GradientTransformation(
+        lambda params: Counted(jnp.int32(0)),
+        lambda updates, state, params=None: (updates, Counted(state.step + 1)),
+    )
+    tx = ost.record_history(inner, length=4, slow_every=3)
+    params = jnp.ones(2)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(8):
+        _, state = update(params, state)
+    assert ost.history(state)["count"].tolist() == [4, 4, 7, 7]
 
 
 def test_nothing_goes_to_the_host(params):
