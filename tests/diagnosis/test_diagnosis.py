@@ -357,7 +357,6 @@ def kinds(history):
     return [each.kind for each in diagnose(history)]
 
 
-@full
 def test_the_loss_of_a_probe_is_no_finding():
     """It is one of parameters that are not in use."""
     history = healthy()
@@ -397,6 +396,14 @@ def one_clipped_step():
     history = healthy()
     scaled(history, "grad/norm", 30, FAULT, FAULT + 1)
     history["clip/norm"] = history["grad/norm"]
+    return history
+
+
+def a_gradient_at_eight_times_its_trend():
+    """For longer than a finding needs, but not ten times."""
+    history = healthy()
+    level = np.median(history["grad/norm"][FAULT - limits.CENTRE : FAULT])
+    put(history, "grad/norm", 8 * level, FAULT, FAULT + 4)
     return history
 
 
@@ -583,6 +590,7 @@ HEALTHY = (
     lambda: healthy(first=100_000),
     lambda: healthy(decays=False),
     one_clipped_step,
+    a_gradient_at_eight_times_its_trend,
     a_fixed_clip_that_often_acts,
     sign_updates,
     rare_tokens,
@@ -705,7 +713,6 @@ def test_a_gradient_that_jumps_before_the_loss_is_another():
     assert kinds(history) == ["exploding_gradient", "loss_spike"]
 
 
-@full
 def test_the_last_rows_of_a_sparse_log_are_no_death():
     history = one_row_in_ten()
     history["loss"][[-20, -10]] += 3
@@ -929,6 +936,13 @@ def test_the_trend_is_that_of_the_threshold():
     found = trend(values.astype(np.float64), 7.0, 0.5)
     limit = found.centre + found.bound
     np.testing.assert_allclose(limit[1:], expected[1:], rtol=1e-5)
+
+
+def test_an_abnormal_value_moves_the_trend_by_its_bound_only():
+    found = trend(np.append(np.zeros(40), np.full(6, 100.0)), 7.0, 0.5)
+    # Of the last eight values, four are 0 and four at the bound, 0.5; then one is 0.75.
+    np.testing.assert_allclose(found.centre[40:], [0, 0, 0, 0, 0.25, 0.5])
+    np.testing.assert_allclose(found.bound[40:], 0.5)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
