@@ -719,6 +719,14 @@ def test_the_last_rows_of_a_sparse_log_are_no_death():
     assert kinds(history) == ["loss_spike"]
 
 
+def test_a_high_loss_at_the_end_is_a_divergence_only_if_it_lasts():
+    history = healthy()
+    history["loss"][-8:] += 3
+    assert kinds(history) == ["loss_spike"]
+    history["loss"][-24:-8] += 3
+    assert kinds(history) == ["divergence"]
+
+
 def test_of_layers_at_the_same_step_the_furthest_for_its_own_scale_is_named():
     history = healthy()
     calm = np.random.default_rng(1).standard_normal(ROWS)

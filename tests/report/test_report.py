@@ -124,7 +124,6 @@ def test_links_inside_the_page_lead_somewhere():
     assert set(inside) <= set(outline.ids)
 
 
-@full
 def test_everything_is_escaped(report, monkeypatch):
     history, found = nasty()
     monkeypatch.setattr(_report, "diagnose", lambda history: [found])
