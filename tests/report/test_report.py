@@ -16,6 +16,7 @@ from tiers import full, quick_only
 from optax_stability._core import _atomic_file
 from optax_stability._diagnosis._finding import KINDS, Finding
 from optax_stability._report import _page, _plotting, _report
+from optax_stability._report._drawing import _curves
 from optax_stability._report._plotting import plot_history
 from optax_stability._report._report import write_report
 
@@ -199,6 +200,18 @@ def test_findings_have_the_same_numbers_in_page_and_picture(
     for drawn in (page[page.index("<svg") :], (tmp_path / "run.svg").read_text()):
         numbers = re.findall(r"<text[^>]*>([12])</text>", drawn)
         assert numbers[:2] == ["2", "1"]
+
+
+def test_a_skipped_step_does_not_count_as_clipped():
+    history = {
+        "step": np.arange(4),
+        "clip/norm": np.array([1.0, 3.0, 3.0, 3.0]),
+        "clip/limit": np.full(4, 2.0),
+        "skip/skipped": np.array([0.0, 0.0, 1.0, 0.0]),
+    }
+    tiles = _report._tiles(_curves.read(history), [])
+    assert "Clipped</dt><dd>2<small>50.0% of 4 steps" in tiles
+    assert "Skipped</dt><dd>1<small>25.0% of 4 steps" in tiles
 
 
 def test_the_table_has_last_smallest_and_largest(report):
