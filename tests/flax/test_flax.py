@@ -14,7 +14,8 @@ from flax.training import train_state
 from tiers import full, quick_only
 
 import optax_stability as ost
-from optax_stability.flax import TrainState, microbatch_gradients
+from optax_stability._core import _tree
+from optax_stability.flax import TrainState, _microbatching, microbatch_gradients
 
 MODEL = nn.Dense(2)
 X = jnp.ones((4, 3))
@@ -63,6 +64,12 @@ def test_an_optimizer_that_takes_none_ignores_them():
     _, grads = loss_and_grads(state)
     told = state.apply_gradients(grads=grads, extra_args={"value": 1.0})
     chex.assert_trees_all_equal(told.params, state.apply_gradients(grads=grads).params)
+
+
+def test_extra_arguments_are_those_of_one_step():
+    state = create(optax.sgd(0.1))
+    told = state.apply_gradients(grads=state.params, extra_args={"value": 1.0})
+    assert told.tx is state.tx
 
 
 def test_further_fields_are_replaced_and_subclasses_kept():
@@ -158,6 +165,14 @@ def test_running_statistics_are_the_mean_over_microbatches(vmap_size):
     assert int(model.calls[...]) == 1
 
 
+def test_merged_values_are_the_mean_of_those_that_are_finite():
+    values = jnp.array([[1.0, jnp.nan, 5.0], [jnp.nan, jnp.inf, 6.0], [3.0, 2.0, 7.0]])
+    merged = _microbatching._merge_versions(values)
+    np.testing.assert_array_equal(merged, [2.0, 2.0, 6.0])
+    merged = _microbatching._merge_versions(values[:2])
+    np.testing.assert_array_equal(merged, [1.0, jnp.nan, 5.5])
+
+
 @full
 def test_a_bad_microbatch_does_not_reach_the_running_statistics():
     model, clean = Net(norm=True), Net(norm=True)
@@ -170,6 +185,14 @@ def test_a_bad_microbatch_does_not_reach_the_running_statistics():
     chex.assert_trees_all_close(
         nnx.state(model, nnx.BatchStat), nnx.state(clean, nnx.BatchStat), rtol=1e-5
     )
+
+
+def test_every_microbatch_has_its_own_keys_and_every_call():
+    streams = _tree.pure(nnx.state(nnx.Rngs(0)))
+    forks, advanced = _microbatching._fork_streams(streams, 3)
+    later, _ = _microbatching._fork_streams(nnx.merge_state(streams, advanced), 3)
+    keys = [jax.random.key_data(each["default"]["key"]) for each in (forks, later)]
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 6
 
 
 @full

@@ -427,6 +427,12 @@ class Dropped(nnx.Module):
         return self.dropout(self.linear(x))
 
 
+def test_what_the_loss_writes_is_in_the_model():
+    model = Dropped()
+    by_taps(model, ROWS, lambda model, x: jnp.mean(model(x)))
+    assert int(model.calls[...]) == 1
+
+
 @full
 def test_it_writes_and_draws_as_value_and_grad_does():
     def loss(model, x):

@@ -166,6 +166,13 @@ REFUSED = {
         optax.chain(ost.skip_spikes(old_adamw()), ost.skip_spikes(old_adamw())),
         "the chain: it fits in several places",
     ),
+    "two inside one wrapper": (
+        optax.scale_by_schedule(SCHEDULE),
+        optax.partition(
+            dict.fromkeys("xy", optax.scale_by_schedule(SCHEDULE)), {"w": "x", "b": "y"}
+        ),
+        "ScaleByScheduleState: it fits in several places",
+    ),
     "two into one": (
         optax.chain(
             optax.scale_by_schedule(SCHEDULE), optax.scale_by_schedule(SCHEDULE)
@@ -188,6 +195,7 @@ REFUSED = {
     "two places",
     "two wrappers' insides",
     "two wrappers",
+    "two inside one wrapper",
     "two into one",
 )
 def test_what_has_no_place_is_refused_by_name(old, new, reason):
