@@ -312,6 +312,21 @@ def test_distances_are_summed_over_the_axes_of_shard_map():
     check(jax.jit(sharded)(*parts), reference(grads, np.zeros(2), weights))
 
 
+def test_deviations_of_shards_are_summed():
+    """An axis of ``vmap`` counts as sharding, and compiles faster than a mesh."""
+    values, weights = np.zeros(3, "f4"), np.array([1.0, 3.0, 2.0], "f4")
+    whole = {"w": make_grads(3)["w"].reshape(3, 4)}
+
+    def deviation_of(shard):
+        options = {"mean_square": False, "axis_name": "part"}
+        return _moments.stacked(shard, values, weights, **options).moments.deviation
+
+    shards = {"w": whole["w"].reshape(3, 2, 2)}
+    found = jax.vmap(deviation_of, in_axes=1, axis_name="part")(shards)
+    expected = reference(whole, values, weights)["deviation"]
+    np.testing.assert_allclose(found, [expected, expected], rtol=1e-5)
+
+
 # --- overflow and underflow ------------------------------------------------------
 
 

@@ -58,6 +58,22 @@ def test_every_statistic_is_numpys(dtype, every):
     np.testing.assert_allclose(found["grad/bimodality"], whole[0], rtol=RTOL)
 
 
+def test_shards_are_measured_as_a_whole():
+    """An axis of ``vmap`` counts as sharding, and compiles faster than a mesh."""
+    whole = {"a": jnp.arange(8.0), "b": jnp.arange(12.0).at[3].set(jnp.inf)}
+    expected = measure(whole)
+    tx = ost.record("grad", axis_name="part")
+
+    def metrics_of(shard):
+        return tx.update(shard, tx.init(shard))[1].metrics
+
+    shards = jax.tree.map(lambda x: x.reshape(4, -1), whole)
+    found = jax.jit(jax.vmap(metrics_of, axis_name="part"))(shards)
+    for key, value in expected.items():
+        for each in found[key]:
+            np.testing.assert_allclose(each, value, rtol=RTOL, err_msg=key)
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e18, 1e30])
 @quick_only("1.0")
 def test_bimodality_tells_one_mode_from_two_at_every_size(scale):
