@@ -1,8 +1,11 @@
-"""A conditional step that updates its buffers in place.
+"""A conditional step without copies, in the form that suits the platform.
 
 *Problem*: on CPU, ``lax.cond`` copies parameter-sized values that a branch returns
 unchanged. A loop that runs once or not at all keeps its carry in place: around AdamW
-the only temporary memory is then the gradient itself.
+the only temporary memory is then the gradient itself. On an accelerator the same loop
+does copy, and the host has to read its condition while the device waits. There the step
+is always computed, and its result is selected element by element in the pass that
+computes it.
 
 *Cost*: no reverse-mode differentiation through the step.
 """
@@ -18,17 +21,9 @@ import optax
 from jax import lax
 
 from optax_stability._core._memory_space import to_device, to_memory_of
+from optax_stability._core._platform import by_platform
 
 Carry = TypeVar("Carry")
-
-
-def cond_is_cheap() -> bool:
-    """Whether a conditional costs less than doing the work unconditionally.
-
-    True on CPU only. On a GPU the host must read the condition while the device waits;
-    a pass over the parameters costs less. Evaluated during tracing.
-    """
-    return jax.default_backend() == "cpu"
 
 
 def depends_on(run, *measured):
@@ -56,8 +51,22 @@ def no_hoist(tree):
     return jax.tree.map(lax.optimization_barrier, tree)
 
 
+def _select(run, new: Carry, old: Carry) -> Carry:
+    """The new carry if ``run`` is true; on CPU the loop body runs only then."""
+    return by_platform(
+        run,
+        new,
+        old,
+        cpu=lambda run, new, old: new,
+        accelerator=lambda run, new, old: optax.tree.where(run, new, old),
+    )
+
+
 def run_if(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
     """Returns ``step(carry)`` if ``run`` is true, else ``carry`` unchanged.
+
+    On CPU a loop that runs once or not at all. On accelerators the loop always runs
+    once, so that XLA removes it, and the result is selected.
 
     Args:
       run: bool[].
@@ -65,10 +74,17 @@ def run_if(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
       carry: any tree of arrays.
     """
 
-    def body(loop):
-        return jnp.zeros_like(run), step(loop[1])
+    def again(loop):
+        return by_platform(
+            *loop[:2], cpu=lambda due, _: due, accelerator=lambda _, ended: ended < 1
+        )
 
-    return lax.while_loop(lambda loop: loop[0], body, (run, carry))[1]
+    def body(loop):
+        _, ended, old = loop
+        return jnp.zeros_like(run), ended + 1, _select(run, step(old), old)
+
+    # XLA counts the passes of a loop by an integer.
+    return lax.while_loop(again, body, (run, jnp.int32(0), carry))[2]
 
 
 def _no_tangent(x):

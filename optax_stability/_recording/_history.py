@@ -23,8 +23,8 @@ from optax_stability._core import (
     _known_norms,
     _mesh_axes,
     _metrics,
-    _norms,
     _numerics,
+    _parts,
     _validate,
 )
 from optax_stability._core._in_place import run_if
@@ -77,7 +77,7 @@ def _recorded_metrics(node: Any) -> dict[str, jax.Array]:
 def _row(states: States) -> jax.Array:
     """Concatenates the recorded metrics of all states, float32[n]."""
     values = [value for _, node in states for value in _recorded_metrics(node).values()]
-    return _norms.concatenate([value.astype(jnp.float32) for value in values])
+    return _parts.concatenate([value.astype(jnp.float32) for value in values])
 
 
 def _columns(states: States, rows: np.ndarray) -> list[dict[str, np.ndarray]]:

@@ -20,8 +20,8 @@ import optax
 from optax_stability._core import (
     _known_norms,
     _mesh_axes,
-    _norms,
     _numerics,
+    _parts,
     _scopes,
     _tree,
     _validate,
@@ -51,10 +51,10 @@ class RecordState(NamedTuple):
     leaves: Any
 
 
-def _mark_parts(tree: Any, layered: _norms.Layered) -> Any:
+def _mark_parts(tree: Any, layered: _parts.Layered) -> Any:
     """One mark per leaf; a stacked leaf has one per layer."""
     leaves, treedef = jax.tree.flatten(_tree.pure(tree))
-    counts = _norms.count_parts(leaves, layered)
+    counts = _parts.count_parts(leaves, layered)
     marks = [
         tuple(_tree.Leaf() for _ in range(count)) if split else _tree.Leaf()
         for count, split in zip(counts, layered, strict=True)
@@ -175,7 +175,7 @@ def record(
                 metrics[f"{name}/{key}/per_leaf"] = each
         return metrics
 
-    def which_layered(tree) -> _norms.Layered:
+    def which_layered(tree) -> _parts.Layered:
         return _scopes.split(tree, "global", stacked).layered
 
     def init_fn(params):
