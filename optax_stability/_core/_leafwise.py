@@ -38,7 +38,9 @@ def _batches(columns: Sequence[list], layered: Layered) -> list[list[int]]:
 
 def _stack(leaves: list, layered: bool) -> jax.Array:
     """Stacks the parts along a first axis."""
-    return leaves[0] if layered else jnp.stack(leaves)
+    if layered:
+        return leaves[0]
+    return jnp.stack(leaves) if len(leaves) > 1 else leaves[0][None]
 
 
 def _positions(batches: list[list[int]], counts: list[int]) -> np.ndarray:

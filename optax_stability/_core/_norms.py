@@ -45,16 +45,12 @@ class _Scope(NamedTuple):
         return jnp.sum(sums) if self.total else sums
 
 
-def _square(leaf, scale):
-    return jnp.square(leaf.astype(jnp.float32) * scale)
-
-
 def _measure_in_one_pass(leaves: list, scope: _Scope):
     """Measures at both scales in one pass."""
     scales = _SCALE, _SCALE * _RESCALE
 
     def squares(leaf):
-        return tuple(_square(leaf, scale) for scale in scales)
+        return tuple(_numerics.square_at(scale, leaf) for scale in scales)
 
     sums = leafwise_sums(squares, leaves, outputs=2, layered=scope.layered)
     fine, coarse = (
@@ -71,7 +67,8 @@ def _measure_in_two_passes(leaves: list, scope: _Scope):
         # One scale per leaf, although all scales are equal: if two leaves of the same
         # shape shared a scale, XLA would write the scale to a buffer of that shape.
         def squares(batch, scale):
-            return (_square(batch, scale.reshape(-1, *[1] * (batch.ndim - 1))),)
+            scale = scale.reshape(-1, *[1] * (batch.ndim - 1))
+            return (jnp.square(batch.astype(jnp.float32) * scale),)
 
         (sums,) = leafwise_sums(
             squares, leaves, scales, outputs=1, layered=scope.layered

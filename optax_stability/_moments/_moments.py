@@ -147,28 +147,28 @@ def all_finite(
         summed.
     """
 
-    def norms_are_finite():
-        (squares,) = leafwise_sums(
-            lambda leaf: (_coarse_square(leaf),), jax.tree.leaves(tree), outputs=1
-        )
-        return jnp.all(squares <= _numerics.HUGE)
+    def by_norms(_):
+        return jnp.all(_norms.leaf_norms(tree, axis_name) <= _LARGEST)
 
     def unless_known(distances):
         known = jnp.all(jnp.isfinite(distances))
-        return lax.cond(known, lambda: known, norms_are_finite)
+        return lax.cond(known, lambda: known, lambda: by_norms(None))
 
-    if sq_distances is None:
-        finite = norms_are_finite()
-    else:
-        finite = by_platform(
-            sq_distances, cpu=unless_known, accelerator=lambda _: norms_are_finite()
+    def by_squares(_):
+        # XLA makes one reduction of these sums and the distances.
+        (sums,) = leafwise_sums(
+            lambda leaf: (_coarse_square(leaf),), jax.tree.leaves(tree), outputs=1
         )
-    return _mesh_axes.everywhere(finite & jnp.isfinite(value), axis_name)
+        return _mesh_axes.everywhere(jnp.all(sums <= _numerics.HUGE), axis_name)
+
+    on_cpu = by_norms if sq_distances is None else unless_known
+    finite = by_platform(sq_distances, cpu=on_cpu, accelerator=by_squares)
+    return finite & jnp.isfinite(value)
 
 
 def _coarse_square(leaf) -> jax.Array:
     """x², scaled such that Σx² overflows where √Σx² is above ``_LARGEST``."""
-    return jnp.square(leaf.astype(jnp.float32) * 2.0**-62)
+    return _numerics.square_at(2.0**-62, leaf)
 
 
 def each_finite(
@@ -226,11 +226,12 @@ def squared_distances(
       axis_name: under ``shard_map``, the mesh axes that shard the means.
     """
 
-    def distance(x, y):
-        return _total(jnp.square(y.astype(_wide_dtype(x)) - x.astype(_wide_dtype(x))))
+    def square(x, y):
+        return (jnp.square(y.astype(jnp.float32) - x.astype(jnp.float32)),)
 
-    squares = _stack(jax.tree.leaves(jax.tree.map(distance, a.mean, mean)))
-    return _mesh_axes.sum_shards(squares, jax.tree.leaves(mean), axis_name)
+    olds, news = jax.tree.leaves(a.mean), jax.tree.leaves(mean)
+    (squares,) = leafwise_sums(square, olds, news, outputs=1)
+    return _mesh_axes.sum_shards(squares, news, axis_name)
 
 
 def merge(a: Aggregate, b: Aggregate, sq_distances: Any = None) -> Aggregate:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_stability._core import _mesh_axes, _numerics, _parts
-from optax_stability._core._in_place import run_if
+from optax_stability._core._in_place import select_if
 from optax_stability._core._leafwise import leafwise
 
 # One quantity: of the whole tree, and of each part.
@@ -134,7 +134,7 @@ def count_nonfinite(parts: Parts, norms) -> jax.Array:
         (found,) = leafwise(measure, parts.leaves, outputs=1, layered=parts.layered)
         return parts.sum_shards(found)
 
-    return run_if(~jnp.all(jnp.isfinite(norms)), count, jnp.zeros_like(norms))
+    return select_if(~jnp.all(jnp.isfinite(norms)), count, jnp.zeros_like(norms))
 
 
 def bimodality(entries: Entries, norms, scale) -> Pair:

@@ -77,7 +77,7 @@ def measure_norms(parts: Parts) -> Norms:
     return Norms(norms, _norms.join_norms(norms))
 
 
-def measure_every_step(parts: Parts, norms: Norms) -> Measured:
+def from_norms(parts: Parts, norms: Norms) -> Measured:
     """The quantities that follow from the norms."""
     return {"norm": (norms.total, norms.leaves), "rms": _rms(norms, parts.sizes())}
 

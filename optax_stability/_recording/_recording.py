@@ -27,6 +27,7 @@ from optax_stability._core import (
     _validate,
 )
 from optax_stability._core._in_place import measure_if
+from optax_stability._core._look import is_due
 from optax_stability._recording import _measuring, _similarity, _spectrum
 from optax_stability._recording._distribution import Parts
 from optax_stability._recording._measuring import Measured, Memory, Options
@@ -195,41 +196,45 @@ def record(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
         if needs_params and params is None:
             raise ValueError(
                 f"record({name!r}) measures the parameters; pass params to update."
             )
-        tree = params if of == "params" else updates
-        layered = which_layered(tree)
+        layered = which_layered(params if of == "params" else updates)
 
         def parts_of(tree):
             return Parts(jax.tree.leaves(tree), layered, axis_name)
 
-        norms = _measuring.measure_norms(parts_of(tree))
-        fresh = to_metrics(_measuring.measure_every_step(parts_of(tree), norms))
-        stored = {key: x for key, x in state.metrics.items() if key not in fresh}
+        norms, fresh = None, {}
+        if of == "updates":
+            norms = _measuring.measure_norms(parts_of(updates))
+            fresh = to_metrics(_measuring.from_norms(parts_of(updates), norms))
+
+        def rule():
+            due = state.step % every == 0
+            return due if norms is None else due | ~jnp.isfinite(norms.total)
 
         def measure(updates, extra, last):
-            (params, norms), (fresh, _, memory) = extra, last
-            tree = params if of == "params" else updates
+            (params, norms), (_, memory) = extra, last
+            parts = parts_of(params if of == "params" else updates)
+            norms = _measuring.measure_norms(parts) if norms is None else norms
             measured, memory = _measuring.measure_when_due(
-                parts_of(tree), norms, parts_of(params), memory, options
+                parts, norms, parts_of(params), memory, options
             )
-            return fresh, to_metrics(measured), memory
+            measured |= _measuring.from_norms(parts, norms)
+            return state.metrics | to_metrics(measured), memory
 
-        due = (state.step % every == 0) | ~jnp.isfinite(norms.total)
-        passed, (fresh, stored, memory) = measure_if(
-            due,
+        passed, (metrics, memory) = measure_if(
+            is_due(extra_args, rule),
             measure,
             updates,
             (params, norms),
-            (fresh, stored, state.memory),
+            (state.metrics | fresh, state.memory),
         )
         _known_norms.alias_norms(updates, passed)
         return passed, RecordState(
             step=_numerics.increment(state.step),
-            metrics=fresh | stored,
+            metrics=metrics,
             memory=memory,
             leaves=state.leaves,
         )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_stability._core import _known_norms, _mesh_axes, _norms, _validate
-from optax_stability._core._in_place import depends_on, run_if
+from optax_stability._core._in_place import depends_on, select_if
 from optax_stability._core._losses import loss_of
 from optax_stability._core._numerics import scale
 from optax_stability._spikes._detection import Detector, DetectorState, Reading
@@ -103,7 +103,7 @@ def prepare_step(
     # Conditional and in place: multiplying by 1 would cost a pass over the gradient.
     above = reading.norm > reading.norm_limit
     factor = reading.norm_limit / reading.norm
-    updates = run_if(
+    updates = select_if(
         depends_on(above & take, *_gradient_measurements(extra_args)),
         lambda updates: jax.tree.map(lambda x: scale(x, factor), updates),
         updates,

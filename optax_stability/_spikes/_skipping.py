@@ -15,7 +15,7 @@ size of a parameter besides the gradient.
 import optax
 
 from optax_stability._core import _mesh_axes, _validate
-from optax_stability._core._in_place import apply_if
+from optax_stability._core._in_place import apply_if, select_if
 from optax_stability._spikes import _guarded_step
 from optax_stability._spikes._detection import (
     ABOVE_THE_SCATTER,
@@ -149,7 +149,9 @@ def skip_spikes(
         updates, step = _guarded_step.prepare_step(
             guard, inner, take, assessment, updates, params, extra_args
         )
-        updates, _, inner_state = apply_if(take, step, updates, state.inner_state)
+        updates, _, inner_state = apply_if(
+            take, step, updates, state.inner_state, select_if
+        )
         return updates, update_state(state, assessment, verdict, budget, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiers import full, quick_only
+from tiers import quick_only
 
 import optax_stability as ost
 from optax_stability._core import _norms
@@ -69,5 +69,3 @@ def test_microbatches_are_kept_or_left_out_as_on_cpu(accelerator, scale):
     expected = jax.jit(fresh(gradients))(scale)
     accelerator()
     chex.assert_trees_all_equal(jax.jit(fresh(gradients))(scale), expected)
-
-

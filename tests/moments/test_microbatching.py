@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import chex
 import jax
@@ -11,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+from jax.sharding import AxisType, PartitionSpec, reshard
+from meshes import collectives, place
 from tiers import full, quick_only
 
 import optax_stability as ost
@@ -422,10 +422,10 @@ def test_integer_weights_count():
 @pytest.mark.parametrize("weight", [0.0, -0.0, -2.0, np.nan, np.inf, -np.inf])
 def test_a_microbatch_of_no_usable_weight_is_left_out(weight, vmap_size):
     fn = compiled(4, vmap_size, mean_square=True, weight_fn=tokens)
-    for place in range(4):
+    for index in range(4):
         batch = make_batch(4, weights=[1, 2, 3, 4])
-        batch["tokens"][place] = weight
-        check(fn(PARAMS, batch), reference(batch, 4, np.arange(4) != place))
+        batch["tokens"][index] = weight
+        check(fn(PARAMS, batch), reference(batch, 4, np.arange(4) != index))
 
 
 def let_through(vmap_size):
@@ -468,13 +468,13 @@ BAD = ["nan", "inf", "-inf", "huge", "loss", "infinite loss"]
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_not_finite_changes_nothing_but_the_counts(kind, vmap_size):
     fn = compiled(4, vmap_size, mean_square=True, weight_fn=tokens)
-    for place in range(4):
-        batch = make_batch(4, seed=place, weights=[1, 2, 3, 4])
-        expected = reference(batch, 4, np.arange(4) != place)
-        spoil(batch, place, kind)
+    for index in range(4):
+        batch = make_batch(4, seed=index, weights=[1, 2, 3, 4])
+        expected = reference(batch, 4, np.arange(4) != index)
+        spoil(batch, index, kind)
         result = fn(PARAMS, batch)
         assert int(result[2].num_microbatches) == 3
-        assert float(result[2].weight) == 10 - (place + 1)
+        assert float(result[2].weight) == 10 - (index + 1)
         check(result, expected)
 
 
@@ -485,8 +485,8 @@ def test_any_number_of_microbatches_may_be_left_out(vmap_size):
         keep = [bool(pattern >> place & 1) for place in range(4)]
         batch = make_batch(4, seed=pattern, weights=[4, 3, 2, 1])
         expected = reference(batch, 4, keep)
-        for place in np.flatnonzero(np.logical_not(keep)):
-            spoil(batch, place, BAD[place])
+        for index in np.flatnonzero(np.logical_not(keep)):
+            spoil(batch, index, BAD[index])
         check(fn(PARAMS, batch), expected)
 
 
@@ -494,8 +494,8 @@ def test_any_number_of_microbatches_may_be_left_out(vmap_size):
 @pytest.mark.parametrize("vmap_size", [1, 2, 4])
 def test_if_none_is_kept_the_loss_is_nan_and_the_gradient_0(vmap_size, kind):
     batch = make_batch(4)
-    for place in range(4):
-        spoil(batch, place, kind)
+    for index in range(4):
+        spoil(batch, index, kind)
     fn = compiled(4, vmap_size, mean_square=True, weight_fn=tokens)
     loss, grads, moments = fn(PARAMS, batch)
     assert np.isnan(loss)
@@ -510,8 +510,8 @@ def test_if_none_is_kept_the_loss_is_nan_and_the_gradient_0(vmap_size, kind):
 def test_a_step_without_gradient_is_skipped():
     tx = ost.skip_spikes(optax.sgd(0.1))
     batch = make_batch(4)
-    for place in range(4):
-        spoil(batch, place, "nan")
+    for index in range(4):
+        spoil(batch, index, "nan")
     loss, grads, _ = compiled(4, 2, mean_square=True, weight_fn=tokens)(PARAMS, batch)
     updates, state = jax.jit(tx.update)(
         grads, jax.jit(tx.init)(PARAMS), PARAMS, value=loss
@@ -955,26 +955,10 @@ SPLITS = [
     (AxisType.Auto, 16, 8, "data"),
     (AxisType.Explicit, 16, 8, "data"),
 ]
-COLLECTIVES = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
 
 
 def make_mesh(axis_type):
     return jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
-
-
-def place(tree, mesh, *spec):
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
-
-
-def collectives(program):
-    """What devices send each other: the operation and the shapes it gives."""
-    text = program.as_text()
-    found = re.findall(rf"= (\(.*?\)|\S+) ({COLLECTIVES})(?:-start)?\(", text)
-    sizes = [re.findall(r"\[([\d,]*)\]", shapes) for shapes, _ in found]
-    return [
-        (operation, [tuple(map(int, filter(None, s.split(",")))) for s in shapes])
-        for (_, operation), shapes in zip(found, sizes, strict=True)
-    ]
 
 
 def reduced_entries(program):

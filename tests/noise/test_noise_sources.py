@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_microbatching import collectives, place
+from meshes import collectives, place
 from tiers import full
 
 import optax_stability as ost
