@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from optax_stability._core import _mesh_axes, _numerics, _parts
 from optax_stability._core._in_place import select_if
-from optax_stability._core._leafwise import leafwise
+from optax_stability._core._leafwise import leafwise, leafwise_sums
 
 # One quantity: of the whole tree, and of each part.
 Pair = tuple[jax.Array, jax.Array]
@@ -85,17 +85,18 @@ class Entries(NamedTuple):
 def measure_entries(parts: Parts, scale) -> Entries:
     """Measures the entries in three passes over each part."""
 
-    def measure(batch):
-        x, axes = batch.astype(jnp.float32), tuple(range(1, batch.ndim))
-        return (
-            jnp.max(jnp.abs(x), axis=axes, initial=0),
-            # On CPU a sum of signs is vectorised, a sum of comparisons is not.
-            jnp.sum(jnp.abs(jnp.sign(x)), axis=axes),
-            jnp.sum(jnp.square(jnp.square(x * scale)), axis=axes),
-        )
+    def largest_of(batch):
+        axes = tuple(range(1, batch.ndim))
+        return (jnp.max(jnp.abs(batch.astype(jnp.float32)), axis=axes, initial=0),)
 
-    largest, nonzero, fourth = leafwise(
-        measure, parts.leaves, outputs=3, layered=parts.layered
+    def terms(leaf):
+        x = leaf.astype(jnp.float32)
+        # On CPU a sum of signs is vectorised, a sum of comparisons is not.
+        return jnp.abs(jnp.sign(x)), jnp.square(jnp.square(x * scale))
+
+    (largest,) = leafwise(largest_of, parts.leaves, outputs=1, layered=parts.layered)
+    nonzero, fourth = leafwise_sums(
+        terms, parts.leaves, outputs=2, layered=parts.layered
     )
     return Entries(
         largest=_mesh_axes.largest(largest, parts.axis_name),
@@ -126,12 +127,13 @@ def count_nonfinite(parts: Parts, norms) -> jax.Array:
     On CPU the leaves are read only if a norm is not finite.
     """
 
-    def measure(batch):
-        nonfinite = jnp.where(jnp.isfinite(batch), 0.0, 1.0)
-        return (jnp.sum(nonfinite, axis=tuple(range(1, batch.ndim))),)
+    def nonfinite(leaf):
+        return (jnp.where(jnp.isfinite(leaf), 0.0, 1.0),)
 
     def count(_):
-        (found,) = leafwise(measure, parts.leaves, outputs=1, layered=parts.layered)
+        (found,) = leafwise_sums(
+            nonfinite, parts.leaves, outputs=1, layered=parts.layered
+        )
         return parts.sum_shards(found)
 
     return select_if(~jnp.all(jnp.isfinite(norms)), count, jnp.zeros_like(norms))

@@ -206,7 +206,7 @@ def record(
             return Parts(jax.tree.leaves(tree), layered, axis_name)
 
         norms, fresh = None, {}
-        if of == "updates":
+        if of == "updates" and not _measuring.is_costly(parts_of(updates), extra_args):
             norms = _measuring.measure_norms(parts_of(updates))
             fresh = to_metrics(_measuring.from_norms(parts_of(updates), norms))
 
