@@ -109,7 +109,6 @@ def _not_constant(zeros: Any) -> Any:
     They are written to a buffer, the carry of a loop. XLA would read that buffer
     wherever else it needs zeros of such a shape, where a constant costs nothing.
     """
-
     leaves, treedef = jax.tree.flatten(zeros)
     # One number per leaf, or leaves of one shape would be copies of one buffer.
     hidden = lax.optimization_barrier(jnp.zeros((len(leaves),), jnp.float32))

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optax_stability._core import _known_norms, _mesh_axes, _norms, _validate
-from optax_stability._core._in_place import depends_on, select_if
+from optax_stability._core._in_place import depends_on, run_if
 from optax_stability._core._losses import loss_of
 from optax_stability._core._numerics import scale
+from optax_stability._core._platform import by_platform
 from optax_stability._spikes._detection import Detector, DetectorState, Reading
 from optax_stability.thresholds import Threshold
 from optax_stability.thresholds._threshold import check_threshold
@@ -100,17 +102,25 @@ def prepare_step(
       the next state.
     """
     reading = assessment.reading
-    # Conditional and in place: multiplying by 1 would cost a pass over the gradient.
     above = reading.norm > reading.norm_limit
     factor = reading.norm_limit / reading.norm
-    updates = select_if(
-        depends_on(above & take, *_gradient_measurements(extra_args)),
-        lambda updates: jax.tree.map(lambda x: scale(x, factor), updates),
-        updates,
-    )
+
+    def scaled(updates):
+        return jax.tree.map(lambda x: scale(x, factor), updates)
+
+    def scale_in_place(updates):
+        # A multiplication by 1 would cost a pass over the gradient.
+        due = depends_on(above & take, *_gradient_measurements(extra_args))
+        return run_if(due, scaled, updates)
+
+    def scale_in_the_step(updates):
+        return optax.tree.where(above, scaled(updates), updates)
+
+    updates = by_platform(updates, cpu=scale_in_place, accelerator=lambda x: x)
     norms = jax.tree.map(lambda x: jnp.where(above, x * factor, x), assessment.norms)
 
     def step(updates, inner_state):
+        updates = by_platform(updates, cpu=lambda x: x, accelerator=scale_in_the_step)
         with _known_norms.reuse_norms(updates, norms, guard.axis_name):
             return inner.update(updates, inner_state, params, **extra_args)
 
