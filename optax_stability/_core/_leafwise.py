@@ -4,8 +4,8 @@
 longer to compile than to run, and on a GPU every leaf is a kernel, or two.
 
 *Cost*: small leaves of equal shape are copied into one array; large ones are not
-copied. On an accelerator a large leaf is one kernel, which sums its rows; the sums of
-equal length are then added up together.
+copied. On a GPU a large leaf is one kernel, which sums its rows; the sums of equal
+length are then added up together.
 """
 
 from collections.abc import Callable, Sequence
@@ -116,7 +116,9 @@ def leafwise_sums(
         sums = sums or [[]] * outputs
         return leafwise(_sum_parts, *sums, outputs=outputs, layered=layered)
 
-    return by_platform(*columns, cpu=in_one_stage, accelerator=rows_first)
+    return by_platform(
+        *columns, cpu=in_one_stage, tpu=in_one_stage, accelerator=rows_first
+    )
 
 
 def _has_rows(leaf, layered: bool) -> bool:

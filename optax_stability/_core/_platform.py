@@ -14,7 +14,13 @@ from jax import lax
 
 
 def by_platform(
-    *args: Any, cpu: Callable[..., Any], accelerator: Callable[..., Any]
+    *args: Any,
+    cpu: Callable[..., Any],
+    accelerator: Callable[..., Any],
+    **others: Callable[..., Any],
 ) -> Any:
-    """Returns ``cpu(*args)`` in a program for a CPU, else ``accelerator(*args)``."""
-    return lax.platform_dependent(*args, cpu=cpu, default=accelerator)
+    """Returns ``cpu(*args)`` in a program for a CPU, else ``accelerator(*args)``.
+
+    ``others`` are for single kinds of accelerators, such as ``tpu``.
+    """
+    return lax.platform_dependent(*args, cpu=cpu, default=accelerator, **others)

@@ -27,7 +27,7 @@ def accelerator(monkeypatch):
         monkeypatch.setattr(
             jax.lax,
             "platform_dependent",
-            lambda *args, cpu, default: default(*args),
+            lambda *args, cpu, default, **_: default(*args),
         )
 
     return switch
@@ -171,7 +171,7 @@ def selects(monkeypatch):
             monkeypatch.setattr(
                 module,
                 "by_platform",
-                lambda *args, cpu, accelerator: accelerator(*args),
+                lambda *args, cpu, accelerator, **_: accelerator(*args),
             )
 
     return switch
