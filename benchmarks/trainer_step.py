@@ -2,10 +2,11 @@
 
 The whole step of ``examples/gpt``, loss, gradient and update, with its chain as it is
 by default (record, noise scale, guard, adaptive clip, safe Adam, flight recorder),
-against the same step with plain optax (``--baseline``: global-norm clip and AdamW).
-Both run in one process and take turns, ten steps at a time: some numbers are measured
-at every tenth step, and a block holds one such. Compared are the medians of the ratios
-of neighbouring blocks; memory is XLA's analysis.
+against a step as short as it can be: a scan that adds the gradients of the microbatches
+up, then optax's global-norm clip and AdamW (``plain_step.py``). Both run in one process
+and take turns, ten steps at a time: some numbers are measured at every tenth step, and
+a block holds one such. Compared are the medians of the ratios of neighbouring blocks;
+memory is XLA's analysis.
 
     python benchmarks/trainer_step.py            # small; on accelerators gpt2 as well
     python benchmarks/trainer_step.py --quick    # tiny, few rounds, no JSON

@@ -128,7 +128,8 @@ def estimate_noise_scale(
     ``low`` and ``high`` are the ends of Fieller's interval for that ratio, from the
     spread of S and G² over the steps. ``noise_to_weight`` is √(var_g/var_p), where
     var_g = trace·K/(N·d) is the mean variance of the d entries of a microbatch gradient
-    and var_p is the current mean square of a parameter.
+    and var_p is the current mean square of a parameter, or with ``look=False`` (see
+    :func:`record`) the last one that was measured.
 
     **Guarantees**
 

@@ -7,8 +7,9 @@
 
 *Cost*: one pass over the leaves for the norms at every step, unless an outer
 transformation has measured them (``record_history`` does). Every ``every`` steps three
-more passes, and those of the options. State: scalars, and vectors with one entry per
-leaf.
+more passes, and those of the options. Whether they are due is a condition; on a GPU the
+host has to read it, unless the argument ``look=`` of ``update`` says so beforehand.
+State: scalars, and vectors with one entry per leaf.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -81,7 +82,8 @@ def record(
     **Rule**, over the n entries x of the tree and of each leaf, n₊ of them not 0::
 
       at every step            norm = √Σx²        rms = norm/√n
-      every ``every`` steps    max_abs = max|x|   zero_fraction = 1 − n₊/n
+      every ``every`` steps    norm and rms of the parameters
+                               max_abs = max|x|   zero_fraction = 1 − n₊/n
                                nonfinite = share of NaN and Inf
                                bimodality = (Σx²)²/(n₊·Σx⁴)
         ratio_to_params        param_ratio = norm/norm of the parameters
@@ -111,6 +113,9 @@ def record(
       bimodality and correlation are 0 where all entries are 0.
     * Between two measurements, quantities that follow ``every`` keep their value. The
       first step is measured, and so is a step whose norm is not finite.
+    * With ``look=False`` nothing is measured, except a norm that an outer
+      transformation knows; every other quantity keeps its value, also in a step that is
+      not finite. With ``look=True`` everything is measured.
     * ``zero_fraction`` of a leaf with a NaN is NaN; Inf counts as nonzero. Bimodality
       is NaN with either.
     * ``spectral_norm`` of a leaf that is not a matrix is NaN, also of a convolution
@@ -127,7 +132,8 @@ def record(
       spectral: for leaves with two axes; two passes per iteration. Not under
         ``shard_map``, where a device has only a part of the matrix.
       histogram: count |x| in 50 bins, see :func:`histogram_edges`: 49 passes.
-      every: steps between measurements of all but ``norm`` and ``rms``, ≥ 1.
+      every: steps between measurements of all but ``norm`` and ``rms`` of the updates,
+        ≥ 1.
       stacked: which leaves hold several layers along their first axis, as ``nnx.scan``
         stacks them: a tree (or tree prefix) of bools, or a callable from the tree to
         one. Each layer is then measured as a leaf of its own, ``blocks/kernel/3``.
@@ -138,11 +144,14 @@ def record(
       A transformation with state :class:`RecordState` and metrics ``<name>/…`` of the
       names above, float32[], and with ``per_leaf`` also ``<name>/…/per_leaf``,
       float32[n_leaves]. ``<name>/histogram`` is float32[50], per leaf [n_leaves, 50].
+      Its ``update`` takes ``look=``, which replaces ``every``: a plain bool, a static
+      argument of the jitted step. XLA then makes two programs, and the host, which
+      knows the number of the step, chooses: ``look=step % 10 == 0``.
 
     Raises:
       ValueError: ``name`` is empty or not a string, ``of`` is unknown, ``every`` is
         below 1, options exclude each other, ``stacked`` marks a scalar; at ``update``,
-        the parameters are needed and missing.
+        the parameters are needed and missing, or ``look`` is no bool.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,7 +1,8 @@
 """A guarded step: judged, scaled to its limit, and taken if the verdict allows it.
 
-*Cost*: one norm, a few scalars, and a conditional around ``inner``; no buffer of the
-size of a parameter besides the gradient.
+*Cost*: one norm and a few scalars; no buffer of the size of a parameter besides the
+gradient. On CPU a conditional around ``inner``; on accelerators a select in the pass
+that applies the update.
 """
 
 from typing import Any, NamedTuple
@@ -101,7 +102,7 @@ def prepare_step(
       The gradient, and a function from it and the state of ``inner`` to the update and
       the next state.
     """
-    reading = assessment.reading
+    reading, norms = assessment.reading, assessment.norms
     above = reading.norm > reading.norm_limit
     factor = reading.norm_limit / reading.norm
 
@@ -114,10 +115,13 @@ def prepare_step(
         return run_if(due, scaled, updates)
 
     def scale_in_the_step(updates):
-        return optax.tree.where(above, scaled(updates), updates)
+        # A step that is not taken is computed as well: on zeros, not on NaN.
+        updates = optax.tree.where(above, scaled(updates), updates)
+        return optax.tree.where(take, updates, optax.tree.zeros_like(updates))
 
     updates = by_platform(updates, cpu=scale_in_place, accelerator=lambda x: x)
-    norms = jax.tree.map(lambda x: jnp.where(above, x * factor, x), assessment.norms)
+    norms = optax.tree.where(above, optax.tree.scale(factor, norms), norms)
+    norms = optax.tree.where(take, norms, optax.tree.zeros_like(norms))
 
     def step(updates, inner_state):
         updates = by_platform(updates, cpu=lambda x: x, accelerator=scale_in_the_step)

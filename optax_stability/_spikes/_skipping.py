@@ -6,8 +6,11 @@ changed.
 
 *Where in the chain*: outermost, around everything that learns from the gradient.
 
-*Cost*: one norm, a few scalars, and a conditional around ``inner``; no buffer of the
-size of a parameter besides the gradient.
+*Cost*: one norm and a few scalars; no buffer of the size of a parameter besides the
+gradient. On CPU a skipped step does not run ``inner``. On accelerators ``inner`` runs
+on zeros then, and its results are discarded, element by element in the pass that
+computes them: nothing is asked of the host, and the step moves as many bytes as one
+without a guard.
 
 *Source*: the skip rules of OLMo-core, MaxText and Levanter, with our own bounds.
 """

@@ -237,12 +237,13 @@ def chosen_branches(text):
     return {numbers[fork] for fork in forks if fork in numbers}
 
 
-@pytest.mark.parametrize(("platform", "side"), [("cpu", "0"), ("tpu", "1")])
-def test_a_program_is_for_the_platform_that_it_is_exported_for(platform, side):
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_a_program_is_for_the_platform_that_it_is_exported_for(platform):
     tx = OPTIMIZERS["guard"]()
     step = jax.jit(lambda g, s, p: tx.update(g, s, p, value=1.0))
     exported = jax.export.export(step, platforms=[platform])(
         PARAMS, jax.eval_shape(tx.init, PARAMS), PARAMS
     )
-    assert chosen_branches(exported.mlir_module()) == {side}
+    on_cpu = chosen_branches(exported.mlir_module()) == {"0"}
+    assert on_cpu == (platform == "cpu")
     assert exported.platforms == (platform,)
