@@ -41,7 +41,8 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "gpt"))
 import training
 from config import Config
-from model import GPT, SIZES, next_token_loss
+from model import GPT, SIZES
+from plain_step import make_plain_step
 
 Row = dict[str, Any]
 Sides = dict[str, Callable[[], optax.GradientTransformation]]
@@ -175,30 +176,15 @@ def trainer_step(config: Config, look: bool | None) -> tuple[Callable, tuple]:
 
 
 def plain_step(config: Config) -> tuple[Callable, tuple]:
-    """A step as short as it can be: a scan that adds the gradients up, and optax."""
+    """The step to compare with."""
     plain = dataclasses.replace(config, baseline=True)
     graphdef, arrays, windows = _shapes_of(plain)
     leaves, structure = jax.tree.flatten(arrays)
-    parts = config.microbatches
+    plain_step = make_plain_step(graphdef, config.microbatches)
 
     def step(leaves, windows):
-        model, optimizer = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
-        definition, params = nnx.split(model)
-
-        def add(total, part):
-            def loss_fn(params):
-                return next_token_loss(nnx.merge(definition, params), part)
-
-            found = jax.value_and_grad(loss_fn)(params)
-            return jax.tree.map(jnp.add, total, found), None
-
-        start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        rows = windows.reshape(parts, -1, windows.shape[-1])
-        total, _ = jax.lax.scan(add, start, rows)
-        loss, grads = jax.tree.map(lambda x: x / parts, total)
-        optimizer.update(model, grads)
-        shown = {"loss": loss, "grad/norm": optax.tree.norm(grads)}
-        return jax.tree.leaves(nnx.state((model, optimizer))), shown
+        arrays, metrics = plain_step(jax.tree.unflatten(structure, leaves), windows)
+        return jax.tree.leaves(arrays), metrics
 
     return step, (leaves, windows)
 
@@ -350,6 +336,28 @@ def tables(report: Report) -> dict[str, str]:
         head = ["seconds to compile, guard / optax", "76 arrays", "1,000 arrays"]
         found["compile"] = markdown(head, lines)
     return found
+
+
+def readme_table(report: Report) -> str:
+    """The guard and the whole step on every target, with their ratios."""
+    chosen = {"optimizer": (OPTAX, GUARD), "step": (PLAIN, ORDINARY, LOOK)}
+    lines = []
+    for kind, names in chosen.items():
+        for title, rows in report[kind].items():
+            lines.append([f"**{title}**", *[""] * 5])
+            first = rows[names[0]]
+            lines += [
+                [
+                    name,
+                    f"{rows[name]['kernels']:,}",
+                    f"{rows[name]['kernels'] / first['kernels']:.2f}",
+                    f"{rows[name]['asks']}",
+                    f"{rows[name]['bytes']:.1f}",
+                    f"{rows[name]['bytes'] / first['bytes']:.2f}",
+                ]
+                for name in names
+            ]
+    return markdown(["", "kernels", "ratio", "asks", "bytes", "ratio"], lines)
 
 
 # Bounds that --check holds: the largest ratio to the first row.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -51,13 +52,7 @@ class Target(NamedTuple):
 
     def mesh(self, shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:
         """A mesh of the devices."""
-        return topologies.make_mesh(_Devices(self.devices()), shape, names)
-
-
-class _Devices(NamedTuple):
-    """What ``topologies.make_mesh`` reads of a topology."""
-
-    devices: list[Any]
+        return Mesh(np.array(self.devices()).reshape(shape), names)
 
 
 TARGETS = {

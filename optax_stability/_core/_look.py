@@ -13,12 +13,11 @@ tracing, so that ``look=False`` costs nothing and ``look=True`` asks nothing.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def is_due(extra_args: Mapping[str, Any], rule: Callable[[], jax.Array]) -> Any:
+def is_due(extra_args: Mapping[str, Any], rule: Callable[[], Any]) -> Any:
     """``look`` if it was given, else what the rule says: a plain bool, or bool[]."""
     look = extra_args.get("look")
     if look is None:
