@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import accelerator_programs
 import accumulation
 import batch_invariance
 import branching
@@ -71,6 +72,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "noise_scale": ("noise_scale", noise_scale.readme_table),
     "norm_taps": ("noise_scale", norm_taps.readme_table),
     "trainer_step": ("trainer_step", trainer_step.readme_table),
+    "accelerators": ("accelerator_programs", accelerator_programs.readme_table),
     "low_precision": ("low_precision", only(low_precision.tables)),
 }
 

@@ -1,4 +1,4 @@
-"""Arrays on meshes, and what compiled programs send between devices."""
+"""Arrays on a mesh, and what the devices of a program send each other."""
 
 import re
 
@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 COLLECTIVES = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
 
 
-def put_on(tree, mesh, *spec):
+def place(tree, mesh, *spec):
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
 
 

@@ -70,15 +70,16 @@ class Run:
         made = devices.create_sharded(create_state, arguments, mesh, SPLIT)
         self.state, places = made
 
-        def step(leaves, windows, factors):
+        def step(leaves, windows, factors, look):
             state = jax.tree.unflatten(self._structure, leaves)
             state, metrics = training.train_step(
-                self._graphdef, config, state, windows, factors
+                self._graphdef, config, state, windows, factors, look
             )
             return jax.tree.leaves(state), metrics
 
+        out_shardings = jax.tree.leaves(places), replicated
         self._train_step = jax.jit(
-            step, donate_argnums=0, out_shardings=(jax.tree.leaves(places), replicated)
+            step, donate_argnums=0, static_argnums=3, out_shardings=out_shardings
         )
         self._loss = jax.jit(
             lambda state, x: next_token_loss(self._to_evaluate(state), x),
@@ -122,7 +123,9 @@ class Run:
         factors = self._injector.factors(self.batch + 1) if self._config.inject else {}
         windows = devices.place(windows, self._by_rows)
         with jax.set_mesh(self._mesh):
-            self._leaves, metrics = self._train_step(self._leaves, windows, factors)
+            self._leaves, metrics = self._train_step(
+                self._leaves, windows, factors, training.look(self.step)
+            )
         self.step, self.batch = self.step + 1, self.batch + 1
         return metrics
 

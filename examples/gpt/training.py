@@ -159,12 +159,18 @@ def _measure(config: Config, model: GPT, optimizer: nnx.Optimizer, grads) -> Met
     return shown | {"clip/limit": jnp.where(clips, limit, jnp.inf)}
 
 
+def look(step: int) -> bool | None:
+    """Whether a step takes the costly measurements: on a CPU the program asks."""
+    return None if jax.default_backend() == "cpu" else step % MEASURE_EVERY == 0
+
+
 def train_step(
     graphdef: Any,
     config: Config,
     state: TrainState,
     windows: jax.Array,
     factors: dict[str, jax.Array],
+    look: bool | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One training step, as a pure function of the state.
 
@@ -175,6 +181,8 @@ def train_step(
       windows: int32[batch, context + 1].
       factors: factors of the injected faults, ``"gradient"`` and ``"surge"``; empty
         without faults.
+      look: whether to take the costly measurements in this step; None: every
+        ``MEASURE_EVERY`` steps, a condition that a GPU has to ask the host for.
     """
     model, optimizer = nnx.merge(graphdef, state.arrays)
     learning_rate = make_schedule(config)(optimizer.step[...])
@@ -190,7 +198,7 @@ def train_step(
         model, windows, loss_scale=None if scale is None else scale.scale
     )
     surge = {"surge": factors["surge"]} if factors else {}
-    optimizer.update(model, grads, value=loss, moments=moments, **surge)
+    optimizer.update(model, grads, value=loss, moments=moments, look=look, **surge)
     metrics = {
         "loss": loss,
         "learning_rate": learning_rate,

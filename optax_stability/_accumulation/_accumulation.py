@@ -259,7 +259,8 @@ def accumulate_moments(
                 axis_name=axis_name,
             )
         keep = _mesh_axes.everywhere(keep, axis_name)
-        window = _moments.merge(window, _moments.if_kept(incoming, keep), sq_distances)
+        incoming = _moments.if_kept(incoming, keep)
+        window = _moments.merge(window, incoming, sq_distances)
 
         rejected = jnp.where(keep, 0, 1)
         state = state._replace(

@@ -19,7 +19,7 @@ import optax
 
 from optax_stability import thresholds
 from optax_stability._core import _known_norms, _mesh_axes, _validate
-from optax_stability._core._in_place import run_if
+from optax_stability._core._in_place import select_if
 from optax_stability._core._numerics import increment, scale
 from optax_stability.thresholds import Threshold
 from optax_stability.thresholds._threshold import check_threshold
@@ -178,7 +178,7 @@ def restart_moments(
             total=jnp.where(restart, increment(state.total), state.total),
             last_step=jnp.where(restart, state.step, state.last_step),
             threshold=learned,
-            inner_state=run_if(restart, lambda _: inner.init(params), inner_state),
+            inner_state=select_if(restart, lambda _: inner.init(params), inner_state),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _tree, _validate
-from optax_stability._core._leafwise import leafwise
+from optax_stability._core._leafwise import leafwise_sums
 
 
 class SafeAdamState(NamedTuple):
@@ -92,8 +92,8 @@ def _ratio(x, y):
     return jnp.where(y > 0, x / jnp.where(y > 0, y, 1.0), 0.0)
 
 
-def _sums(mu, rms, largest, eps):
-    """Σ(m/r)², Σ ε/(r+ε) and the number of r ≠ 0, for each leaf of a batch.
+def _terms(mu, rms, largest, eps):
+    """(m/r)², ε/(r+ε) and 1 where r ≠ 0.
 
     Squares are limited to ``largest``, and 0/0 = 0. On CPU, XLA writes the result of a
     ``where`` or a comparison to memory before it sums it, but not maxima, minima and
@@ -101,11 +101,10 @@ def _sums(mu, rms, largest, eps):
     """
     mu, rms = mu.astype(jnp.float32), rms.astype(jnp.float32)
     square = jnp.square(mu / jnp.maximum(rms, _numerics.TINY))
-    axes = tuple(range(1, mu.ndim))
     return (
-        jnp.sum(jnp.minimum(square, largest), axis=axes),
-        jnp.sum(eps / jnp.maximum(rms + eps, _numerics.TINY), axis=axes),
-        jnp.sum(jnp.sign(rms), axis=axes),
+        jnp.minimum(square, largest),
+        eps / jnp.maximum(rms + eps, _numerics.TINY),
+        jnp.sign(rms),
     )
 
 
@@ -125,8 +124,8 @@ def _metrics(state: SafeAdamState) -> dict[str, jax.Array]:
     independent = _ratio(state.noise, jnp.square(state.mu_unit))
     bound, eps = update_bound(state.b1, state.b2), state.eps * state.rms_unit
     largest = jnp.square(_ratio(bound, scale))
-    squares, shares, nonzero = leafwise(
-        lambda mu, rms: _sums(mu, rms, largest, eps), mus, rmss, outputs=3
+    squares, shares, nonzero = leafwise_sums(
+        lambda mu, rms: _terms(mu, rms, largest, eps), mus, rmss, outputs=3
     )
     sizes = jnp.array([mu.size for mu in mus], jnp.float32)
     totals = jnp.stack([squares * jnp.square(scale), shares, sizes - nonzero])

@@ -186,7 +186,7 @@ def clip_by_threshold(
         del params, extra_args
         parts = split(updates, scope, stacked)
         norm = scope_norms(updates, parts, axis_name)
-        limit, learned = jax.vmap(threshold.update)(norm, state.threshold)
+        limit, learned = _update_each(threshold, norm, state.threshold)
 
         finite, above = jnp.isfinite(norm), norm > limit
         # The inner where avoids 0/0 in derivatives.
@@ -204,6 +204,17 @@ def clip_by_threshold(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _update_each(threshold: Threshold, norms, states):
+    """Updates one threshold per scope; a single one without a batch axis.
+
+    On a TPU single numbers are for the scalar unit, vectors of one number are not.
+    """
+    if norms.shape[0] != 1:
+        return jax.vmap(threshold.update)(norms, states)
+    found = threshold.update(norms[0], jax.tree.map(lambda x: x[0], states))
+    return jax.tree.map(lambda x: x[None], found)
 
 
 def _count(total, events):

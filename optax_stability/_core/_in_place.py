@@ -1,8 +1,11 @@
-"""A conditional step that updates its buffers in place.
+"""A conditional step without copies, in the form that suits the platform.
 
 *Problem*: on CPU, ``lax.cond`` copies parameter-sized values that a branch returns
 unchanged. A loop that runs once or not at all keeps its carry in place: around AdamW
-the only temporary memory is then the gradient itself.
+the only temporary memory is then the gradient itself. On an accelerator the same loop
+does copy, and the host has to read its condition while the device waits. There the step
+is always computed, and its result is selected element by element in the pass that
+computes it.
 
 *Cost*: no reverse-mode differentiation through the step.
 """
@@ -18,17 +21,9 @@ import optax
 from jax import lax
 
 from optax_stability._core._memory_space import to_device, to_memory_of
+from optax_stability._core._platform import by_platform
 
 Carry = TypeVar("Carry")
-
-
-def cond_is_cheap() -> bool:
-    """Whether a conditional costs less than doing the work unconditionally.
-
-    True on CPU only. On a GPU the host must read the condition while the device waits;
-    a pass over the parameters costs less. Evaluated during tracing.
-    """
-    return jax.default_backend() == "cpu"
 
 
 def depends_on(run, *measured):
@@ -56,19 +51,59 @@ def no_hoist(tree):
     return jax.tree.map(lax.optimization_barrier, tree)
 
 
+# How a conditional step is carried out: ``run_if`` or ``select_if``.
+Conditional = Callable[[Any, Callable[[Carry], Carry], Carry], Carry]
+
+
 def run_if(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
     """Returns ``step(carry)`` if ``run`` is true, else ``carry`` unchanged.
 
+    A loop that runs once or not at all: for steps that rarely run. On an accelerator
+    the host reads ``run`` while the device waits, unless ``run`` is a plain bool.
+
     Args:
-      run: bool[].
+      run: bool[], or a plain bool, which is decided during tracing.
       step: maps the carry to a new carry of the same types.
       carry: any tree of arrays.
     """
+    if isinstance(run, bool):
+        return step(carry) if run else carry
 
     def body(loop):
         return jnp.zeros_like(run), step(loop[1])
 
     return lax.while_loop(lambda loop: loop[0], body, (run, carry))[1]
+
+
+def _select(run, new: Carry, old: Carry) -> Carry:
+    """The new carry if ``run`` is true; on CPU the loop body runs only then."""
+    return by_platform(
+        run,
+        new,
+        old,
+        cpu=lambda run, new, old: new,
+        accelerator=lambda run, new, old: optax.tree.where(run, new, old),
+    )
+
+
+def select_if(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
+    """:func:`run_if` for steps that nearly always run, or cost nothing.
+
+    On an accelerator the step is always computed, and its result is selected: the loop
+    always runs once, so that XLA removes it.
+    """
+
+    def again(loop):
+        return by_platform(
+            *loop[:2], cpu=lambda due, _: due, accelerator=lambda _, ended: ended < 1
+        )
+
+    def body(loop):
+        _, ended, old = loop
+        return jnp.zeros_like(run), ended + 1, _select(run, step(old), old)
+
+    # XLA counts the passes of a loop by an integer.
+    return lax.while_loop(again, body, (run, jnp.int32(0), carry))[2]
 
 
 def _no_tangent(x):
@@ -102,7 +137,7 @@ def measure_if(run, measure, tree, extra, last):
     its derivative.
 
     Args:
-      run: bool[].
+      run: bool[], or a plain bool, which is decided during tracing.
       measure: returns the new measurements, with the types of ``last``.
       tree: the arrays to measure and to return.
       extra: other inputs of ``measure``.
@@ -111,6 +146,9 @@ def measure_if(run, measure, tree, extra, last):
     Returns:
       ``tree`` and the measurements.
     """
+    if isinstance(run, bool):
+        inputs = jax.tree.map(lax.stop_gradient, (tree, extra, last))
+        return tree, measure(*inputs) if run else last
     return _measure(measure, run, tree, extra, last)
 
 
@@ -151,7 +189,9 @@ class WrittenUpdate(NamedTuple):
         return jax.tree.map(latest, buffers, self.outputs, self.targets)
 
 
-def write_if(run, inner_update, buffers, inner_state) -> tuple[WrittenUpdate, Any]:
+def write_if(
+    run, inner_update, buffers, inner_state, conditional: Conditional = run_if
+) -> tuple[WrittenUpdate, Any]:
     """Computes an update and writes it into its input buffers, if ``run`` is true.
 
     Args:
@@ -160,6 +200,7 @@ def write_if(run, inner_update, buffers, inner_state) -> tuple[WrittenUpdate, An
         shapes, and the next state.
       buffers: the input of ``inner_update``.
       inner_state: returned unchanged if ``run`` is false.
+      conditional: how the step is carried out.
 
     Returns:
       The update, and the state.
@@ -179,11 +220,13 @@ def write_if(run, inner_update, buffers, inner_state) -> tuple[WrittenUpdate, An
         return optax.tree.cast_like(updates, targets), new_state
 
     targets = jax.tree.map(make_target, buffers, outputs)
-    targets, inner_state = run_if(run, step, (targets, inner_state))
+    targets, inner_state = conditional(run, step, (targets, inner_state))
     return WrittenUpdate(targets, outputs), inner_state
 
 
-def apply_if(run, inner_update, buffers, inner_state):
+def apply_if(
+    run, inner_update, buffers, inner_state, conditional: Conditional = run_if
+):
     """Returns ``inner_update(buffers, inner_state)`` if ``run`` is true, else zeros.
 
     The update is written into its input buffers where the dtype allows it.
@@ -193,12 +236,15 @@ def apply_if(run, inner_update, buffers, inner_state):
       inner_update: as in :func:`write_if`.
       buffers: the input of ``inner_update``.
       inner_state: returned unchanged if ``run`` is false.
+      conditional: how the step is carried out.
 
     Returns:
       Updates, buffers and state. If ``run`` is true, each buffer that can hold its
       update contains it; all other buffers are unchanged.
     """
-    written, inner_state = write_if(run, inner_update, buffers, inner_state)
+    written, inner_state = write_if(
+        run, inner_update, buffers, inner_state, conditional
+    )
     return written.updates(run), written.buffers(buffers), inner_state
 
 

@@ -68,6 +68,11 @@ def _find_known(tree: Any, axis_name: AxisName) -> Norms | None:
     return known.norms if known.match(jax.tree.leaves(tree)) else None
 
 
+def is_known(tree: Any, axis_name: AxisName = None) -> bool:
+    """Whether the norms of the tree were measured by an outer transformation."""
+    return _find_known(tree, axis_name) is not None
+
+
 def measure(tree: Any, axis_name: AxisName = None) -> Norms:
     """The norms of each leaf and of the whole tree; measured unless known."""
     known = _find_known(tree, axis_name)

@@ -1,10 +1,11 @@
 """Reductions over the leaves of a tree, with small leaves in batches.
 
 *Problem*: the compiler generates separate code for every leaf. A thousand leaves take
-longer to compile than to run.
+longer to compile than to run, and on a GPU every leaf is a kernel, or two.
 
 *Cost*: small leaves of equal shape are copied into one array; large ones are not
-copied.
+copied. On a GPU a large leaf is one kernel, which sums its rows; the sums of equal
+length are then added up together.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_stability._core import _norms
+from optax_stability._core._parts import Layered, concatenate, count_parts
+from optax_stability._core._platform import by_platform
 
 # Above this number of entries a copy costs more than it saves. Also, if only some
 # matrices of one shape are sharded, a stack would make the compiler move the others.
@@ -24,7 +26,7 @@ _SMALL = 2**12
 Measure = Callable[..., tuple[jax.Array, ...]]
 
 
-def _batches(columns: Sequence[list], layered: _norms.Layered) -> list[list[int]]:
+def _batches(columns: Sequence[list], layered: Layered) -> list[list[int]]:
     """The leaves that can be measured together, as lists of leaf indices."""
     batches: dict[Any, list[int]] = {}
     for i, row in enumerate(zip(*columns, strict=True)):
@@ -36,7 +38,9 @@ def _batches(columns: Sequence[list], layered: _norms.Layered) -> list[list[int]
 
 def _stack(leaves: list, layered: bool) -> jax.Array:
     """Stacks the parts along a first axis."""
-    return leaves[0] if layered else jnp.stack(leaves)
+    if layered:
+        return leaves[0]
+    return jnp.stack(leaves) if len(leaves) > 1 else leaves[0][None]
 
 
 def _positions(batches: list[list[int]], counts: list[int]) -> np.ndarray:
@@ -50,7 +54,7 @@ def leafwise(
     measure: Measure,
     *columns: list,
     outputs: int,
-    layered: _norms.Layered | None = None,
+    layered: Layered | None = None,
 ) -> tuple[jax.Array, ...]:
     """Applies ``measure`` to every leaf, or every layer of a stacked leaf: [n_parts].
 
@@ -70,5 +74,53 @@ def leafwise(
         measure(*(_stack([c[i] for i in each], layered[each[0]]) for c in columns))
         for each in batches
     ]
-    order = _positions(batches, _norms.count_parts(leaves, layered))
-    return tuple(_norms.concatenate(parts)[order] for parts in zip(*found, strict=True))
+    order = _positions(batches, count_parts(leaves, layered))
+    return tuple(concatenate(parts)[order] for parts in zip(*found, strict=True))
+
+
+def _sum_parts(*terms) -> tuple[jax.Array, ...]:
+    """The sum over all axes but the first."""
+    return tuple(jnp.sum(x, axis=tuple(range(1, x.ndim))) for x in terms)
+
+
+def leafwise_sums(
+    terms: Measure,
+    *columns: list,
+    outputs: int,
+    layered: Layered | None = None,
+) -> tuple[jax.Array, ...]:
+    """Sums of element-wise ``terms`` over every part: [n_parts] for each term.
+
+    Args:
+      terms: maps arrays to a tuple of arrays of the same shape.
+      columns: as in :func:`leafwise`.
+      outputs: number of terms.
+      layered: as in :func:`leafwise`.
+    """
+    layered = (False,) * len(columns[0]) if layered is None else layered
+
+    def in_one_stage(*columns):
+        def measure(*batch):
+            return _sum_parts(*terms(*batch))
+
+        return leafwise(measure, *columns, outputs=outputs, layered=layered)
+
+    def rows_first(*columns):
+        rows = [
+            tuple(jnp.sum(x, axis=-1) for x in terms(*row))
+            if _has_rows(row[0], split)
+            else terms(*row)
+            for *row, split in zip(*columns, layered, strict=True)
+        ]
+        sums = [list(column) for column in zip(*rows, strict=True)]
+        sums = sums or [[]] * outputs
+        return leafwise(_sum_parts, *sums, outputs=outputs, layered=layered)
+
+    return by_platform(
+        *columns, cpu=in_one_stage, tpu=in_one_stage, accelerator=rows_first
+    )
+
+
+def _has_rows(leaf, layered: bool) -> bool:
+    """Whether the leaf is large, and has rows to sum up first."""
+    return leaf.size > _SMALL and leaf.ndim > 1 + int(layered)

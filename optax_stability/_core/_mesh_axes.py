@@ -65,15 +65,6 @@ def _counted_here(leaf, axis_name: AxisName):
     return lax.axis_index(copies) == 0 if copies else True
 
 
-def count_once(sums: list, leaves: list, axis_name: AxisName) -> list:
-    """Replaces the sum over a leaf by 0 where another device counts the leaf."""
-    here = [_counted_here(leaf, axis_name) for leaf in leaves]
-    return [
-        x if counts is True else jnp.where(counts, x, 0)
-        for x, counts in zip(sums, here, strict=True)
-    ]
-
-
 def sum_shards(
     values, leaves: list, axis_name: AxisName, parts: list[int] | None = None
 ):

@@ -1,26 +1,21 @@
 """L2 norms of a tree, its leaves and their layers, without overflow or underflow.
 
-*Cost*: one pass over the leaves and one reduction per leaf. On CPU a second pass runs
-only if a norm is above 4e9; on other backends the single pass makes two reductions per
-leaf. No buffer of the size of a parameter.
+*Cost*: one pass over the leaves. On CPU a second pass runs only if a norm is above 4e9;
+on an accelerator the single pass makes two sums. No buffer of the size of a parameter.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec, reshard
 
 from optax_stability._core import _mesh_axes, _numerics
-from optax_stability._core._in_place import cond_is_cheap
+from optax_stability._core._leafwise import leafwise_sums
 from optax_stability._core._mesh_axes import AxisName
-
-Join = Callable[[list], jax.Array]
-# For each leaf, whether its first axis is a layer axis.
-Layered = tuple[bool, ...]
+from optax_stability._core._parts import Layered, by_parts, concatenate, count_parts
+from optax_stability._core._platform import by_platform
 
 # Leaves are scaled by a power of two before they are squared, so that no mantissa
 # changes. At the first scale the squares of norms from 1e-20 to 4e9 fit float32, at the
@@ -30,125 +25,102 @@ _SCALE = 2.0**32
 _RESCALE = 2.0**-98
 
 
-def part_axes(leaf, layered: bool) -> tuple[int, ...]:
-    """The axes to reduce: all of a leaf, or all but the first of a stacked one."""
-    return tuple(range(int(layered), leaf.ndim))
+class _Scope(NamedTuple):
+    """Which norms of a list of leaves are measured.
+
+    Attributes:
+      total: whether one norm of all leaves is measured, or one of each part.
+      layered: for each leaf, whether every layer is a separate part.
+      axis_name: mesh axes to sum over under ``shard_map``.
+    """
+
+    total: bool
+    layered: Layered
+    axis_name: AxisName
+
+    def join(self, sums, leaves: list) -> jax.Array:
+        """Adds the sums over parts up over the devices and, for the total, together."""
+        counts = count_parts(leaves, self.layered)
+        sums = _mesh_axes.sum_shards(sums, leaves, self.axis_name, counts)
+        return jnp.sum(sums) if self.total else sums
 
 
-def _sum(leaf, layered: bool):
-    return jnp.sum(leaf, axis=part_axes(leaf, layered))
-
-
-def replicated(values):
-    """Gathers values that an Explicit mesh shards; use it only for small arrays."""
-    if all(axis is None for axis in jax.typeof(values).sharding.spec):
-        return values
-    return reshard(values, PartitionSpec(*[None] * values.ndim))
-
-
-def concatenate(parts) -> jax.Array:
-    """Concatenates numbers and vectors into one vector."""
-    if not parts:
-        return jnp.zeros((0,), jnp.float32)
-    return jnp.concatenate([replicated(jnp.atleast_1d(part)) for part in parts])
-
-
-def _reduce(sums: list, leaves: list, join: Join, axis_name: AxisName):
-    """Joins the sums over the shards of leaves, and adds them up over the devices."""
-    sums = _mesh_axes.count_once(sums, leaves, axis_name)
-    return _mesh_axes.psum(join(sums), axis_name)
-
-
-def _sums_of_squares(leaves, scales, join: Join, layered: Layered, axis_name: AxisName):
-    """Σ(scale·x)² of each part, joined into a vector or a total."""
-    sums = [
-        _sum(jnp.square(x.astype(jnp.float32) * scale), split)
-        for x, scale, split in zip(leaves, scales, layered, strict=True)
-    ]
-    return _reduce(sums, leaves, join, axis_name)
-
-
-def _measure_norms(leaves, join: Join, layered: Layered, axis_name: AxisName):
-    """Measures at the first scale and, after an overflow, at the second scale."""
-    measure = _measure_in_two_passes if cond_is_cheap() else _measure_in_one_pass
-    return measure(leaves, join, layered, axis_name)
-
-
-def _measure_in_one_pass(leaves, join: Join, layered: Layered, axis_name: AxisName):
+def _measure_in_one_pass(leaves: list, scope: _Scope):
     """Measures at both scales in one pass."""
+    scales = _SCALE, _SCALE * _RESCALE
 
-    def norms_at(scale):
-        scales = [jnp.float32(scale)] * len(leaves)
-        sums = _sums_of_squares(leaves, scales, join, layered, axis_name)
-        return jnp.sqrt(sums) / scale
+    def squares(leaf):
+        return tuple(_numerics.square_at(scale, leaf) for scale in scales)
 
-    norms = norms_at(_SCALE)
-    return jnp.where(jnp.isinf(norms), norms_at(_SCALE * _RESCALE), norms)
+    sums = leafwise_sums(squares, leaves, outputs=2, layered=scope.layered)
+    fine, coarse = (
+        jnp.sqrt(scope.join(each, leaves)) / scale
+        for each, scale in zip(sums, scales, strict=True)
+    )
+    return jnp.where(jnp.isinf(fine), coarse, fine)
 
 
-def _measure_in_two_passes(leaves, join: Join, layered: Layered, axis_name: AxisName):
+def _measure_in_two_passes(leaves: list, scope: _Scope):
     """Runs the second pass, at the second scale, only if it is needed."""
+
+    def sums_at(scales):
+        # One scale per leaf, although all scales are equal: if two leaves of the same
+        # shape shared a scale, XLA would write the scale to a buffer of that shape.
+        def squares(batch, scale):
+            scale = scale.reshape(-1, *[1] * (batch.ndim - 1))
+            return (jnp.square(batch.astype(jnp.float32) * scale),)
+
+        (sums,) = leafwise_sums(
+            squares, leaves, scales, outputs=1, layered=scope.layered
+        )
+        return scope.join(sums, leaves)
 
     def measure(carry):
         _, scales, norms = carry
-        scale = scales[0]
-        sums = _sums_of_squares(leaves, scales, join, layered, axis_name)
+        scale, sums = scales[0], sums_at(scales)
         # The second pass replaces only the norms that are still infinite.
         norms = jnp.where(jnp.isinf(norms), jnp.sqrt(sums) / scale, norms)
         repeat = (scale == _SCALE) & jnp.any(jnp.isinf(sums))
         return repeat, [scale * _RESCALE for scale in scales], norms
 
-    # One scale per leaf, although all scales are equal: if two leaves of the same shape
-    # shared a scale, XLA would write the scale to a buffer of that shape.
     scales = [jnp.float32(_SCALE)] * len(leaves)
-    unknown = jnp.full(
-        () if join is sum else sum(count_parts(leaves, layered)), jnp.inf
-    )
-    norms = _mesh_axes.typed_as_sum(unknown, leaves, axis_name)
+    shape = () if scope.total else sum(count_parts(leaves, scope.layered))
+    norms = _mesh_axes.typed_as_sum(jnp.full(shape, jnp.inf), leaves, scope.axis_name)
     carry = jnp.any(norms > 0), scales, norms
     return lax.while_loop(lambda carry: carry[0], measure, carry)[2]
 
 
-_norms = jax.custom_jvp(_measure_norms, nondiff_argnums=(1, 2, 3))
+def _measure_norms(leaves: list, scope: _Scope):
+    """Measures at the first scale and, after an overflow, at the second scale."""
+    return by_platform(
+        leaves,
+        cpu=lambda leaves: _measure_in_two_passes(leaves, scope),
+        accelerator=lambda leaves: _measure_in_one_pass(leaves, scope),
+    )
+
+
+_norms = jax.custom_jvp(_measure_norms, nondiff_argnums=(1,))
 
 
 @_norms.defjvp
-def _norms_jvp(join: Join, layered: Layered, axis_name: AxisName, primals, tangents):
+def _norms_jvp(scope: _Scope, primals, tangents):
     """d‖x‖ = ⟨x/‖x‖, dx⟩, and 0 where x = 0."""
     (leaves,), (tangent_leaves,) = primals, tangents
-    norms = _norms(leaves, join, layered, axis_name)
+    norms = _norms(leaves, scope)
     divisors = jnp.where(norms > 0, norms, 1.0)
     by_leaf = [divisors] * len(leaves)
-    if divisors.ndim:
-        by_leaf = by_parts(divisors, leaves, layered)
+    if not scope.total:
+        by_leaf = by_parts(divisors, leaves, scope.layered)
     dots = [
-        _sum(x.astype(jnp.float32) / divisor * dx.astype(jnp.float32), split)
+        jnp.sum(
+            x.astype(jnp.float32) / divisor * dx.astype(jnp.float32),
+            axis=tuple(range(int(split), x.ndim)),
+        )
         for x, dx, divisor, split in zip(
-            leaves, tangent_leaves, by_leaf, layered, strict=True
+            leaves, tangent_leaves, by_leaf, scope.layered, strict=True
         )
     ]
-    return norms, _reduce(dots, leaves, join, axis_name)
-
-
-def count_parts(leaves, layered: Layered) -> list[int]:
-    """The number of norms of each leaf: one, or one per layer."""
-    return [
-        leaf.shape[0] if split else 1
-        for leaf, split in zip(leaves, layered, strict=True)
-    ]
-
-
-def by_parts(values, leaves, layered: Layered) -> list[jax.Array]:
-    """For each leaf, the values of its parts, in a shape that broadcasts to it."""
-    if not leaves:
-        return []
-    ends = np.cumsum(count_parts(leaves, layered))[:-1]
-    return [
-        part.reshape(-1, *[1] * (leaf.ndim - 1)) if split else part[0]
-        for part, leaf, split in zip(
-            jnp.split(values, ends), leaves, layered, strict=True
-        )
-    ]
+    return norms, scope.join(concatenate(dots), leaves)
 
 
 def leaf_norms(
@@ -173,7 +145,7 @@ def leaf_norms(
     if not leaves:
         return jnp.zeros((0,), jnp.float32)
     layered = (False,) * len(leaves) if layered is None else layered
-    return _norms(leaves, concatenate, layered, axis_name)
+    return _norms(leaves, _Scope(False, layered, axis_name))
 
 
 def global_norm(tree: Any, axis_name: AxisName = None) -> jax.Array:
@@ -184,7 +156,7 @@ def global_norm(tree: Any, axis_name: AxisName = None) -> jax.Array:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return jnp.zeros((), jnp.float32)
-    return _norms(leaves, sum, (False,) * len(leaves), axis_name)
+    return _norms(leaves, _Scope(True, (False,) * len(leaves), axis_name))
 
 
 class Norms(NamedTuple):

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_stability._core._platform import by_platform
+
 TINY = float(jnp.finfo(jnp.float32).tiny)
 HUGE = float(jnp.finfo(jnp.float32).max)
 # Not jnp.float32, which is callable: inject_hyperparams would call it as a schedule.
@@ -38,6 +40,22 @@ def scale(leaf, factor):
     """Multiplies a leaf by a float32 factor; the result has the dtype of the leaf."""
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     return (leaf.astype(wide) * factor).astype(leaf.dtype)
+
+
+def square_at(factor: float, x):
+    """(factor·x)² in float32, scaled before it is squared.
+
+    XLA may compile this to factor²·x², which over- or underflows. A barrier hides the
+    constant, but on CPU a hidden constant is written to a buffer of the shape of x; XLA
+    for CPUs squares the constants of scalars only.
+    """
+    hidden = lax.optimization_barrier
+    scale = by_platform(
+        jnp.float32(factor),
+        cpu=hidden if x.size == 1 else lambda scale: scale,
+        accelerator=hidden,
+    )
+    return jnp.square(x.astype(jnp.float32) * scale)
 
 
 def ratio(part, whole):

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from optax_stability._core import _known_norms, _norms, _tree
+from optax_stability._core import _known_norms, _norms, _parts, _tree
 
 Scope = Literal["global", "leaf"] | Callable[[Any], Any]
 
@@ -51,7 +51,7 @@ def split(tree, scope, stacked) -> Parts:
     if stacked is not None:
         layered = tuple(bool(each) for each in per_leaf(stacked, tree))
         _check_layers(tree, layered)
-    leaf = np.repeat(np.arange(len(leaves)), _norms.count_parts(leaves, layered))
+    leaf = np.repeat(np.arange(len(leaves)), _parts.count_parts(leaves, layered))
     if scope == "global":
         return Parts(np.zeros_like(leaf), leaf, layered)
     if scope == "leaf":
@@ -92,6 +92,6 @@ def per_leaf_vector(values, parts: Parts):
 def for_leaves(values, leaves, parts: Parts) -> list:
     """For each leaf, the value of its scope, in a shape that broadcasts to it."""
     if any(parts.layered):  # Then every part is a separate scope.
-        return _norms.by_parts(values, leaves, parts.layered)
+        return _parts.by_parts(values, leaves, parts.layered)
     scalars = list(values)
     return [scalars[scope] for scope in parts.scope]

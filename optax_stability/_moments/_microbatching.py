@@ -103,6 +103,21 @@ def count_examples(microbatch: Any) -> float:
     return float(max(leaf.shape[0] for leaf in jax.tree.leaves(microbatch)))
 
 
+def _not_constant(zeros: Any) -> Any:
+    """The same zeros, but XLA does not know their value.
+
+    They are written to a buffer, the carry of a loop. XLA would read that buffer
+    wherever else it needs zeros of such a shape, where a constant costs nothing.
+    """
+    leaves, treedef = jax.tree.flatten(zeros)
+    # One number per leaf, or leaves of one shape would be copies of one buffer.
+    hidden = lax.optimization_barrier(jnp.zeros((len(leaves),), jnp.float32))
+    shown = [
+        leaf + x.astype(leaf.dtype) for leaf, x in zip(leaves, hidden, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, shown)
+
+
 def _usable_scale(loss_scale: Any) -> Any:
     """The loss scale as float32[], clipped so that its reciprocal is normal."""
     if loss_scale is None:
@@ -312,6 +327,7 @@ def microbatch_gradients(
             group = jax.tree.map(lambda leaf: leaf[0], batch)
             return add(None, params, group, loss_scale)
         empty = _moments.empty(params, mean_square=mean_square)
+        empty = empty._replace(mean=_not_constant(empty.mean))
         if all_varying_axes((params, batch)):
             first = jax.tree.map(lambda leaf: leaf[0], batch)
             after_one, _ = jax.eval_shape(add, empty, params, first, loss_scale)

@@ -21,7 +21,9 @@ import optax
 from jax import lax
 
 from optax_stability._core import _mesh_axes, _norms, _numerics, _tree
-from optax_stability._core._in_place import cond_is_cheap, depends_on
+from optax_stability._core._in_place import depends_on
+from optax_stability._core._leafwise import leafwise_sums
+from optax_stability._core._platform import by_platform
 
 # The difference of two numbers below this limit does not overflow.
 _LARGEST = _numerics.HUGE / 4
@@ -145,30 +147,38 @@ def all_finite(
         summed.
     """
 
-    def norms_are_finite():
+    def by_norms(_):
         return jnp.all(_norms.leaf_norms(tree, axis_name) <= _LARGEST)
 
-    if sq_distances is None:
-        return norms_are_finite() & jnp.isfinite(value)
-    known_finite = jnp.all(jnp.isfinite(sq_distances))
-    if not cond_is_cheap():
-        return (known_finite | norms_are_finite()) & jnp.isfinite(value)
-    tree_is_finite = lax.cond(known_finite, lambda: known_finite, norms_are_finite)
-    return tree_is_finite & jnp.isfinite(value)
+    def unless_known(distances):
+        known = jnp.all(jnp.isfinite(distances))
+        return lax.cond(known, lambda: known, lambda: by_norms(None))
+
+    def by_squares(_):
+        # XLA makes one reduction of these sums and the distances.
+        (sums,) = leafwise_sums(
+            lambda leaf: (_coarse_square(leaf),), jax.tree.leaves(tree), outputs=1
+        )
+        return _mesh_axes.everywhere(jnp.all(sums <= _numerics.HUGE), axis_name)
+
+    on_cpu = by_norms if sq_distances is None else unless_known
+    finite = by_platform(sq_distances, cpu=on_cpu, accelerator=by_squares)
+    return finite & jnp.isfinite(value)
+
+
+def _coarse_square(leaf) -> jax.Array:
+    """x², scaled such that Σx² overflows where √Σx² is above ``_LARGEST``."""
+    return _numerics.square_at(2.0**-62, leaf)
 
 
 def each_finite(
     trees: Any, values: Any, axis_name: _mesh_axes.AxisName = None
 ) -> jax.Array:
-    """:func:`all_finite` for each of k trees that are stacked along axis 0, bool[k].
-
-    Does not use ``vmap``: over a mesh axis it does not support the loop in the norms.
-    """
+    """:func:`all_finite` for each of k trees that are stacked along axis 0, bool[k]."""
     finite = jnp.isfinite(values)
     for leaf in jax.tree.leaves(trees):
-        # At this scale, the square of a number above _LARGEST overflows.
-        squares = jnp.square(leaf.astype(jnp.float32) * 2.0**-62)
-        finite &= jnp.sum(squares, axis=tuple(range(1, leaf.ndim))) <= _numerics.HUGE
+        squares = jnp.sum(_coarse_square(leaf), axis=tuple(range(1, leaf.ndim)))
+        finite &= squares <= _numerics.HUGE
     return _mesh_axes.everywhere(finite, axis_name)
 
 
@@ -216,11 +226,12 @@ def squared_distances(
       axis_name: under ``shard_map``, the mesh axes that shard the means.
     """
 
-    def distance(x, y):
-        return _total(jnp.square(y.astype(_wide_dtype(x)) - x.astype(_wide_dtype(x))))
+    def square(x, y):
+        return (jnp.square(y.astype(jnp.float32) - x.astype(jnp.float32)),)
 
-    squares = _stack(jax.tree.leaves(jax.tree.map(distance, a.mean, mean)))
-    return _mesh_axes.sum_shards(squares, jax.tree.leaves(mean), axis_name)
+    olds, news = jax.tree.leaves(a.mean), jax.tree.leaves(mean)
+    (squares,) = leafwise_sums(square, olds, news, outputs=1)
+    return _mesh_axes.sum_shards(squares, news, axis_name)
 
 
 def merge(a: Aggregate, b: Aggregate, sq_distances: Any = None) -> Aggregate:

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _mesh_axes, _norms, _scopes, _tree, _validate
+from optax_stability._core._leafwise import leafwise_sums
+from optax_stability._core._look import is_due
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Moments
 from optax_stability._noise import _pairs
@@ -48,8 +50,10 @@ def _param_rms(params: Any, known, state: EstimateNoiseScaleState, axis_name):
     """Root mean square of the parameters of each stream, over the known leaves."""
     # Not with the overflow-safe norms: their loop would copy the parameters.
     leaves = jax.tree.leaves(params)
-    squares = [jnp.sum(jnp.square(p.astype(jnp.float32))) for p in leaves]
-    squares = _mesh_axes.sum_shards(jnp.array(squares), leaves, axis_name)
+    (squares,) = leafwise_sums(
+        lambda p: (jnp.square(p.astype(jnp.float32)),), leaves, outputs=1
+    )
+    squares = _mesh_axes.sum_shards(squares, leaves, axis_name)
     return jnp.sqrt(sum_by_stream(jnp.where(known, squares, 0.0), state) / state.size)
 
 
@@ -124,7 +128,8 @@ def estimate_noise_scale(
     ``low`` and ``high`` are the ends of Fieller's interval for that ratio, from the
     spread of S and G² over the steps. ``noise_to_weight`` is √(var_g/var_p), where
     var_g = trace·K/(N·d) is the mean variance of the d entries of a microbatch gradient
-    and var_p is the current mean square of a parameter.
+    and var_p is the current mean square of a parameter, or with ``look=False`` (see
+    :func:`record`) the last one that was measured.
 
     **Guarantees**
 
@@ -236,7 +241,6 @@ def estimate_noise_scale(
         return 0.5 ** (weight / _validate.as_float32(half_life))
 
     def update_fn(updates, state, params=None, *, moments=None, **extra_args):
-        del extra_args
         moments = _moments.visible(_require_moments(moments), updates)
         norms = _squared_norms(moments, updates, axis_name)
         observed = _observe(moments, norms)
@@ -252,7 +256,7 @@ def estimate_noise_scale(
         sizes = _norms.leaf_sizes(updates, axis_name)
         step_decay = decay_for(observed.weight)
         state = update_streams(state, observed, known, sizes, step_decay)
-        if params is not None:
+        if params is not None and is_due(extra_args, lambda: True) is not False:
             rms = _param_rms(_tree.pure(params), known, state, axis_name)
             state = state._replace(param_rms=rms)
         size = moments.weight / jnp.maximum(moments.num_microbatches, 1)

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_stability._core import _mesh_axes, _norms, _numerics
-from optax_stability._core._in_place import cond_is_cheap, run_if
-from optax_stability._core._leafwise import leafwise
+from optax_stability._core import _mesh_axes, _numerics, _parts
+from optax_stability._core._in_place import select_if
+from optax_stability._core._leafwise import leafwise, leafwise_sums
 
 # One quantity: of the whole tree, and of each part.
 Pair = tuple[jax.Array, jax.Array]
@@ -36,17 +36,17 @@ class Parts(NamedTuple):
     """
 
     leaves: list
-    layered: _norms.Layered
+    layered: _parts.Layered
     axis_name: _mesh_axes.AxisName = None
 
     @property
     def num_parts(self) -> int:
         """The number of parts."""
-        return sum(_norms.count_parts(self.leaves, self.layered))
+        return sum(_parts.count_parts(self.leaves, self.layered))
 
     def sizes(self) -> jax.Array:
         """The number of entries of each part, over all shards, float32[n_parts]."""
-        counts = _norms.count_parts(self.leaves, self.layered)
+        counts = _parts.count_parts(self.leaves, self.layered)
         sizes = [
             [leaf.size // max(count, 1)] * count
             for leaf, count in zip(self.leaves, counts, strict=True)
@@ -56,12 +56,12 @@ class Parts(NamedTuple):
 
     def sum_shards(self, values) -> jax.Array:
         """Adds the values of all shards, [n_parts, …]: local sums become global."""
-        counts = _norms.count_parts(self.leaves, self.layered)
+        counts = _parts.count_parts(self.leaves, self.layered)
         return _mesh_axes.sum_shards(values, self.leaves, self.axis_name, counts)
 
     def times(self, factors) -> list[jax.Array]:
         """The leaves in float32, each part multiplied by its factor."""
-        by_leaf = _norms.by_parts(factors, self.leaves, self.layered)
+        by_leaf = _parts.by_parts(factors, self.leaves, self.layered)
         return [
             leaf.astype(jnp.float32) * factor
             for leaf, factor in zip(self.leaves, by_leaf, strict=True)
@@ -85,17 +85,18 @@ class Entries(NamedTuple):
 def measure_entries(parts: Parts, scale) -> Entries:
     """Measures the entries in three passes over each part."""
 
-    def measure(batch):
-        x, axes = batch.astype(jnp.float32), tuple(range(1, batch.ndim))
-        return (
-            jnp.max(jnp.abs(x), axis=axes, initial=0),
-            # On CPU a sum of signs is vectorised, a sum of comparisons is not.
-            jnp.sum(jnp.abs(jnp.sign(x)), axis=axes),
-            jnp.sum(jnp.square(jnp.square(x * scale)), axis=axes),
-        )
+    def largest_of(batch):
+        axes = tuple(range(1, batch.ndim))
+        return (jnp.max(jnp.abs(batch.astype(jnp.float32)), axis=axes, initial=0),)
 
-    largest, nonzero, fourth = leafwise(
-        measure, parts.leaves, outputs=3, layered=parts.layered
+    def terms(leaf):
+        x = leaf.astype(jnp.float32)
+        # On CPU a sum of signs is vectorised, a sum of comparisons is not.
+        return jnp.abs(jnp.sign(x)), jnp.square(jnp.square(x * scale))
+
+    (largest,) = leafwise(largest_of, parts.leaves, outputs=1, layered=parts.layered)
+    nonzero, fourth = leafwise_sums(
+        terms, parts.leaves, outputs=2, layered=parts.layered
     )
     return Entries(
         largest=_mesh_axes.largest(largest, parts.axis_name),
@@ -126,17 +127,16 @@ def count_nonfinite(parts: Parts, norms) -> jax.Array:
     On CPU the leaves are read only if a norm is not finite.
     """
 
-    def measure(batch):
-        nonfinite = jnp.where(jnp.isfinite(batch), 0.0, 1.0)
-        return (jnp.sum(nonfinite, axis=tuple(range(1, batch.ndim))),)
+    def nonfinite(leaf):
+        return (jnp.where(jnp.isfinite(leaf), 0.0, 1.0),)
 
     def count(_):
-        (found,) = leafwise(measure, parts.leaves, outputs=1, layered=parts.layered)
+        (found,) = leafwise_sums(
+            nonfinite, parts.leaves, outputs=1, layered=parts.layered
+        )
         return parts.sum_shards(found)
 
-    needed = ~jnp.all(jnp.isfinite(norms))
-    zeros = jnp.zeros_like(norms)
-    return run_if(needed, count, zeros) if cond_is_cheap() else count(zeros)
+    return select_if(~jnp.all(jnp.isfinite(norms)), count, jnp.zeros_like(norms))
 
 
 def bimodality(entries: Entries, norms, scale) -> Pair:

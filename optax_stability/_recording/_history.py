@@ -23,11 +23,12 @@ from optax_stability._core import (
     _known_norms,
     _mesh_axes,
     _metrics,
-    _norms,
     _numerics,
+    _parts,
     _validate,
 )
 from optax_stability._core._in_place import run_if
+from optax_stability._core._look import is_due
 from optax_stability._core._losses import given_losses, loss_of
 
 States = list[tuple[tuple, Any]]
@@ -77,7 +78,7 @@ def _recorded_metrics(node: Any) -> dict[str, jax.Array]:
 def _row(states: States) -> jax.Array:
     """Concatenates the recorded metrics of all states, float32[n]."""
     values = [value for _, node in states for value in _recorded_metrics(node).values()]
-    return _norms.concatenate([value.astype(jnp.float32) for value in values])
+    return _parts.concatenate([value.astype(jnp.float32) for value in values])
 
 
 def _columns(states: States, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
@@ -185,7 +186,8 @@ def record_history(
       length: steps to keep, ≥ 1.
       slow_every: steps between readings of metrics that need passes over the moments
         (``adam/…``); in between they keep their value. If the model takes most of the
-        time, a smaller value costs little, and findings from them come sooner.
+        time, a smaller value costs little, and findings from them come sooner. The
+        extra argument ``look=`` decides instead if it is given, see :func:`record`.
       axis_name: under ``shard_map``, the mesh axes that shard the gradient. Leave it
         None under ``jit``.
 
@@ -220,7 +222,7 @@ def record_history(
             inner_state=inner_state,
         )
 
-    def next_row(state, loss, inner_state):
+    def next_row(state, loss, inner_state, extra_args):
         cheap, costly = _split_by_cost(inner_state)
         head = jnp.concatenate([loss[None], _row(cheap)])
         last_tail = state.rows[(state.step - 1) % length, len(head) :]
@@ -228,7 +230,8 @@ def record_history(
         def read(_):
             return _mesh_axes.mean_over_varying(_row(costly), axis_name)
 
-        tail = run_if(state.step % slow_every == 0, read, last_tail)
+        due = is_due(extra_args, lambda: state.step % slow_every == 0)
+        tail = run_if(due, read, last_tail)
         return jnp.concatenate([head, tail])
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -239,9 +242,8 @@ def record_history(
             updates, inner_state = inner.update(
                 updates, state.inner_state, params, **extra_args
             )
-        row = next_row(
-            state, loss if given else jnp.full_like(loss, jnp.nan), inner_state
-        )
+        shown = loss if given else jnp.full_like(loss, jnp.nan)
+        row = next_row(state, shown, inner_state, extra_args)
         return updates, RecordHistoryState(
             step=_numerics.increment(state.step),
             rows=state.rows.at[state.step % length].set(row),

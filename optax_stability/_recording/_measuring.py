@@ -3,12 +3,14 @@
 *Cost*: that of :mod:`_norms`, and that of the chosen options.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_stability._core import _known_norms, _norms, _numerics
+from optax_stability._core._look import is_due
 from optax_stability._core._norms import Norms
 from optax_stability._recording import _distribution, _histogram, _similarity, _spectrum
 from optax_stability._recording._distribution import Parts
@@ -77,7 +79,14 @@ def measure_norms(parts: Parts) -> Norms:
     return Norms(norms, _norms.join_norms(norms))
 
 
-def measure_every_step(parts: Parts, norms: Norms) -> Measured:
+def is_costly(parts: Parts, extra_args: Mapping[str, Any]) -> bool:
+    """Whether the norms would be measured in a step that is not looked at."""
+    known = _known_norms.is_known(parts.leaves, parts.axis_name)
+    look = is_due(extra_args, lambda: True)
+    return look is False and (any(parts.layered) or not known)
+
+
+def from_norms(parts: Parts, norms: Norms) -> Measured:
     """The quantities that follow from the norms."""
     return {"norm": (norms.total, norms.leaves), "rms": _rms(norms, parts.sizes())}
 

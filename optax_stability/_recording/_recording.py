@@ -7,8 +7,9 @@
 
 *Cost*: one pass over the leaves for the norms at every step, unless an outer
 transformation has measured them (``record_history`` does). Every ``every`` steps three
-more passes, and those of the options. State: scalars, and vectors with one entry per
-leaf.
+more passes, and those of the options. Whether they are due is a condition; on a GPU the
+host has to read it, unless the argument ``look=`` of ``update`` says so beforehand.
+State: scalars, and vectors with one entry per leaf.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -20,13 +21,14 @@ import optax
 from optax_stability._core import (
     _known_norms,
     _mesh_axes,
-    _norms,
     _numerics,
+    _parts,
     _scopes,
     _tree,
     _validate,
 )
 from optax_stability._core._in_place import measure_if
+from optax_stability._core._look import is_due
 from optax_stability._recording import _measuring, _similarity, _spectrum
 from optax_stability._recording._distribution import Parts
 from optax_stability._recording._measuring import Measured, Memory, Options
@@ -51,10 +53,10 @@ class RecordState(NamedTuple):
     leaves: Any
 
 
-def _mark_parts(tree: Any, layered: _norms.Layered) -> Any:
+def _mark_parts(tree: Any, layered: _parts.Layered) -> Any:
     """One mark per leaf; a stacked leaf has one per layer."""
     leaves, treedef = jax.tree.flatten(_tree.pure(tree))
-    counts = _norms.count_parts(leaves, layered)
+    counts = _parts.count_parts(leaves, layered)
     marks = [
         tuple(_tree.Leaf() for _ in range(count)) if split else _tree.Leaf()
         for count, split in zip(counts, layered, strict=True)
@@ -80,7 +82,8 @@ def record(
     **Rule**, over the n entries x of the tree and of each leaf, n₊ of them not 0::
 
       at every step            norm = √Σx²        rms = norm/√n
-      every ``every`` steps    max_abs = max|x|   zero_fraction = 1 − n₊/n
+      every ``every`` steps    norm and rms of the parameters
+                               max_abs = max|x|   zero_fraction = 1 − n₊/n
                                nonfinite = share of NaN and Inf
                                bimodality = (Σx²)²/(n₊·Σx⁴)
         ratio_to_params        param_ratio = norm/norm of the parameters
@@ -110,6 +113,9 @@ def record(
       bimodality and correlation are 0 where all entries are 0.
     * Between two measurements, quantities that follow ``every`` keep their value. The
       first step is measured, and so is a step whose norm is not finite.
+    * With ``look=False`` nothing is measured, except a norm that an outer
+      transformation knows; every other quantity keeps its value, also in a step that is
+      not finite. With ``look=True`` everything is measured.
     * ``zero_fraction`` of a leaf with a NaN is NaN; Inf counts as nonzero. Bimodality
       is NaN with either.
     * ``spectral_norm`` of a leaf that is not a matrix is NaN, also of a convolution
@@ -126,7 +132,8 @@ def record(
       spectral: for leaves with two axes; two passes per iteration. Not under
         ``shard_map``, where a device has only a part of the matrix.
       histogram: count |x| in 50 bins, see :func:`histogram_edges`: 49 passes.
-      every: steps between measurements of all but ``norm`` and ``rms``, ≥ 1.
+      every: steps between measurements of all but ``norm`` and ``rms`` of the updates,
+        ≥ 1.
       stacked: which leaves hold several layers along their first axis, as ``nnx.scan``
         stacks them: a tree (or tree prefix) of bools, or a callable from the tree to
         one. Each layer is then measured as a leaf of its own, ``blocks/kernel/3``.
@@ -137,11 +144,14 @@ def record(
       A transformation with state :class:`RecordState` and metrics ``<name>/…`` of the
       names above, float32[], and with ``per_leaf`` also ``<name>/…/per_leaf``,
       float32[n_leaves]. ``<name>/histogram`` is float32[50], per leaf [n_leaves, 50].
+      Its ``update`` takes ``look=``, which replaces ``every``: a plain bool, a static
+      argument of the jitted step. XLA then makes two programs, and the host, which
+      knows the number of the step, chooses: ``look=step % 10 == 0``.
 
     Raises:
       ValueError: ``name`` is empty or not a string, ``of`` is unknown, ``every`` is
         below 1, options exclude each other, ``stacked`` marks a scalar; at ``update``,
-        the parameters are needed and missing.
+        the parameters are needed and missing, or ``look`` is no bool.
 
     Example:
       >>> import jax.numpy as jnp
@@ -175,7 +185,7 @@ def record(
                 metrics[f"{name}/{key}/per_leaf"] = each
         return metrics
 
-    def which_layered(tree) -> _norms.Layered:
+    def which_layered(tree) -> _parts.Layered:
         return _scopes.split(tree, "global", stacked).layered
 
     def init_fn(params):
@@ -195,41 +205,45 @@ def record(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
         if needs_params and params is None:
             raise ValueError(
                 f"record({name!r}) measures the parameters; pass params to update."
             )
-        tree = params if of == "params" else updates
-        layered = which_layered(tree)
+        layered = which_layered(params if of == "params" else updates)
 
         def parts_of(tree):
             return Parts(jax.tree.leaves(tree), layered, axis_name)
 
-        norms = _measuring.measure_norms(parts_of(tree))
-        fresh = to_metrics(_measuring.measure_every_step(parts_of(tree), norms))
-        stored = {key: x for key, x in state.metrics.items() if key not in fresh}
+        norms, fresh = None, {}
+        if of == "updates" and not _measuring.is_costly(parts_of(updates), extra_args):
+            norms = _measuring.measure_norms(parts_of(updates))
+            fresh = to_metrics(_measuring.from_norms(parts_of(updates), norms))
+
+        def rule():
+            due = state.step % every == 0
+            return due if norms is None else due | ~jnp.isfinite(norms.total)
 
         def measure(updates, extra, last):
-            (params, norms), (fresh, _, memory) = extra, last
-            tree = params if of == "params" else updates
+            (params, norms), (_, memory) = extra, last
+            parts = parts_of(params if of == "params" else updates)
+            norms = _measuring.measure_norms(parts) if norms is None else norms
             measured, memory = _measuring.measure_when_due(
-                parts_of(tree), norms, parts_of(params), memory, options
+                parts, norms, parts_of(params), memory, options
             )
-            return fresh, to_metrics(measured), memory
+            measured |= _measuring.from_norms(parts, norms)
+            return state.metrics | to_metrics(measured), memory
 
-        due = (state.step % every == 0) | ~jnp.isfinite(norms.total)
-        passed, (fresh, stored, memory) = measure_if(
-            due,
+        passed, (metrics, memory) = measure_if(
+            is_due(extra_args, rule),
             measure,
             updates,
             (params, norms),
-            (fresh, stored, state.memory),
+            (state.metrics | fresh, state.memory),
         )
         _known_norms.alias_norms(updates, passed)
         return passed, RecordState(
             step=_numerics.increment(state.step),
-            metrics=fresh | stored,
+            metrics=metrics,
             memory=memory,
             leaves=state.leaves,
         )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_stability._core import _norms, _numerics
+from optax_stability._core import _norms, _numerics, _parts
 from optax_stability._core._leafwise import leafwise
 from optax_stability._recording._distribution import Parts
 
@@ -56,7 +56,7 @@ def measure(
     total = jnp.sum(jnp.where(weights > 0, per_part * weights, 0.0))
     total = jnp.where(_numerics.is_finite(norms.total), total, jnp.nan)
 
-    by_leaf = _norms.by_parts(usable, parts.leaves, parts.layered)
+    by_leaf = _parts.by_parts(usable, parts.leaves, parts.layered)
     directions = [
         jnp.where(keep, unit.astype(b.dtype), b)
         for keep, unit, b in zip(by_leaf, units, before, strict=True)

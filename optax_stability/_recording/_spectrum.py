@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_stability._core import _norms, _numerics
+from optax_stability._core import _numerics, _parts
 from optax_stability._recording._distribution import Parts
 
 # At the first measurement, from an arbitrary vector; later, from the previous vector.
@@ -67,7 +67,7 @@ def _iterate(matrix, vector):
     """Aᵀu divided by its length, and that length, where u = Av/|Av|."""
     left, _ = _unit(jnp.sum(matrix * vector[..., None, :], axis=-1))
     image = jnp.sum(matrix * left[..., :, None], axis=-2)
-    return _unit(_norms.replicated(image))
+    return _unit(_parts.replicated(image))
 
 
 def _iterate_all(matrices, usable, spectrum: Spectrum):
@@ -98,7 +98,7 @@ def measure(
     usable = _numerics.is_finite(norms) & (norms > 0)
     # Matrices of norm 1 cannot overflow.
     matrices = parts.times(1 / jnp.where(usable, norms, 1.0))
-    usable_parts = _norms.by_parts(usable, parts.leaves, parts.layered)
+    usable_parts = _parts.by_parts(usable, parts.leaves, parts.layered)
     chosen = [
         i for i, leaf in enumerate(parts.leaves) if _is_matrix(leaf, parts.layered[i])
     ]
@@ -107,11 +107,11 @@ def measure(
         [jnp.reshape(usable_parts[i], parts.leaves[i].shape[:-2]) for i in chosen],
         spectrum,
     )
-    counts = _norms.count_parts(parts.leaves, parts.layered)
+    counts = _parts.count_parts(parts.leaves, parts.layered)
     values = [jnp.full(count, jnp.nan, jnp.float32) for count in counts]
     for i, (_, length) in zip(chosen, found, strict=True):
         values[i] = jnp.atleast_1d(length)
-    relative = _norms.concatenate(values)
+    relative = _parts.concatenate(values)
     per_part = norms * jnp.where(usable | jnp.isnan(relative), relative, 1.0)
     total = jnp.max(per_part, initial=0.0, where=~jnp.isnan(relative))
     spectrum = Spectrum(

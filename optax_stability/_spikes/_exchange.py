@@ -4,20 +4,23 @@
 the state of ``inner`` if that is saved too. No temporary copy of a parameter is made.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_stability._core._in_place import (
+    apply_if,
     exchange_if,
     measure_if,
     no_hoist,
     run_if,
+    select_if,
     write_if,
 )
 from optax_stability._core._memory_space import Place, put, to_device, to_memory_of
+from optax_stability._core._platform import by_platform
 from optax_stability._spikes._branch_state import Snapshot, Transition
 from optax_stability._spikes._detection import DetectorState
 from optax_stability._spikes._skip_state import SkipSpikesState
@@ -109,31 +112,24 @@ def _swap_params(run, taken, updates, params, kept):
     )
 
 
-def apply_transition(
-    transition: Transition,
-    take,
-    step,
-    updates,
-    params,
-    inner_state,
-    snapshot: Snapshot,
-):
-    """Takes a snapshot if a branch opens, takes the step, and exchanges parameters.
+class _Job(NamedTuple):
+    """What a step of ``branch_on_spike`` changes.
 
-    Args:
-      transition: how the step changes the mode.
-      take: bool[] – whether the step is taken.
-      step: function from the gradient and the state of ``inner`` to the update and the
-        next state.
-      updates: the gradient.
-      params: the parameters in use.
+    Attributes:
+      updates: the gradient, then the update.
       inner_state: state of ``inner``.
       snapshot: the snapshot; its ``inner_state`` is () if that of ``inner`` is not
         saved.
-
-    Returns:
-      The update, the state of ``inner``, and the snapshot with its old detector.
     """
+
+    updates: Any
+    inner_state: Any
+    snapshot: Snapshot
+
+
+def _apply_in_place(transition: Transition, take, step, params, job: _Job) -> _Job:
+    """Takes a snapshot if a branch opens, takes the step, and exchanges parameters."""
+    updates, inner_state, snapshot = job
     saves_state = bool(jax.tree.leaves(snapshot.inner_state))
     kept_params = run_if(
         transition.opens, lambda old: _to_memory_of(params, old), snapshot.params
@@ -161,9 +157,84 @@ def apply_transition(
     )
     if saves_state:
         inner_state, kept_state = exchange_if(transition.swaps, inner_state, kept_state)
-    snapshot = snapshot._replace(params=kept_params, inner_state=kept_state)
-    updates = written._replace(targets=targets).updates(take | transition.swaps)
-    return updates, inner_state, snapshot
+    return _Job(
+        updates=written._replace(targets=targets).updates(take | transition.swaps),
+        inner_state=inner_state,
+        snapshot=snapshot._replace(params=kept_params, inner_state=kept_state),
+    )
+
+
+def _apply_if_asked(transition: Transition, take, step, params, job: _Job) -> _Job:
+    """The same for accelerators: what is rare under one condition, all else selected.
+
+    ``inner`` is compiled twice: in a rare step its update has to be in memory, where it
+    changes places with the snapshot; in all others it is part of the pass that applies
+    it.
+    """
+    rare = transition.opens | transition.swaps
+    outputs = jax.eval_shape(step, job.updates, job.inner_state)[0]
+    # An update is written over its gradient where they have the same dtype.
+    targets = jax.tree.map(
+        lambda g, u: g if g.dtype == u.dtype else jnp.zeros_like(g, dtype=u.dtype),
+        job.updates,
+        outputs,
+    )
+
+    def gradient(targets):
+        return jax.tree.map(
+            lambda t, g: t if t.dtype == g.dtype else g, targets, job.updates
+        )
+
+    def apply(job):
+        job = job._replace(updates=gradient(job.updates))
+        return _apply_in_place(transition, take, step, params, job)
+
+    targets, inner_state, snapshot = run_if(rare, apply, job._replace(updates=targets))
+
+    def ordinary(updates, inner_state):
+        if not jax.tree.leaves(snapshot.inner_state):
+            inner_state = _reset_first_moments(transition.rolls_back, inner_state)
+        return step(updates, inner_state)
+
+    updates, _, inner_state = apply_if(
+        take & ~rare, ordinary, gradient(targets), inner_state, select_if
+    )
+    return _Job(optax.tree.where(rare, targets, updates), inner_state, snapshot)
+
+
+def apply_transition(
+    transition: Transition,
+    take,
+    step,
+    updates,
+    params,
+    inner_state,
+    snapshot: Snapshot,
+):
+    """Takes a snapshot if a branch opens, takes the step, and exchanges parameters.
+
+    Args:
+      transition: how the step changes the mode.
+      take: bool[] – whether the step is taken.
+      step: function from the gradient and the state of ``inner`` to the update and the
+        next state.
+      updates: the gradient.
+      params: the parameters in use.
+      inner_state: state of ``inner``.
+      snapshot: the snapshot; its ``inner_state`` is () if that of ``inner`` is not
+        saved.
+
+    Returns:
+      The update, the state of ``inner``, and the snapshot with its old detector.
+    """
+
+    def apply(how):
+        return lambda params, job: how(transition, take, step, params, job)
+
+    job = _Job(updates, inner_state, snapshot)
+    return by_platform(
+        params, job, cpu=apply(_apply_in_place), accelerator=apply(_apply_if_asked)
+    )
 
 
 def exchange_detectors(

@@ -1,18 +1,21 @@
 """A guarded step: judged, scaled to its limit, and taken if the verdict allows it.
 
-*Cost*: one norm, a few scalars, and a conditional around ``inner``; no buffer of the
-size of a parameter besides the gradient.
+*Cost*: one norm and a few scalars; no buffer of the size of a parameter besides the
+gradient. On CPU a conditional around ``inner``; on accelerators a select in the pass
+that applies the update.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optax_stability._core import _known_norms, _mesh_axes, _norms, _validate
 from optax_stability._core._in_place import depends_on, run_if
 from optax_stability._core._losses import loss_of
 from optax_stability._core._numerics import scale
+from optax_stability._core._platform import by_platform
 from optax_stability._spikes._detection import Detector, DetectorState, Reading
 from optax_stability.thresholds import Threshold
 from optax_stability.thresholds._threshold import check_threshold
@@ -99,18 +102,29 @@ def prepare_step(
       The gradient, and a function from it and the state of ``inner`` to the update and
       the next state.
     """
-    reading = assessment.reading
-    # Conditional and in place: multiplying by 1 would cost a pass over the gradient.
+    reading, norms = assessment.reading, assessment.norms
     above = reading.norm > reading.norm_limit
     factor = reading.norm_limit / reading.norm
-    updates = run_if(
-        depends_on(above & take, *_gradient_measurements(extra_args)),
-        lambda updates: jax.tree.map(lambda x: scale(x, factor), updates),
-        updates,
-    )
-    norms = jax.tree.map(lambda x: jnp.where(above, x * factor, x), assessment.norms)
+
+    def scaled(updates):
+        return jax.tree.map(lambda x: scale(x, factor), updates)
+
+    def scale_in_place(updates):
+        # A multiplication by 1 would cost a pass over the gradient.
+        due = depends_on(above & take, *_gradient_measurements(extra_args))
+        return run_if(due, scaled, updates)
+
+    def scale_in_the_step(updates):
+        # A step that is not taken is computed as well: on zeros, not on NaN.
+        updates = optax.tree.where(above, scaled(updates), updates)
+        return optax.tree.where(take, updates, optax.tree.zeros_like(updates))
+
+    updates = by_platform(updates, cpu=scale_in_place, accelerator=lambda x: x)
+    norms = optax.tree.where(above, optax.tree.scale(factor, norms), norms)
+    norms = optax.tree.where(take, norms, optax.tree.zeros_like(norms))
 
     def step(updates, inner_state):
+        updates = by_platform(updates, cpu=lambda x: x, accelerator=scale_in_the_step)
         with _known_norms.reuse_norms(updates, norms, guard.axis_name):
             return inner.update(updates, inner_state, params, **extra_args)
 

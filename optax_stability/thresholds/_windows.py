@@ -15,6 +15,8 @@ from optax_stability.thresholds._threshold import Threshold, is_learnable, repr_
 
 # Least standard deviation, as a share of the mean; see zscore.
 _MIN_RELATIVE_STD = 1e-6
+# Longer windows are sorted; up to this length all pairs are compared.
+_LONG = 256
 
 
 class WindowState(NamedTuple):
@@ -40,25 +42,34 @@ def filled(values, count) -> jax.Array:
     return jnp.arange(size) >= size - count
 
 
-def _sort(values, count):
-    """The learned values in ascending order, then empty slots; and their number."""
+def _order_statistics(values, count, ranks: list) -> list[jax.Array]:
+    """The learned values of these ranks, from 0 for the smallest."""
     padded = jnp.where(filled(values, count), values, _numerics.HUGE)
-    return jnp.sort(padded), jnp.clip(count, 1, values.shape[0])
+    if values.shape[0] > _LONG:
+        ordered = jnp.sort(padded)
+        return [ordered[rank] for rank in ranks]
+    # A rank is the number of smaller values. A sort would be several kernels on a GPU.
+    place = jnp.arange(values.shape[0])
+    x, y = padded[:, None], padded[None, :]
+    smaller = (y < x) | ((y == x) & (place[None, :] < place[:, None]))
+    rank_of = jnp.sum(smaller, axis=1)
+    return [jnp.max(padded, where=rank_of == r, initial=-jnp.inf) for r in ranks]
 
 
 def quantile(values, count, q):
     """The q-quantile of the learned values, with linear interpolation."""
-    ordered, size = _sort(values, count)
+    size = jnp.clip(count, 1, values.shape[0])
     position = q * (size - 1)
     below = jnp.floor(position).astype(jnp.int32)
-    low, high = ordered[below], ordered[jnp.minimum(below + 1, size - 1)]
+    ranks = [below, jnp.minimum(below + 1, size - 1)]
+    low, high = _order_statistics(values, count, ranks)
     return low + (position - below) * (high - low)
 
 
 def median(values, count):
     """The median of the learned values."""
-    ordered, size = _sort(values, count)
-    low, high = ordered[(size - 1) // 2], ordered[size // 2]
+    size = jnp.clip(count, 1, values.shape[0])
+    low, high = _order_statistics(values, count, [(size - 1) >> 1, size >> 1])
     return low + (high / 2 - low / 2)
 
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec, reshard
-from meshes import collectives, put_on
+from meshes import collectives, place
 from tiers import full, quick_only
 
 import optax_stability as ost
@@ -422,10 +422,10 @@ def test_integer_weights_count():
 @pytest.mark.parametrize("weight", [0.0, -0.0, -2.0, np.nan, np.inf, -np.inf])
 def test_a_microbatch_of_no_usable_weight_is_left_out(weight, vmap_size):
     fn = compiled(4, vmap_size, mean_square=True, weight_fn=tokens)
-    for place in range(4):
+    for index in range(4):
         batch = make_batch(4, weights=[1, 2, 3, 4])
-        batch["tokens"][place] = weight
-        check(fn(PARAMS, batch), reference(batch, 4, np.arange(4) != place))
+        batch["tokens"][index] = weight
+        check(fn(PARAMS, batch), reference(batch, 4, np.arange(4) != index))
 
 
 def let_through(vmap_size):
@@ -468,13 +468,13 @@ BAD = ["nan", "inf", "-inf", "huge", "loss", "infinite loss"]
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_not_finite_changes_nothing_but_the_counts(kind, vmap_size):
     fn = compiled(4, vmap_size, mean_square=True, weight_fn=tokens)
-    for place in range(4):
-        batch = make_batch(4, seed=place, weights=[1, 2, 3, 4])
-        expected = reference(batch, 4, np.arange(4) != place)
-        spoil(batch, place, kind)
+    for index in range(4):
+        batch = make_batch(4, seed=index, weights=[1, 2, 3, 4])
+        expected = reference(batch, 4, np.arange(4) != index)
+        spoil(batch, index, kind)
         result = fn(PARAMS, batch)
         assert int(result[2].num_microbatches) == 3
-        assert float(result[2].weight) == 10 - (place + 1)
+        assert float(result[2].weight) == 10 - (index + 1)
         check(result, expected)
 
 
@@ -485,8 +485,8 @@ def test_any_number_of_microbatches_may_be_left_out(vmap_size):
         keep = [bool(pattern >> place & 1) for place in range(4)]
         batch = make_batch(4, seed=pattern, weights=[4, 3, 2, 1])
         expected = reference(batch, 4, keep)
-        for place in np.flatnonzero(np.logical_not(keep)):
-            spoil(batch, place, BAD[place])
+        for index in np.flatnonzero(np.logical_not(keep)):
+            spoil(batch, index, BAD[index])
         check(fn(PARAMS, batch), expected)
 
 
@@ -494,8 +494,8 @@ def test_any_number_of_microbatches_may_be_left_out(vmap_size):
 @pytest.mark.parametrize("vmap_size", [1, 2, 4])
 def test_if_none_is_kept_the_loss_is_nan_and_the_gradient_0(vmap_size, kind):
     batch = make_batch(4)
-    for place in range(4):
-        spoil(batch, place, kind)
+    for index in range(4):
+        spoil(batch, index, kind)
     fn = compiled(4, vmap_size, mean_square=True, weight_fn=tokens)
     loss, grads, moments = fn(PARAMS, batch)
     assert np.isnan(loss)
@@ -510,8 +510,8 @@ def test_if_none_is_kept_the_loss_is_nan_and_the_gradient_0(vmap_size, kind):
 def test_a_step_without_gradient_is_skipped():
     tx = ost.skip_spikes(optax.sgd(0.1))
     batch = make_batch(4)
-    for place in range(4):
-        spoil(batch, place, "nan")
+    for index in range(4):
+        spoil(batch, index, "nan")
     loss, grads, _ = compiled(4, 2, mean_square=True, weight_fn=tokens)(PARAMS, batch)
     updates, state = jax.jit(tx.update)(
         grads, jax.jit(tx.init)(PARAMS), PARAMS, value=loss
@@ -982,7 +982,7 @@ def test_sharded_rows_stay_where_they_are(axis_type, parts, vmap_size, spmd):
     )
     mesh = make_mesh(axis_type)
     with jax.set_mesh(mesh):
-        arguments = put_on(params, mesh), put_on(batch, mesh, "data")
+        arguments = place(params, mesh), place(batch, mesh, "data")
         program = jax.jit(fn).lower(*arguments).compile()
         result = program(*arguments)
     assert {operation for operation, _ in collectives(program)} == {"all-reduce"}
@@ -1009,8 +1009,8 @@ def test_microbatches_of_their_own_are_added_up_once(axis_type, parts, spmd):
     mesh, params = make_mesh(axis_type), np.ones(512, np.float32)
     fn = ost.microbatch_gradients(dot, parts, vmap_size=8, spmd_axis_name=spmd)
     with jax.set_mesh(mesh):
-        rows = put_on(np.ones((64, 512), np.float32), mesh, "data")
-        program = jax.jit(fn).lower(put_on(params, mesh), rows).compile()
+        rows = place(np.ones((64, 512), np.float32), mesh, "data")
+        program = jax.jit(fn).lower(place(params, mesh), rows).compile()
     gradients = 8 if spmd is None else 1
     # Beside the gradients a few scalars: losses, weights, counts and deviations.
     assert 0 <= reduced_entries(program) - gradients * params.size <= 16
@@ -1022,7 +1022,7 @@ def test_a_batch_sharded_along_a_second_axis_is_not_gathered():
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(AxisType.Explicit,) * 2)
     fn = ost.microbatch_gradients(dot, 4, vmap_size=2)
     with jax.set_mesh(mesh):
-        arguments = put_on(params, mesh), put_on(rows, mesh, "data", "seq")
+        arguments = place(params, mesh), place(rows, mesh, "data", "seq")
         program = jax.jit(fn).lower(*arguments).compile()
         _, grads, _ = program(*arguments)
     assert {operation for operation, _ in collectives(program)} == {"all-reduce"}
@@ -1046,10 +1046,10 @@ def test_sharded_parameters_on_an_explicit_mesh(parts, vmap_size):
     fn = ost.microbatch_gradients(loss, parts, vmap_size=vmap_size, mean_square=True)
     with jax.set_mesh(mesh):
         sharded = {
-            "in": put_on(params["in"], mesh, None, "data"),
-            "out": put_on(params["out"], mesh, "data"),
+            "in": place(params["in"], mesh, None, "data"),
+            "out": place(params["out"], mesh, "data"),
         }
-        arguments = sharded, put_on(batch, mesh, "data")
+        arguments = sharded, place(batch, mesh, "data")
         program = jax.jit(fn).lower(*arguments).compile()
         value, grads, moments = program(*arguments)
     np.testing.assert_allclose(value, expected[0], rtol=ROUNDING)
@@ -1074,13 +1074,13 @@ def test_sharded_parameters_on_an_auto_mesh(parts, vmap_size, spmd):
     mesh = make_mesh(AxisType.Auto)
     specs = {"in": (None, "data"), "out": ("data",), "bias": ()}
     with jax.set_mesh(mesh):
-        sharded = {name: put_on(params[name], mesh, *specs[name]) for name in params}
+        sharded = {name: place(params[name], mesh, *specs[name]) for name in params}
         wanted = jax.tree.map(lambda leaf: leaf.sharding, sharded)
         fn = ost.microbatch_gradients(
             mlp_loss, parts, vmap_size=vmap_size, spmd_axis_name=spmd
         )
         fn = jax.jit(fn, out_shardings=(None, wanted, None))
-        value, grads, _ = fn(sharded, put_on(batch, mesh, "data"))
+        value, grads, _ = fn(sharded, place(batch, mesh, "data"))
     chex.assert_trees_all_close((value, grads), expected, rtol=1e-5, atol=ROUNDING)
 
 
@@ -1091,7 +1091,7 @@ def test_a_sharded_batch_loses_one_microbatch_only():
     mesh = make_mesh(AxisType.Auto)
     with jax.set_mesh(mesh):
         fn = compiled(8, 4, loss=dot, spmd_axis_name="data")
-        _, grads, moments = fn(put_on(params, mesh), put_on(rows, mesh, "data"))
+        _, grads, moments = fn(place(params, mesh), place(rows, mesh, "data"))
     assert int(moments.num_microbatches) == 7
     kept = np.delete(rows, [4, 5], axis=0)  # Neighbours.
     np.testing.assert_allclose(grads, kept.mean(0), rtol=1e-5, atol=ROUNDING)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from meshes import collectives, put_on
+from meshes import collectives, place
 from tiers import full
 
 import optax_stability as ost
@@ -215,8 +215,8 @@ def compile_step(gradients, tx):
         return optax.apply_updates(params, updates), state, ost.metrics(state)
 
     with jax.set_mesh(mesh):
-        params, state = put_on(params, mesh), put_on(tx.init(params), mesh)
-        x = put_on(np.ones((512, 64), np.float32), mesh, "data")
+        params, state = place(params, mesh), place(tx.init(params), mesh)
+        x = place(np.ones((512, 64), np.float32), mesh, "data")
         step = jax.jit(step, donate_argnums=(0, 1))
         return step.lower(params, state, x).compile()
 

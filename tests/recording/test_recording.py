@@ -360,3 +360,61 @@ def test_a_scalar_has_no_layers():
     tx = ost.record("grad", stacked=True)
     with pytest.raises(ValueError, match="stacked marks 'b', a scalar"):
         tx.init({"a": jnp.ones(2), "b": jnp.ones(())})
+
+
+# --- look= -------------------------------------------------------------------------
+
+GRADS = {"w": jnp.array([[3.0, 0.0], [0.0, 4.0]])}
+
+
+def looked_at(look, tx=None, steps=1):
+    """The metrics after a first step, and steps with ``look`` on twice the gradient."""
+    tx = ost.record("grad", every=3) if tx is None else tx
+    _, state = tx.update(GRADS, tx.init(GRADS), GRADS)
+    double = jax.tree.map(lambda x: 2 * x, GRADS)
+    for _ in range(steps):
+        _, state = tx.update(double, state, double, look=look)
+    return ost.metrics(state)
+
+
+def test_look_decides_instead_of_every():
+    assert looked_at(None)["grad/max_abs"] == 4
+    assert looked_at(None, steps=3)["grad/max_abs"] == 8
+    assert looked_at(True)["grad/max_abs"] == 8
+    assert looked_at(False, steps=3)["grad/max_abs"] == 4
+    assert looked_at(np.True_)["grad/max_abs"] == 8
+
+
+def test_a_traced_look_is_a_condition():
+    found = jax.jit(looked_at)(jnp.array(True)), jax.jit(looked_at)(jnp.array(False))
+    assert [int(each["grad/max_abs"]) for each in found] == [8, 4]
+
+
+def test_without_a_look_only_a_norm_that_is_known_is_measured():
+    assert looked_at(False)["grad/norm"] == 5
+    in_history = ost.record_history(ost.record("grad", every=3), length=2)
+    found = looked_at(False, in_history)
+    assert found["grad/norm"] == 10
+    assert found["grad/max_abs"] == 4
+
+
+def test_the_parameters_are_measured_when_the_rest_is():
+    tx = ost.record("params", of="params", every=3)
+    assert looked_at(None, tx)["params/norm"] == 5
+    assert looked_at(None, tx, steps=3)["params/norm"] == 10
+    assert looked_at(True, tx)["params/norm"] == 10
+
+
+def test_slow_metrics_of_a_history_follow_look():
+    tx = ost.record_history(ost.safe_adamw(0.1), length=4, slow_every=2)
+    state = tx.init(GRADS)
+    for look in (True, False, True):
+        _, state = tx.update(GRADS, state, GRADS, look=look)
+    seen = ost.history(state)["adam/update_rms"]
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("look", [1, 0.5, jnp.ones(2, bool)])
+def test_a_look_that_is_no_bool_is_an_error(look):
+    with pytest.raises(ValueError, match=r"look must be True or False"):
+        looked_at(look)
