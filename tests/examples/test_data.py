@@ -307,14 +307,14 @@ def test_text_too_short_for_a_window_is_counted_in_tokens(tmp_path, vocabulary):
 def test_held_out_text_is_never_trained_on(tmp_path):
     np.arange(5000, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
     corpus = data.load(tmp_path / "tokens.bin", context=16)
-    train = data.batches(corpus.train, 16, 4, seed=0)
+    train = data.Windows(corpus.train, 16, 4, seed=0)
     seen = {int(token) for step in range(200) for token in train(step).flat}
     assert len(seen) > 4400
     assert seen.isdisjoint(corpus.held_out.tolist())
 
 
 def test_every_token_is_predicted_once_per_epoch():
-    batches = data.batches(np.arange(161, dtype=np.uint16), 16, 5, seed=0)
+    batches = data.Windows(np.arange(161, dtype=np.uint16), 16, 5, seed=0)
     epochs = [np.concatenate([batches(2 * i), batches(2 * i + 1)]) for i in range(2)]
     for epoch in epochs:
         assert epoch.dtype == np.int32
@@ -325,8 +325,8 @@ def test_every_token_is_predicted_once_per_epoch():
 
 def test_batches_depend_on_the_step_alone():
     stream = np.arange(2000)
-    one, other = (data.batches(stream, 16, 4, seed=3) for _ in range(2))
+    one, other = (data.Windows(stream, 16, 4, seed=3) for _ in range(2))
     expected = [one(step) for step in range(50)]
     for step in (49, 7, 30):  # A resumed run asks for any step first.
         np.testing.assert_array_equal(other(step), expected[step])
-    assert not np.array_equal(data.batches(stream, 16, 4, seed=4)(0), expected[0])
+    assert not np.array_equal(data.Windows(stream, 16, 4, seed=4)(0), expected[0])

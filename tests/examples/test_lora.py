@@ -14,12 +14,13 @@ import model
 import numpy as np
 import pytest
 import train
-import writers
-from checkpoints import Checkpoints
 from data import batches, load
 from flax import nnx
 from input_error import InputError
 from tiers import full
+
+import optax_stability as ost
+from optax_stability.orbax import Checkpoints
 
 # What costs much to make is made in one worker.
 pytestmark = pytest.mark.xdist_group("lora")
@@ -118,11 +119,11 @@ def held_out_loss(gpt, text):
 
 
 def losses_of(folder):
-    return writers.read_json_lines(folder / "log.jsonl")["loss"]
+    return ost.read_log(folder / "log.jsonl")["loss"]
 
 
 def evaluations(folder):
-    losses = writers.read_json_lines(folder / "log.jsonl")["eval/loss"]
+    losses = ost.read_log(folder / "log.jsonl")["eval/loss"]
     return losses[np.isfinite(losses)]
 
 
