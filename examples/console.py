@@ -151,7 +151,7 @@ class Screen(Writer):
 
     def write(self, step: int, row: Row) -> None:
         """Shows a training step, an evaluation or a rewind."""
-        at = f"step {step:>{len(str(self._steps))}}  "
+        at = f"step {step:>{max(3, len(str(self._steps)))}}  "
         if "eval/loss" in row:
             self._show_evaluation(at, row)
         elif "recheck/verdict" in row:

@@ -254,7 +254,7 @@ def _check_ids(path: Path, ids: np.ndarray) -> int:
         counts += np.bincount(ids[i : i + _PART].astype(np.int64), minlength=top + 1)
     used = np.flatnonzero(counts)
     below = used[used < used[-1] // 2]
-    rare = counts[used[-1] // 2 :].sum() * 1000 < len(ids)
+    rare = counts[used[-1] // 2 :].sum() <= max(1, len(ids) // 1000)
     if len(below) and top > 1000 and rare:
         where = next(
             i + int(np.argmax(ids[i : i + _PART] == top))
