@@ -118,8 +118,8 @@ class Injector:
         def faulty(*arguments):
             leaves, *others = step(*arguments)
             if wrong.pop() if wrong else False:
-                largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
-                leaves[largest] = _flip(leaves[largest])
+                first = next(i for i, x in enumerate(leaves) if x.dtype == jnp.float32)
+                leaves = [*leaves[:first], _flip(leaves[first]), *leaves[first + 1 :]]
             return leaves, *others
 
         return faulty

@@ -7,7 +7,7 @@ the 200 to 500 batches around it; the same batches did no harm to other paramete
 *Where*: on the host, in the training loop, from the metrics that are logged anyway.
 
 *Cost*: a median and a minimum of a few numbers per step; one number per step is kept,
-for 20·``steps_back`` + 2·``patience`` steps.
+for 20·``steps_back`` + 2·``patience`` steps, and one more for each that is undone.
 
 *Source*: Chowdhery et al. 2022, "PaLM: Scaling Language Modeling with Pathways", arXiv
 2204.02311, section 5.1. The rule that detects the divergence is ours.
@@ -50,8 +50,9 @@ class RewindPolicy:
     **Rule**, for the losses lₜ of the steps that count, with non-finite ones as ∞::
 
       medₜ = median of the last ``patience`` losses
-      ref  = lowest med of the 10·steps_back steps before t
-      diverged      if medₜ > ref + ``rise``
+      refₜ = lowest med of the 10·steps_back steps before t, or what was reached by
+             step t before a rewind undid it, whichever is lower
+      diverged      if medₜ > refₜ + ``rise``
       onset         the first of these losses that is above ref + rise
       restore_step  = max(0, onset − 1 − ``steps_back``)
       skip_until    = max(restore_step + 1 + ``skip_batches``, t + 1)
@@ -62,8 +63,9 @@ class RewindPolicy:
       left to ``spike_guard``.
     * A lasting rise by more than ``rise`` is detected within ``patience`` steps, also
       right after a rewind; so is a loss that stays non-finite.
-    * After a rewind, the undone steps are forgotten and those before it are not: the
-      losses are judged as if only the steps that count had been seen.
+    * After a rewind, the losses are judged as if only the steps that count had been
+      seen, except that what had been reached by each undone step is not forgotten: so
+      trouble that returns is found again, wherever the run went back to.
     * No batch is used twice: neither those after the restored step, nor those that did
       the harm.
     * At most ``max_rewinds`` rewinds in a row. The next divergence is ``"stop"``,
@@ -140,6 +142,8 @@ class RewindPolicy:
         self._steps: list[int] = []
         self._losses: list[float] = []
         self._medians: list[float] = []
+        # The lowest median that had been reached by each step that was undone.
+        self._reached: dict[int, float] = {}
         self._rewinds, self._last_divergence = 0, 0
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> Decision:
@@ -157,7 +161,7 @@ class RewindPolicy:
         self._undo_from(step)
         if step > self._last_divergence + self._steps_back + self._skip_batches:
             self._rewinds = 0
-        reference = self._reference(step)
+        reference = min(self._lowest(step), self._reached.get(step, math.inf))
         self._append(step, loss)
         median = self._median()
         if median is None:
@@ -172,6 +176,7 @@ class RewindPolicy:
         return {
             "steps": self._steps.copy(),
             "losses": [x if math.isfinite(x) else None for x in self._losses],
+            "reached": [list(pair) for pair in self._reached.items()],
             "rewinds": self._rewinds,
             "last": self._last_divergence,
         }
@@ -181,6 +186,7 @@ class RewindPolicy:
         self._steps, self._losses, self._medians = [], [], []
         for step, loss in zip(state["steps"], state["losses"], strict=True):
             self._append(step, math.inf if loss is None else loss)
+        self._reached = dict(state["reached"])
         self._rewinds, self._last_divergence = state["rewinds"], state["last"]
 
     def _read(self, metrics: Mapping[str, Any]) -> float:
@@ -195,19 +201,25 @@ class RewindPolicy:
         return float(f"{loss:.7g}") if math.isfinite(loss) else math.inf
 
     def _undo_from(self, step: int) -> None:
-        """Forgets this step and all later ones: a rewind has undone them."""
-        while self._steps and self._steps[-1] >= step:
-            self._steps.pop()
-            self._losses.pop()
-            if self._medians:
-                self._medians.pop()
+        """Forgets this step and all later ones, but for what had been reached."""
+        first = bisect.bisect_left(self._steps, step)
+        for undone in self._steps[first:]:
+            level = min(self._lowest(undone + 1), self._reached.get(undone, math.inf))
+            if level < math.inf:
+                self._reached[undone] = level
+        count = len(self._steps) - first
+        del self._steps[first:], self._losses[first:]
+        del self._medians[max(0, len(self._medians) - count) :]
 
     def _append(self, step: int, loss: float) -> None:
         self._steps.append(step)
         self._losses.append(loss)
         if len(self._losses) >= self._patience:
             self._medians.append(statistics.median(self._recent(self._losses)))
-        kept_after = step - 2 * (self._window + self._patience)
+        memory = 2 * (self._window + self._patience)
+        kept_after = step - memory
+        for undone in [x for x in self._reached if not -memory < x - step <= memory]:
+            del self._reached[undone]
         old = bisect.bisect_right(self._steps, kept_after)
         del self._steps[:old], self._losses[:old]
         # A median counts only if all its losses are kept.
@@ -217,11 +229,12 @@ class RewindPolicy:
     def _recent(self, values: list[_T]) -> list[_T]:
         return values[-self._patience :]
 
-    def _reference(self, step: int) -> float:
+    def _lowest(self, step: int) -> float:
         """The lowest median of the window before a step; ∞ without any."""
-        first = bisect.bisect_left(self._steps, step - self._window)
-        in_window = len(self._steps) - first
-        return min(self._medians[-in_window:] if in_window else (), default=math.inf)
+        without = len(self._steps) - len(self._medians)
+        first = bisect.bisect_left(self._steps, step - self._window) - without
+        end = bisect.bisect_left(self._steps, step) - without
+        return min(self._medians[max(0, first) : max(0, end)], default=math.inf)
 
     def _median(self) -> float | None:
         """Median of the last losses; None while there are too few."""

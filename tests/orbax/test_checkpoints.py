@@ -339,3 +339,12 @@ def test_a_folder_that_is_removed_under_the_run_is_made_again(tmp_path):
 def test_a_number_of_checkpoints_that_cannot_be_is_explained(tmp_path):
     with pytest.raises(ValueError, match="keep=0 must be an integer of at least 1"):
         Checkpoints(tmp_path, keep=0)
+
+
+def test_a_run_can_end_after_a_save_that_failed(tmp_path, caplog):
+    caplog.set_level("CRITICAL", logger="absl")
+    told = []
+    with full_disk(), Checkpoints(tmp_path, report=told.append) as saved:
+        saved.save(LARGE, progress(1))
+    assert len(told) == 1
+    assert folders(tmp_path) == []

@@ -197,22 +197,32 @@ def test_the_state_stays_small():
 
 
 class Plain:
-    """The rule of the docstring, on the steps that count: float64, and nothing kept."""
+    """The rule of the docstring, spelled out."""
 
     def __init__(self, steps_back, patience, rise=0.5):
         self.memory, self.window = 2 * (10 * steps_back + patience), 10 * steps_back
         self.patience, self.rise, self.losses = patience, rise, {}
+        self.reached = {}
+
+    def lowest(self, first, last):
+        medians = self.medians().items()
+        return min((m for t, m in medians if first <= t <= last), default=math.inf)
 
     def update(self, step, loss):
         """Whether it has diverged, and since when."""
+        for undone in self.losses:
+            if undone >= step:
+                level = self.lowest(undone - self.window + 1, undone)
+                self.reached[undone] = min(level, self.reached.get(undone, math.inf))
+        near = self.reached.items()
+        self.reached = {t: x for t, x in near if -self.memory < t - step <= self.memory}
         counted = {t: x for t, x in self.losses.items() if t < step}
         counted[step] = loss if math.isfinite(loss) else math.inf
         self.losses = {t: x for t, x in counted.items() if t > step - self.memory}
-        medians = self.medians()
-        before = [m for t, m in medians.items() if step - self.window <= t < step]
-        limit = min(before, default=math.inf) + self.rise
+        before = self.lowest(step - self.window, step - 1)
+        limit = min(before, self.reached.get(step, math.inf)) + self.rise
         recent = dict(list(self.losses.items())[-self.patience :])
-        median = medians.get(step)
+        median = self.medians().get(step)
         if median is None:
             bad = sum(x == math.inf for x in recent.values())
             median = math.inf if bad > self.patience / 2 else -math.inf
@@ -254,7 +264,7 @@ def test_after_any_rewinds_only_the_steps_that_count_are_seen(
     arguments = {"steps_back": steps_back, "patience": patience}
     policy, plain, step = ost.RewindPolicy(**arguments), Plain(**arguments), 0
     line = {}  # The steps that count, with their losses.
-    farthest = 0
+    farthest = undone = 0
     for count, loss, back, restored in pieces:
         for _ in range(count):
             step += 1
@@ -264,13 +274,15 @@ def test_after_any_rewinds_only_the_steps_that_count_are_seen(
             assert found == plain.update(step, loss)
         if farthest - step <= 10 * steps_back + patience:
             fresh = ost.RewindPolicy(**arguments)
-            assert found == since(
-                [fresh.update(t, {"loss": line[t]}) for t in line][-1]
-            )
+            alone = since([fresh.update(t, {"loss": line[t]}) for t in line][-1])
+            # Where nothing was undone it knows no more than these; elsewhere it also
+            # knows what had been reached, and is never more lenient.
+            assert found == alone or (found is not None and step <= undone)
         if restored:
             state = json.dumps(policy.get_state(), allow_nan=False)
             policy = ost.RewindPolicy(**arguments)
             policy.set_state(json.loads(state))
+        undone = max(undone, step if back else 0)
         step = max(0, step - back)
 
 
@@ -297,15 +309,24 @@ def test_a_rise_for_good_is_found_after_anything(
     assert set(actions[:patience]) != {"continue"}
 
 
-def test_trouble_that_returns_ends_the_run():
-    """The loss that was reached is the reference still, and so in the end it stops."""
+@pytest.mark.parametrize("onset", [40, 60, 100, 300])
+def test_trouble_that_returns_ends_the_run(onset):
+    """What had been reached is the reference still, even back at the first steps."""
     policy = ost.RewindPolicy(steps_back=20, skip_batches=20)
     taken, rewinds, end = simulate(
-        lambda step, batch: falling(step) if batch < 300 else 5.55, policy, steps=900
+        lambda step, batch: falling(step) if batch < onset else 5.55, policy, steps=900
     )
     assert (len(rewinds), end) == (3, "stop")
-    assert len(taken) < 310
-    assert max(seen for seen, _, _ in rewinds) < 317
+    assert len(taken) <= onset + 16
+
+
+def test_a_run_that_goes_back_and_is_as_good_as_before_is_left_alone():
+    def loss_of(step, batch):
+        return 5.55 if 300 <= batch < 313 else falling(step) + 0.1 * (batch > 312)
+
+    policy = ost.RewindPolicy(steps_back=200, skip_batches=20, max_rewinds=1)
+    _, rewinds, end = simulate(loss_of, policy, steps=600)
+    assert (len(rewinds), end) == (1, "end")
 
 
 @pytest.mark.parametrize("number", [np.float32(2), np.array(2.0), 2])
