@@ -23,9 +23,9 @@ from optax_stability.orbax import Checkpoints, select_checkpoints
 # Evaluations and checkpoints fall apart on purpose.
 SCHEDULE = Schedule(steps=24, eval_every=6, checkpoint_every=4)
 HARMFUL = {9, 10, 24, 29}
-# The guard skips these; the batches of the first two are bad whenever they are tried,
-# and those of the last are skipped once more when they are drawn again.
-FLAGGED = {3, 14, 19, 20, 22, 35, 36, 41, 43}
+# The guard skips these. 3 and 14 are bad whenever they are tried; 11 is that of a rewind;
+# some of the others are skipped once more when they are drawn again.
+FLAGGED = {3, 11, 14, 19, 20, 22, 35, 36, 41, 43}
 BAD_DATA = {3, 14}
 KEEP = 4
 
@@ -469,6 +469,8 @@ def test_what_is_wrong_with_the_machine_is_trained_on_after_all(tmp_path):
     log, seen = tmp_path / "log.jsonl", []
 
     class Noted(NumpyRun):
+        flagged = FLAGGED - {11}
+
         def advance(self):
             drawn, metrics = super().advance()
             seen.append((drawn, bool(metrics["skip/skipped"])))
@@ -490,9 +492,30 @@ def test_what_is_wrong_with_the_machine_is_trained_on_after_all(tmp_path):
     assert len(set(trained)) == len(trained)
 
 
+def test_a_rewind_passes_over_what_was_to_be_drawn_again(tmp_path):
+    drawn = []
+
+    class Noted(NumpyRun):
+        flagged = frozenset({10})  # Of the three bad ones, and normal afterwards.
+
+        def advance(self):
+            found = super().advance()
+            drawn.append(found[0])
+            return found
+
+    log = tmp_path / "log.jsonl"
+    go(Memory({}), log, run=Noted)
+    assert rewinds(log)[0] == (11, 8, 12)
+    assert [row["recheck/verdict"] for row in rechecks(log).values()] == [0]
+    assert not any(each.again for each in drawn)
+
+
 def test_flagged_batches_are_kept_as_text_the_worst_window_first(tmp_path):
+    class Kept(NumpyRun):
+        flagged = FLAGGED - {11}
+
     folder = tmp_path / "flagged"
-    go(Memory({}), tmp_path / "log.jsonl", policy=quiet, kept=folder)
+    go(Memory({}), tmp_path / "log.jsonl", run=Kept, policy=quiet, kept=folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         f"step_{n}.txt" for n in (3, 14, 19, 20, 22)
     )
