@@ -23,8 +23,8 @@ from optax_stability.orbax import Checkpoints, select_checkpoints
 # Evaluations and checkpoints fall apart on purpose.
 SCHEDULE = Schedule(steps=24, eval_every=6, checkpoint_every=4)
 HARMFUL = {9, 10, 24, 29}
-# The guard skips these. 3 and 14 are bad whenever they are tried; 11 is that of a rewind;
-# some of the others are skipped once more when they are drawn again.
+# The guard skips these. 3 and 14 are bad whenever they are tried, 11 is that of a
+# rewind, and some of the others are skipped once more when they are drawn again.
 FLAGGED = {3, 11, 14, 19, 20, 22, 35, 36, 41, 43}
 BAD_DATA = {3, 14}
 KEEP = 4
@@ -496,7 +496,7 @@ def test_a_rewind_passes_over_what_was_to_be_drawn_again(tmp_path):
     drawn = []
 
     class Noted(NumpyRun):
-        flagged = frozenset({10})  # Of the three bad ones, and normal afterwards.
+        flagged = frozenset({11})
 
         def advance(self):
             found = super().advance()
@@ -504,8 +504,9 @@ def test_a_rewind_passes_over_what_was_to_be_drawn_again(tmp_path):
             return found
 
     log = tmp_path / "log.jsonl"
-    go(Memory({}), log, run=Noted)
-    assert rewinds(log)[0] == (11, 8, 12)
+    decision = ost.Decision("rewind", 8, 14)
+    go(Memory({}), log, run=Noted, policy=lambda: Scripted(12, decision))
+    assert rewinds(log) == [(12, 8, 13)]
     assert [row["recheck/verdict"] for row in rechecks(log).values()] == [0]
     assert not any(each.again for each in drawn)
 
