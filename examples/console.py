@@ -67,7 +67,8 @@ def _speed(row: Row, steps_left: int, tokens_per_step: float) -> str:
         return "eta –  – tok/s"
     speed = row["perf/tokens_per_second"]
     use = f" mfu {row['perf/mfu']:.0%}" if "perf/mfu" in row else ""
-    eta = timedelta(seconds=round(steps_left * tokens_per_step / speed))
+    left = min(round(steps_left * tokens_per_step / speed), 10**9)
+    eta = timedelta(seconds=left)  # which has a largest value
     return f"eta {eta}  {count(speed)} tok/s{use}"
 
 

@@ -411,6 +411,12 @@ def test_the_line_tells_speed_and_use_and_time_left(capsys):
     assert "  eta –  – tok/s  clipped" in second
 
 
+@pytest.mark.parametrize("speed", [1e-300, 1e300])
+def test_any_speed_has_a_time_left(capsys, speed):
+    screen_of([{"loss": 1.0, "perf/tokens_per_second": speed}, {"loss": 1.0}], 1)
+    assert "eta" in capsys.readouterr().out
+
+
 def test_a_narrow_terminal_shows_the_time_left(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -14,7 +14,7 @@ import model
 import numpy as np
 import pytest
 import train
-from data import batches, load
+from data import Windows, load
 from flax import nnx
 from input_error import InputError
 from tiers import full
@@ -112,7 +112,7 @@ def arrays_of(folder):
 
 def held_out_loss(gpt, text):
     """As a run of this batch size evaluates."""
-    held_out = batches(load(text, SMALL.context).held_out, SMALL.context, BATCH_SIZE, 0)
+    held_out = Windows(load(text, SMALL.context).held_out, SMALL.context, BATCH_SIZE, 0)
     return np.mean(
         [loss_of(gpt, jnp.asarray(held_out(i))) for i in range(EVAL_BATCHES)]
     )

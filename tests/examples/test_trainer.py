@@ -1,10 +1,12 @@
 """The loop of a run: killed at any moment, it takes the course it would have taken."""
 
 import copy
+import itertools
 import json
 import multiprocessing
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import flagged
@@ -393,6 +395,44 @@ def test_a_thousand_interruptions_and_damages_change_nothing(tmp_path, policy):
                 scratch(log, random)
         assert course(Memory(disk, keep), log, *ended) == expected
     survival.count(survival.KILLS, suffered)
+
+
+class Terminated(Life):
+    """Is asked to stop at the given call, whatever is going on."""
+
+    def tick(self, name):
+        del name
+        self.calls += 1
+        if self.calls == self.left:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=full), 7])
+def test_a_signal_at_any_call_stops_it_after_the_step(tmp_path, undisturbed, every):
+    """Also while it evaluates, saves, goes back or looks at a batch again."""
+    expected, calls = undisturbed(AfterThree)
+    log = tmp_path / "log.jsonl"
+    for at in range(1, calls + 1, every):
+        saved = Memory({})
+        log.unlink(missing_ok=True)
+        with ost.StopRequest() as stop:
+            trainer, run = go(saved, log, life=Terminated(at), due=stop.due)
+        assert stop.requested == "SIGTERM"
+        assert saved.available()[0]["batch"] == run.batch  # Nothing would be lost.
+        if run.step < SCHEDULE.steps:
+            saved = Memory(saved.disk)
+            trainer, run = go(saved, log)
+        assert course(saved, log, trainer, run) == expected, at
+        survival.count(survival.STOPS)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, undisturbed, monkeypatch):
+    expected, _ = undisturbed(AfterThree)
+    jumps = itertools.cycle([1e9, -1e9, 0.0, 0.0])
+    for name in ("time", "monotonic", "perf_counter"):
+        monkeypatch.setattr(time, name, lambda: next(jumps))
+    log, saved = tmp_path / "log.jsonl", Memory({})
+    assert course(saved, log, *go(saved, log)) == expected
 
 
 def test_a_last_checkpoint_that_cannot_be_saved_is_one_line(tmp_path):
