@@ -30,7 +30,7 @@ def verified(step: Callable, structure: Any, say: Callable[[str], object]) -> Ca
             raise FailedError(str(error)) from error
         if name is not None:
             problem = f"{name} had other bits when the step was run again"
-            say(f"this device computes wrong numbers: {problem}; a third run agreed")
+            say(f"this device computes wrong numbers: {problem}; two more runs agreed")
         found = {"verify/differs": np.float32(name is not None)}
         return jax.tree.leaves(made["state"]), made["metrics"] | found
 
