@@ -25,6 +25,7 @@ from rich.table import Table
 sys.path.append(str(Path(__file__).parent / "gpt"))
 import faults
 import train
+from command import run_command
 from config import Config
 from input_error import InputError
 from trainer import DivergedError
@@ -192,7 +193,7 @@ def compare(comparison: Comparison) -> dict[str, Rows]:
 
 def main() -> None:
     """Runs the command line."""
-    train.run_command(lambda: compare(tyro.cli(Comparison)))
+    run_command(lambda: compare(tyro.cli(Comparison)))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,22 @@
 """Shows a run on the console while it trains."""
 
+import contextlib
 import math
+import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
+import devices
+from flagged import MACHINE, align
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.table import Column
 from rich.text import Text
 from writers import Row, Writer
+
+import optax_stability as ost
 
 
 def count(value: float) -> str:
@@ -56,17 +64,47 @@ def _gradient(row: Row) -> str:
 def _speed(row: Row, steps_left: int, tokens_per_step: float) -> str:
     """Tokens per second, the share of the device in use, and the time left."""
     if "perf/tokens_per_second" not in row:
-        return "– tok/s  eta –"
+        return "eta –  – tok/s"
     speed = row["perf/tokens_per_second"]
     use = f" mfu {row['perf/mfu']:.0%}" if "perf/mfu" in row else ""
-    eta = timedelta(seconds=round(steps_left * tokens_per_step / speed))
-    return f"{count(speed)} tok/s{use}  eta {eta}"
+    left = min(round(steps_left * tokens_per_step / speed), 10**9)
+    eta = timedelta(seconds=left)  # which has a largest value
+    return f"eta {eta}  {count(speed)} tok/s{use}"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text without control characters."""
     keep = [c if c.isprintable() or c == "\n" else "\ufffd" for c in text.expandtabs(4)]
     return "".join(keep)
+
+
+def warn(text: str) -> None:
+    """Prints what is wrong with a file, as one line, by the first process."""
+    if devices.is_first():
+        sys.stderr.write(f"note: {text}\n")
+
+
+@contextlib.contextmanager
+def explaining(
+    out: Path, title: str, history: Callable[[], dict], screen: "Screen"
+) -> Iterator[None]:
+    """Writes report and picture of the run within the block, also if that fails."""
+    try:
+        yield
+    finally:
+        if devices.is_first():
+            columns = ost.read_log(out / "log.jsonl", report=warn)
+            kept = history() or columns
+            kept |= align(columns, kept["step"])
+            for finding in ost.diagnose(kept):
+                screen.say(str(finding), "bold")
+            try:
+                ost.write_report(kept, out / "report.html", title=title)
+                ost.plot_history(columns, out / "training.png")
+            except OSError as error:
+                warn(f"cannot write a report to {out} ({error.strerror})")
+            else:
+                screen.say(f"log, picture and report are in {out}")
 
 
 class Screen(Writer):
@@ -94,7 +132,7 @@ class Screen(Writer):
             highlight=False, markup=False, soft_wrap=True, quiet=quiet
         )
         self._steps, self._log_every, self._unit = steps, log_every, unit
-        self._written = self._clipped = 0
+        self._written = self._clipped = self._not_finite = 0
         self._loss, self._held_out = math.nan, _held_out(before or {}, unit)[0]
         done = int(before["step"]) if before else 0
         bar = BarColumn(None, table_column=Column(ratio=1))  # takes the remaining width
@@ -110,13 +148,15 @@ class Screen(Writer):
 
     def say(self, text: str, style: str = "") -> None:
         """Prints above the live lines."""
-        self.console.print(Text(text, style))
+        self.console.print(Text(printable(text), style))
 
     def write(self, step: int, row: Row) -> None:
         """Shows a training step, an evaluation or a rewind."""
-        at = f"step {step:>{len(str(self._steps))}}  "
+        at = f"step {step:>{max(3, len(str(self._steps)))}}  "
         if "eval/loss" in row:
             self._show_evaluation(at, row)
+        elif "recheck/verdict" in row:
+            self._show_recheck(row)
         elif "rewind/to" in row:
             to = f"back to step {row['rewind/to']:.0f}, continuing with other batches"
             self.say(f"{at}the loss has diverged: {to}", "bold red")
@@ -128,21 +168,35 @@ class Screen(Writer):
         text = f"held-out loss {row['eval/loss']:.3f} = {self._held_out} bits/{unit}"
         self.say(f"{at}{text}  after {count(row['tokens'])} {self._unit}s", "bold")
 
+    def _show_recheck(self, row: Row) -> None:
+        text = f"the batch of step {row['recheck/step']} was flagged; its loss is now "
+        text += f"{row['recheck/loss']:.3g}: "
+        verdict = "the data, "
+        if row["recheck/verdict"] == MACHINE:
+            verdict = "the machine, and the batch is trained on after all; "
+        self.say(f"{text}{verdict}highest in {row['recheck/origin']}", "bold")
+
     def _show_step(self, at: str, step: int, row: Row) -> None:
         # A moving average, because single losses are noisy. Non-finite losses are left
         # out, and probes, which are measured on the kept parameters.
-        if math.isfinite(row["loss"]) and not row.get("branch/probed"):
+        finite = math.isfinite(row["loss"])
+        self._not_finite = 0 if finite else self._not_finite + 1
+        if finite and not row.get("branch/probed"):
             old = self._loss if math.isfinite(self._loss) else row["loss"]
             self._loss = 0.9 * old + 0.1 * row["loss"]
         self._written += 1
         self._clipped += (
             row["grad/norm"] > row["clip/limit"] and not row["skip/skipped"]
         )
-        first = f"loss {_or_dash(self._loss, '.3f')} val {self._held_out}  "
+        loss = _or_dash(self._loss, ".3f")
+        if self._not_finite:
+            times = f" for {self._not_finite} steps" * (self._not_finite > 1)
+            loss = f"not finite{times}"
+        first = f"loss {loss} val {self._held_out}  "
         first += f"lr {row['learning_rate']:.1e}  {_gradient(row)}"
-        second = f"clipped {self._clipped / self._written:.0%} "
-        second += f"skipped {row['skip/total']:.0f}  {_branch(row)}{_noise(row)}  "
-        second += _speed(row, self._steps - step, row["tokens"] / step)
+        second = _speed(row, self._steps - step, row["tokens"] / step) + "  "
+        second += f"clipped {self._clipped / self._written:.0%} "
+        second += f"skipped {row['skip/total']:.0f}  {_branch(row)}{_noise(row)}"
         self._bar.update(self._task, completed=step)
         # Two lines, because one would be wider than most terminals.
         self._live.update(Group(self._bar, Text(f"{first}\n{second}")))
@@ -154,6 +208,6 @@ class Screen(Writer):
         self.say(
             "\n" + " held-out text, and how the model continues it ".center(79, "─")
         )
-        parts = (_printable(prompt), "dim"), (_printable(written), "bold green")
+        parts = (printable(prompt), "dim"), (printable(written), "bold green")
         self.console.print(Text.assemble(*parts))
         self.say("─" * 79)

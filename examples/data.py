@@ -2,22 +2,33 @@
 
 Text is read as bytes, one token each, or split into tokens by a tokenizer file on disk:
 a ``tokenizer.json`` of Hugging Face's tokenizers, or a ``*.tiktoken`` file of ranks. A
-``.bin`` file holds uint16 token ids without a header, as nanoGPT writes them.
+``.bin`` file holds token ids, as nanoGPT or llm.c write them.
 """
 
 import base64
+import bisect
 import dataclasses
 import importlib.util
+import itertools
 import random
+import string
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
+from console import count
 from input_error import InputError
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "idlelib", "lib2to3", "test", "tests"}
+
+# How files of the usual compressed formats start.
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\x03\x04", b"\x28\xb5\x2f\xfd")
+# The headers of llm.c: magic number and version, and the type of the ids behind it.
+_LLM_C = {(20240520, 1): np.uint16, (20240801, 7): np.uint32}
+_HEADER = 1024
+_PART = 1 << 24  # Ids that are looked at together.
 
 # The pieces into which tiktoken splits text before it merges bytes: GPT-4's
 # cl100k_base.
@@ -120,6 +131,8 @@ class Corpus:
       unit: ``"byte"`` or ``"token"``.
       bytes_per_token: mean of the held-out part; None if no tokenizer is known.
       tokenizer: the tokenizer of the ids; None for bytes, or if it is not known.
+      files: names of the files, and where in the stream each starts.
+      left_out: what was left out, and why, as sentences.
     """
 
     name: str
@@ -129,6 +142,18 @@ class Corpus:
     unit: str
     bytes_per_token: float | None
     tokenizer: Tokenizer | None = None
+    files: tuple[tuple[str, int], ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Name and size."""
+        return f"{self.name}, {count(len(self.train))} {self.unit}s"
+
+    def origin(self, position: int) -> str:
+        """The file of a token to train on, and its offset there."""
+        at = bisect.bisect_right(self.files, position, key=lambda file: file[1]) - 1
+        name, start = self.files[at]
+        return f"{name}, {self.unit} {position - start}"
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Converts tokens to text, or to numbers if no tokenizer is known.
@@ -160,28 +185,87 @@ def _files(root: Path, pattern: str = "*", without: Iterable[str] = ()) -> list[
     return files
 
 
-def _is_text(content: bytes) -> bool:
-    """Whether this is UTF-8 without NUL bytes; the file name does not matter."""
+def _why_no_text(content: bytes) -> str | None:
+    """Why this is not text; None for UTF-8 without NUL bytes, whatever its name is."""
+    if content.startswith(_COMPRESSED):
+        return "it is compressed"
+    if b"\0" in content:
+        return f"it has a NUL byte at offset {content.index(0)}"
     try:
-        return b"\0" not in content and bool(content.decode("utf-8"))
-    except UnicodeDecodeError:
-        return False
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = content[error.start]
+        return f"it is not UTF-8: byte 0x{bad:02x} at offset {error.start}"
+    return None if content else "it is empty"
 
 
-def _read_texts(files: Iterable[Path]) -> list[bytes]:
-    """The content of all files that are text."""
-    return list(filter(_is_text, (path.read_bytes() for path in files)))
+def _read_texts(files: Iterable[Path]) -> tuple[dict[str, bytes], dict[str, str]]:
+    """The content of the files that are text, and why the others are not."""
+    texts, refused = {}, {}
+    for path in files:
+        content = path.read_bytes()
+        why = _why_no_text(content)
+        if why is None:
+            texts[str(path)] = content
+        else:
+            refused[str(path)] = why
+    return texts, refused
 
 
-def _read_ids(path: Path) -> np.ndarray:
-    """The token ids of a ``.bin`` file, memory-mapped."""
+def _read_ids(path: Path) -> tuple[np.ndarray, int]:
+    """The token ids of a ``.bin`` file, memory-mapped, and the bytes before them."""
+
+    def refuse(problem: str) -> InputError:
+        remedy = "write uint16 tokens, as nanoGPT's prepare.py does"
+        return InputError(f"--data: {path} {problem}; {remedy}")
+
     size = path.stat().st_size
+    head = np.fromfile(path, np.uint8, 4096).tobytes()
     if not size or size % 2:
-        raise InputError(
-            f"--data: {path} has {size} bytes, which is not a sequence of uint16 "
-            "tokens; write it as nanoGPT's prepare.py does"
+        raise refuse(f"has {size} bytes, which is not a sequence of uint16 tokens")
+    if not head.translate(None, string.printable.encode()):
+        raise refuse("is text, not token ids")
+    magic, version, count = np.frombuffer(head[:12].ljust(12, b"\0"), np.int32)
+    dtype = _LLM_C.get((int(magic), int(version)))
+    if dtype is not None:
+        if size != _HEADER + count * np.dtype(dtype).itemsize:
+            raise refuse(f"has {size} bytes, but its header says {count} tokens")
+        return np.memmap(path, dtype, mode="r", offset=_HEADER), _HEADER
+    # 32 or 64 bits per id: the upper halves of all ids are (nearly) 0.
+    words = np.frombuffer(head[: len(head) // 8 * 8], np.uint16).reshape(-1, 4)
+    for dtype in (np.uint64, np.uint32):
+        step = np.dtype(dtype).itemsize // 2
+        low, high = words[:, ::step], np.delete(words, np.s_[::step], axis=1)
+        if low.size and low.max() > 255 and high.max() < 16:
+            if size % np.dtype(dtype).itemsize:
+                raise refuse(f"looks like {np.dtype(dtype)} ids, and is cut off")
+            return np.memmap(path, dtype, mode="r"), 0
+    return np.memmap(path, np.uint16, mode="r"), 0
+
+
+def _check_ids(path: Path, ids: np.ndarray) -> int:
+    """The number of ids up to the highest; refuses one far above all others."""
+    top = max(int(ids[i : i + _PART].max()) for i in range(0, len(ids), _PART))
+    if top >= 2**20:
+        problem = f"has a token id of {top}, which no vocabulary has"
+        raise InputError(f"--data: {path} {problem}; write uint16 tokens")
+    counts = np.zeros(top + 1, np.int64)
+    for i in range(0, len(ids), _PART):
+        counts += np.bincount(ids[i : i + _PART].astype(np.int64), minlength=top + 1)
+    used = np.flatnonzero(counts)
+    below = used[used < used[-1] // 2]
+    rare = counts[used[-1] // 2 :].sum() <= max(1, len(ids) // 1000)
+    if len(below) and top > 1000 and rare:
+        where = next(
+            i + int(np.argmax(ids[i : i + _PART] == top))
+            for i in range(0, len(ids), _PART)
+            if (ids[i : i + _PART] == top).any()
         )
-    return np.memmap(path, np.uint16, mode="r")
+        problem = f"has id {top} at token {where}, far above nearly all others, which "
+        problem += f"end at {below[-1]}"
+        remedy = "mend the file, or give the --tokenizer that made it"
+        raise InputError(f"--data: {path} {problem}; {remedy}")
+    return top + 1
 
 
 def _split(stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -201,48 +285,79 @@ def _split_texts(texts: list[bytes]) -> tuple[list[bytes], list[bytes]]:
     return first, last
 
 
-def _encode(tokenizer: Tokenizer, texts: Iterable[bytes]) -> np.ndarray:
+def _encode(tokenizer: Tokenizer, texts: Iterable[bytes]) -> list[np.ndarray]:
     """Encodes text by text, which takes less time and memory than all at once."""
     ids = (tokenizer.encode(text.decode(errors="ignore")) for text in texts)
-    return np.concatenate([np.array(each, np.int32) for each in ids])
+    return [np.array(each, np.int32) for each in ids]
 
 
 def _load_ids(path: Path, tokenizer: Tokenizer | None) -> Corpus:
     """Loads a ``.bin`` file; ``val.bin`` beside ``train.bin`` is the held-out part."""
     val = path.with_name("val.bin")
+    ids, header = _read_ids(path)
     if path.name == "train.bin" and val.is_file():
-        train, held_out = _read_ids(path), _read_ids(val)
+        train, held_out = ids, _read_ids(val)[0]
     else:
-        train, held_out = _split(_read_ids(path))
-    vocabulary = 1 + int(max(train.max(initial=0), held_out.max(initial=0)))
+        train, held_out = _split(ids)
     size = None
-    if tokenizer is not None:
+    if tokenizer is None:
+        vocabulary = max(_check_ids(*each) for each in ((path, train), (val, held_out)))
+    else:
+        vocabulary = 1 + int(max(train.max(initial=0), held_out.max(initial=0)))
         if vocabulary > tokenizer.vocabulary:
             problem = f"{path} has ids up to {vocabulary - 1}, but the tokenizer only"
             remedy = f"up to {tokenizer.vocabulary - 1}; give the one that made the ids"
             raise InputError(f"--tokenizer: {problem} {remedy}")
         vocabulary, part = tokenizer.vocabulary, held_out[:100_000].tolist()
         size = len(tokenizer.decode(part).encode()) / max(1, len(part))
-    return Corpus(path.name, train, held_out, vocabulary, "token", size, tokenizer)
+    note = f"{path}: {ids.dtype} ids" + " behind a header of llm.c" * bool(header)
+    notes = (note,) if header or ids.dtype != np.uint16 else ()
+    files = ((str(path), 0),)
+    parts = train, held_out, vocabulary, "token", size, tokenizer
+    return Corpus(path.name, *parts, files, notes)
+
+
+def _say_left_out(refused: dict[str, str]) -> tuple[str, ...]:
+    """Sentences about the files of a folder that are not text, by reason."""
+    kinds = ("it is compressed", "it has a NUL", "it is not UTF-8", "it is empty")
+    said = []
+    for kind in kinds:
+        names = [name for name, why in refused.items() if why.startswith(kind)]
+        if names:
+            which = f"{names[0]}" + f" and {len(names) - 1} more" * (len(names) > 1)
+            said.append(f"left out {which}: {refused[names[0]]}")
+    return tuple(said)
 
 
 def _load_text(path: Path | None, tokenizer: Tokenizer | None) -> Corpus:
     if path is None:
         library = Path(sysconfig.get_paths()["stdlib"])
         name = "Python's standard library"
-        texts = _read_texts(_files(library, "*.py", without=_NOT_LIBRARY))
+        found, refused = _read_texts(_files(library, "*.py", without=_NOT_LIBRARY))
+        refused = {}
     else:
         name = path.resolve().name
-        texts = _read_texts(_files(path) if path.is_dir() else [path])
-    if not texts:
+        found, refused = _read_texts(_files(path) if path.is_dir() else [path])
+        if not found and refused and not path.is_dir():
+            remedy = "give a text file in UTF-8"
+            raise InputError(f"--data: {path}: {refused[str(path)]}; {remedy}")
+    if not found:
         raise InputError(f"--data: no UTF-8 text in {path or name}; give a text file")
-    parts = _split_texts([*(text + b"\n" for text in texts[:-1]), texts[-1]])
+    *firsts, last = found.values()
+    texts = [*(text + b"\n" for text in firsts), last]
+    parts = _split_texts(texts)
     if tokenizer is None:
         train, held_out = (np.frombuffer(b"".join(part), np.uint8) for part in parts)
-        return Corpus(name, train, held_out, 256, "byte", bytes_per_token=1.0)
-    train, held_out = (_encode(tokenizer, part) for part in parts)
-    size = sum(map(len, parts[1])) / max(1, len(held_out))
-    return Corpus(name, train, held_out, tokenizer.vocabulary, "token", size, tokenizer)
+        lengths, known = map(len, texts), (256, "byte", 1.0, None)
+    else:
+        encoded = [_encode(tokenizer, part) for part in parts]
+        train, held_out = map(np.concatenate, encoded)
+        lengths = map(len, encoded[0])
+        size = sum(map(len, parts[1])) / max(1, len(held_out))
+        known = tokenizer.vocabulary, "token", size, tokenizer
+    starts = itertools.accumulate(lengths, initial=0)
+    files = tuple(zip(found, starts, strict=False))
+    return Corpus(name, train, held_out, *known, files, _say_left_out(refused))
 
 
 def load(path: Path | None, context: int, vocabulary: Path | None = None) -> Corpus:
@@ -277,32 +392,25 @@ def load(path: Path | None, context: int, vocabulary: Path | None = None) -> Cor
     return corpus
 
 
-class _Windows:
-    """Random access to windows; each ends with the first token of the next.
+class Windows:
+    """Endless batches of windows by index, reshuffled every epoch.
 
-    A window predicts all its tokens but the first, so each token is predicted once per
-    epoch.
+    Each window ends with the first token of the next and predicts all its tokens but
+    the first, so each token is predicted once per epoch. A batch depends only on the
+    arguments and its index: there is no iterator whose state must be saved.
     """
 
-    def __init__(self, stream: np.ndarray, context: int):
+    def __init__(self, stream: np.ndarray, context: int, batch_size: int, seed: int):
+        """Takes a stream of tokens."""
         self._stream, self._context = stream, context
+        numbers = grain.MapDataset.range((len(stream) - 1) // context)
+        self._numbers = numbers.shuffle(seed).repeat().batch(batch_size)
 
-    def __len__(self) -> int:
-        return (len(self._stream) - 1) // self._context
+    def starts(self, index: int) -> np.ndarray:
+        """Where in the stream the windows of a batch start."""
+        return np.asarray(self._numbers[index]) * self._context
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        start = index * self._context
-        return self._stream[start : start + self._context + 1].astype(np.int32)
-
-
-def batches(
-    stream: np.ndarray, context: int, batch_size: int, seed: int
-) -> Callable[[int], np.ndarray]:
-    """Endless batches by step, int32[batch_size, context + 1], reshuffled every epoch.
-
-    A batch depends only on the arguments and the step. A run resumes by asking for its
-    next step: there is no iterator whose state must be saved.
-    """
-    windows = grain.MapDataset.source(_Windows(stream, context))
-    shuffled = windows.shuffle(seed).repeat().batch(batch_size)
-    return lambda step: np.asarray(shuffled[step])
+    def __call__(self, index: int) -> np.ndarray:
+        """A batch, int32[batch_size, context + 1]."""
+        at = self.starts(index)[:, None] + np.arange(self._context + 1)
+        return self._stream[at].astype(np.int32)

@@ -81,6 +81,12 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     return sizes
 
 
+def describe(text: str | None) -> str:
+    """The number and the kind of all devices, and the mesh if one was given."""
+    mesh = f" as {text}" if text else ""
+    return f"{jax.device_count()} {jax.default_backend()}{mesh}"
+
+
 def make_mesh(text: str | None) -> Mesh:
     """A mesh of the devices of all processes; see :func:`parse_mesh`."""
     sizes = parse_mesh(text)

@@ -6,6 +6,7 @@ A fault is written ``KIND@BATCH``, ``KIND@BATCHxLENGTH`` or ``KIND=SIZE@BATCH…
     scale=1e6@300   the gradient of batch 300 is a million times as large
     bytes@300x5     batches 300 to 304 are random tokens
     surge=30@300x20 the learning rate is thirty times as large for twenty batches
+    flip@300        one bit of the state after batch 300 is wrong, unless recomputed
 
 Only ``scale`` and ``surge`` have a size.
 
@@ -16,14 +17,16 @@ never drawn twice, and neither is its fault repeated.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 # The default factor of each kind; NaN if the kind takes no size.
-SIZES = {"nan": float("nan"), "scale": 1e4, "bytes": float("nan"), "surge": 30.0}
+SIZES = {"nan": math.nan, "scale": 1e4, "bytes": math.nan, "surge": 30.0}
+SIZES |= {"flip": math.nan}
 _FORM = re.compile(
     r"(?P<kind>[a-z]+)(=(?P<size>[0-9.e+-]+))?@(?P<first>\d+)(x(?P<length>[1-9]\d*))?"
 )
@@ -34,7 +37,7 @@ class Fault:
     """A fault in one or more consecutive batches.
 
     Attributes:
-      kind: ``"nan"``, ``"scale"``, ``"bytes"`` or ``"surge"``.
+      kind: ``"nan"``, ``"scale"``, ``"bytes"``, ``"surge"`` or ``"flip"``.
       first: number of the first batch, from 1.
       length: number of consecutive batches.
       size: factor on the gradient or on the learning rate.
@@ -83,11 +86,12 @@ class Injector:
         """Takes the faults; random tokens are below ``vocabulary``."""
         self._faults, self._vocabulary = tuple(faults), vocabulary
 
+    def _hit(self, kind: str, batch: int) -> bool:
+        return any(x.kind == kind and x.hits(batch) for x in self._faults)
+
     def corrupt(self, windows: np.ndarray, batch: int) -> np.ndarray:
         """The batch, or random tokens instead; they depend only on its number."""
-        if not any(
-            fault.kind == "bytes" and fault.hits(batch) for fault in self._faults
-        ):
+        if not self._hit("bytes", batch):
             return windows
         random = np.random.default_rng(batch)
         return random.integers(
@@ -103,6 +107,28 @@ class Injector:
             "gradient": np.float32(math.prod(gradient)),
             "surge": np.float32(math.prod(surge)),
         }
+
+    def flipping(self, step: Callable, batch: int) -> Callable:
+        """The step, which returns a list of arrays first; its first run may flip a bit.
+
+        Only the first: a step that is run again from the same state is right then.
+        """
+        wrong = [self._hit("flip", batch)]
+
+        def faulty(*arguments):
+            leaves, *others = step(*arguments)
+            if wrong.pop() if wrong else False:
+                first = next(i for i, x in enumerate(leaves) if x.dtype == jnp.float32)
+                leaves = [*leaves[:first], _flip(leaves[first]), *leaves[first + 1 :]]
+            return leaves, *others
+
+        return faulty
+
+
+def _flip(x: jax.Array) -> jax.Array:
+    """Flips the lowest bit of the first entry of a float32 array."""
+    word, first = x.view(jnp.uint32), (0,) * x.ndim
+    return word.at[first].set(word[first] ^ 1).view(x.dtype)
 
 
 def scale_by_surge() -> optax.GradientTransformationExtraArgs:

@@ -23,15 +23,18 @@ import tyro
 from flax import nnx
 
 sys.path.append(str(Path(__file__).parent / "gpt"))
+import console
 import data
 import devices
 import train
 import training
-from checkpoints import Checkpoints
+from command import run_command
 from config import FIXED, Config, check
 from input_error import InputError
 from model import GPT, SIZES
 from resuming import Resume, as_json
+
+from optax_stability.orbax import Checkpoints
 
 # The manual that ``help("if")`` shows: English, and part of every Python installation.
 MANUAL = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
@@ -57,8 +60,8 @@ class Flags:
     """Optimizer steps."""
     learning_rate: float = 3e-3
     """Peak of the schedule."""
-    warmup_steps: int = 20
-    """Steps over which the learning rate rises to its peak."""
+    warmup_steps: int | None = None
+    """Steps in which the rate rises to its peak; by default a tenth, at most 50."""
     inject: tuple[str, ...] = ()
     """Faults to inject, such as nan@100; see examples/faults.py."""
     sample_tokens: int = 300
@@ -113,8 +116,9 @@ def load(folder: Path) -> tuple[Config, GPT]:
     if not (folder / "checkpoints").is_dir():
         remedy = "train one with gpt/train.py, or check the path"
         raise InputError(f"--base: no checkpoints in {folder}; {remedy}")
-    with Checkpoints(folder / "checkpoints", read_only=True) as saved:
-        newest = next(iter(saved.available()), None)
+    where, report = folder / "checkpoints", console.warn
+    with Checkpoints(where, read_only=True, report=report) as saved:
+        newest = saved.newest()
         if newest is None:
             raise InputError(f"--base: no complete checkpoint in {folder}; train again")
         settings = newest["settings"]
@@ -207,7 +211,7 @@ def save(model: GPT, config: Config, folder: Path) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    train.run_command(lambda: finetune(tyro.cli(Flags)))
+    run_command(lambda: finetune(tyro.cli(Flags)))
 
 
 if __name__ == "__main__":

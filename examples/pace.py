@@ -48,7 +48,8 @@ class Pace:
         """Counts a finished step; returns the speed by metric name, if known."""
         now = time.perf_counter()
         if self._last is not None:
-            took, before = now - self._last, self.seconds_per_step
+            # At least something: a coarse clock may stand still.
+            took, before = max(now - self._last, 1e-9), self.seconds_per_step
             self.seconds_per_step = (
                 took if before is None else 0.9 * before + 0.1 * took
             )

@@ -1,15 +1,27 @@
-"""Decides whether a command may resume the run in its output folder.
+"""Decides whether a command may use, or resume the run in, its output folder.
 
-A run resumes, or is new, or there is an error: no run restarts silently.
+A run resumes, or is new, or there is an error: no run restarts silently, and no two
+processes write to one folder.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Set
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import console
+import devices
+import filelock
+import writers
 from input_error import InputError
 
+from optax_stability.orbax import Checkpoints
+
+Progress = dict[str, Any]
 Resume = Literal["auto", "must", "never", "changed"]
 
 
@@ -29,6 +41,96 @@ def as_json(config: Any) -> dict[str, Any]:
     return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
 
 
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Holds the folder for one process, until its end, however it ends.
+
+    The operating system releases the lock of a process that dies. Where the file system
+    has no such locks, filelock compares host and process in a file.
+
+    Raises:
+      InputError: another process holds the folder.
+      OSError: the folder cannot be used.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    held, owner = filelock.FileLock(out / ".lock"), out / ".owner"
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout as error:
+        who = owner.read_text() if owner.exists() else "unknown"
+        remedy = "wait until it ends, or give another --out"
+        problem = f"another process is training in {out} ({who}); {remedy}"
+        raise InputError(f"--out: {problem}") from error
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner.write_text(
+            f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        )
+        yield
+    finally:
+        held.release()
+
+
+class Opened(NamedTuple):
+    """The output folder of a run.
+
+    Attributes:
+      saved: its checkpoints.
+      newest: the progress of the newest that is whole; None for a new run.
+      files: the writers of its log.
+    """
+
+    saved: Checkpoints
+    newest: Progress | None
+    files: list[writers.Writer]
+
+
+@contextlib.contextmanager
+def open_folder(
+    out: Path,
+    about: dict[str, Any],
+    check: Callable[[Path, dict[str, Any], Progress | None], None],
+    keep: int,
+) -> Iterator[Opened]:
+    """Opens the output folder of a run; only the first process locks it and logs.
+
+    Args:
+      out: the folder.
+      about: what identifies the run.
+      check: raises if the run in the folder is another; see :func:`check_resume`.
+      keep: how many checkpoints to keep.
+
+    Raises:
+      InputError: the folder cannot be used.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            if devices.is_first():
+                stack.enter_context(lock(out))
+            saved = Checkpoints(out / "checkpoints", keep, report=console.warn)
+            stack.enter_context(saved)
+            newest = saved.newest()
+            if newest is None and saved.damaged:
+                problem = f"no checkpoint in {out} is whole; they are in {saved.aside}"
+                raise InputError(f"--out: {problem}; give another --out to start anew")
+            check(out, about, newest)
+            step, batch = (newest[key] if newest else None for key in ("step", "batch"))
+            files: list[writers.Writer] = []
+            if devices.is_first():
+                log, board = out / "log.jsonl", out / "tensorboard"
+                told = {"resume_after": batch, "report": console.warn}
+                files.append(writers.JsonLines(log, **told))
+                files.append(writers.TensorBoard(board, resume_after_step=step))
+        except OSError as error:
+            reason = f"cannot write to {out} ({error.strerror})"
+            raise InputError(f"--out: {reason}; give another folder") from error
+        yield Opened(saved, newest, files)
+
+
+def _show(value: Any, default: Any) -> str:
+    return f"the default, {default}" if value is None and default else str(value)
+
+
 def check_resume(
     resume: Resume,
     out: Path,
@@ -37,6 +139,7 @@ def check_resume(
     *,
     free: Set[str],
     fixed: Set[str],
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]],
 ) -> None:
     """Raises InputError unless the run in ``--out`` is this one, or there is none.
 
@@ -48,6 +151,7 @@ def check_resume(
       free: fields that may differ, because they do not affect the training.
       fixed: fields that may not differ even with ``--resume changed``, because another
         value changes the structure of the state.
+      defaults: returns what settings that are None stand for.
     """
     if newest is None:
         if resume in ("must", "changed"):
@@ -61,13 +165,12 @@ def check_resume(
     differs = [key for key in now if key not in free and now[key] != before.get(key)]
     remedy = "give that value, another --out, or --resume changed"
     for key in sorted(differs, key=lambda key: key not in fixed):
-        has = f"but the run in {out} has {before.get(key)}"
+        given, had = (_show(x.get(key), defaults(x).get(key)) for x in (now, before))
+        differ = f"{flag(key)}: {given}, but the run in {out} has {had}"
         if key in fixed:
-            raise InputError(
-                f"{flag(key)}: {now[key]}, {has}; give that value, or another --out"
-            )
+            raise InputError(f"{differ}; give that value, or another --out")
         if resume != "changed":
-            raise InputError(f"{flag(key)}: {now[key]}, {has}; {remedy}")
+            raise InputError(f"{differ}; {remedy}")
     corpora = about["corpus"], newest["corpus"]
     if corpora[0] != corpora[1] and resume != "changed":
         given, saved = (f"{name} of {size} tokens" for name, size in corpora)

@@ -2,27 +2,36 @@
 
 It does not depend on the model: a :class:`Run` trains and evaluates. The loop reports
 the metrics one step late, saves checkpoints, and returns to an older checkpoint when
-the loss has diverged. A run that is killed at any moment and started again continues
-bit for bit as if it had not been killed.
+the loss has diverged. A batch that was skipped is looked at again, and trained on after
+all if nothing is wrong with it. A run that is killed at any moment and started again
+continues bit for bit as if it had not been killed.
 """
 
+import math
 from collections import deque
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import flagged
 import jax
 import writers
-from checkpoints import Checkpoints, Progress
+from command import FailedError
+from flagged import Drawn, Row
 from pace import Pace
-from stopping import StopRequest
 
 import optax_stability as ost
+from optax_stability.orbax import Checkpoints
 
 Metrics = dict[str, jax.Array]
-Row = dict[str, float]
+Progress = dict[str, Any]
 
 
-class DivergedError(Exception):
+class DivergedError(FailedError):
     """The loss diverged, and returning to older checkpoints did not help."""
+
+
+class NotSavedError(FailedError):
+    """The last checkpoint of the run could not be saved."""
 
 
 def _evaluation(row: dict[str, Any]) -> Row:
@@ -37,6 +46,9 @@ class Run(Protocol):
       state: a pytree of arrays; training depends on it and on the two counts only.
       step: number of steps taken.
       batch: number of batches drawn; larger than ``step`` after a rewind.
+      again: the batches to draw once more before the next new one, by their position
+        in the data.
+      repeated: number of batches that were drawn once more.
       tokens_per_step: tokens in one batch.
       flops_per_token: FLOPs of a step per token, forward and backward.
     """
@@ -44,11 +56,17 @@ class Run(Protocol):
     state: Any
     step: int
     batch: int
+    again: list[int]
+    repeated: int
     tokens_per_step: int
     flops_per_token: float
 
-    def advance(self) -> Metrics:
+    def advance(self) -> tuple[Drawn, Metrics]:
         """Trains on the next batch and counts it; the metrics may not be ready yet."""
+        ...
+
+    def examine(self, drawn: Drawn) -> list[flagged.Window]:
+        """The windows of a batch, with their losses under the current parameters."""
         ...
 
     def evaluate(self) -> Row:
@@ -87,6 +105,7 @@ class Trainer:
         writer: writers.Writer,
         about: dict[str, Any],
         policy: ost.RewindPolicy | None,
+        kept: Path | None = None,
     ):
         """Starts at the current step of the run.
 
@@ -97,12 +116,15 @@ class Trainer:
           writer: receives every row of numbers.
           about: plain values that identify the run; stored in every checkpoint.
           policy: decides when to rewind; None: never.
+          kept: folder for the batches of flagged steps; None: they are not kept.
         """
         self._schedule, self._run, self._saved = schedule, run, saved
         self._writer, self._about = writer, about
-        self._policy = policy
+        self._policy, self._kept = policy, kept
+        # A flagged step whose batch is evaluated again after the next step.
+        self._flagged: tuple[Drawn, Row] | None = None
         self._pace = Pace(run.tokens_per_step, run.flops_per_token)
-        self._unreported: deque[tuple[int, int, Metrics]] = deque()
+        self._unreported: deque[tuple[Drawn, Metrics]] = deque()
         # The batch after which the evaluation in self.row was made.
         self._evaluated: int | None = None
         self.row: Row = {}
@@ -114,11 +136,20 @@ class Trainer:
             evaluation = {}  # It belongs to an older state, which may have been better.
         if self._policy is not None:
             progress["policy"] = self._policy.get_state()
+        progress |= {"again": list(self._run.again), "repeated": self._run.repeated}
+        if self._flagged is not None:
+            drawn, row = self._flagged
+            progress["flagged"] = [list(drawn), row]
         return self._about | evaluation | progress
 
     def resume(self, progress: Progress) -> None:
         """Resumes the run from a checkpoint."""
+        run = self._run
         self._restore(progress, progress["batch"])
+        run.again, run.repeated = progress["again"], progress["repeated"]
+        if "flagged" in progress:
+            drawn, row = progress["flagged"]
+            self._flagged = Drawn(*drawn), row
         if self._policy is not None and "policy" in progress:
             self._policy.set_state(progress["policy"])
 
@@ -138,21 +169,23 @@ class Trainer:
         self._saved.save(self._run.state, self._progress() | mark)
         self._pace.pause()
 
-    def train(self, stop: StopRequest) -> None:
+    def train(self, stop: ost.StopRequest) -> None:
         """Trains up to the last step, or until a stop is requested, and saves.
 
         Raises:
-          DivergedError: the loss diverged more often than the policy allows.
+          DivergedError: the loss diverged more often than the policy allows, or is not
+            finite at the end.
+          NotSavedError: the last checkpoint could not be saved, at the second attempt.
         """
         schedule, run = self._schedule, self._run
         if self._evaluated is None:  # a new run
             self.row = {"batch": run.batch, "tokens": 0}
             self._evaluate()
         self._save()
-        stops = False
+        stops = interim = False
         while run.step < schedule.steps and not stops:
-            metrics = run.advance()
-            self._unreported.append((run.step, run.batch, metrics))
+            self._unreported.append(run.advance())
+            self._saved.poll()
             stops, last = stop.due(), run.step == schedule.steps
             evaluates = last or run.step % schedule.eval_every == 0
             regular = last or run.step % schedule.checkpoint_every == 0
@@ -165,17 +198,64 @@ class Trainer:
             if evaluates:
                 self._evaluate()
             if saves:
-                self._save(interim=not regular)
+                interim = not regular
+                self._save(interim=interim)
+        if self._saved.wait() is not None:
+            self._save(interim=interim)  # The next chance may never come.
+            self._check_saved()
+        self._check_end(stopped=run.step < schedule.steps)
+
+    def _check_saved(self) -> None:
+        reason = self._saved.wait()
+        if reason is not None:
+            newest = next((each["step"] for each in self._saved.available()), 0)
+            remedy = "make room, and give the same command again"
+            raise NotSavedError(
+                f"step {self._run.step} could not be saved ({reason}): the newest "
+                f"checkpoint is that of step {newest}; {remedy}"
+            )
+
+    def _check_end(self, *, stopped: bool) -> None:
+        """A run that ends in NaN has failed."""
+        end = self.row.get("eval/loss", 0.0)
+        if not stopped and not math.isfinite(end):
+            remedy = "lower --learning-rate, or train without --baseline"
+            raise DivergedError(
+                f"the run ends with a held-out loss that is not finite; {remedy}"
+            )
 
     def _report_until(self, *, late: int) -> ost.Decision:
         """Reports all unreported steps but the last ``late``."""
         decision = ost.Decision("continue")
+        self._recheck()
         while len(self._unreported) > late and decision.action == "continue":
             decision = self._report(*self._unreported.popleft())
+            if decision.action == "continue":
+                self._recheck()
         return decision
 
-    def _report(self, step: int, batch: int, metrics: Metrics) -> ost.Decision:
+    def _recheck(self) -> None:
+        """Looks at a flagged batch again, one step later or at the end.
+
+        Always with the parameters of that step, so that a run that was stopped in
+        between takes the same course.
+        """
+        run = self._run
+        if self._flagged is None:
+            return
+        drawn, row = self._flagged
+        if drawn.step < run.step or run.step == self._schedule.steps:
+            self._flagged = None
+            found = flagged.recheck(run, drawn, row, self._kept)
+            tokens = run.step * run.tokens_per_step
+            self._writer.write(run.step, {"batch": run.batch, "tokens": tokens} | found)
+            skipped = row.get("skip/skipped")
+            if found["recheck/verdict"] == flagged.MACHINE and skipped:
+                run.again.append(drawn.position)
+
+    def _report(self, drawn: Drawn, metrics: Metrics) -> ost.Decision:
         """Logs a finished step, and returns the decision of the policy."""
+        step, batch = drawn.step, drawn.batch
         found = jax.device_get(metrics)
         row: Row = {"batch": batch, "tokens": step * self._run.tokens_per_step}
         row |= {key: float(x) for key, x in found.items() if x.ndim == 0}
@@ -187,6 +267,9 @@ class Trainer:
         if every and (step - 1) % every == 0:
             histograms = {key: x for key, x in found.items() if x.ndim}
             self._writer.write_histograms(step, histograms)
+        if flagged.is_flagged(row):
+            needed = sorted(flagged.NEEDED & row.keys())
+            self._flagged = drawn, {key: row[key] for key in needed}
         # The policy ignores steps in an open branch, which may be taken back, and
         # probes, which were measured on the kept parameters.
         ignored = row.get("branch/mode") or row.get("branch/probed")
@@ -208,10 +291,15 @@ class Trainer:
             raise DivergedError(decision.reason)
         run = self._run
         regular = [each for each in self._saved.available() if not each.get("interim")]
-        older = (each for each in regular if each["step"] <= decision.restore_step)
-        target = next(older, regular[-1])  # or the oldest checkpoint
+        at = [each["step"] <= decision.restore_step for each in regular]
+        first = at.index(True) if any(at) else -1  # The oldest.
+        target = self._saved.first_whole(regular[first:])
+        if target is None:
+            problem = "there is no checkpoint to go back to"
+            raise DivergedError(f"{decision.reason}, and {problem}")
         reported, ahead = run.step - len(self._unreported), run.batch - run.step
         self._unreported.clear()
+        self._flagged, run.again = None, []
         self._restore(target, decision.skip_until - 1 + ahead)
         # The row is written first. If the run is killed before the checkpoint is
         # complete, it resumes from an earlier batch: then the row is dropped, and

@@ -6,18 +6,23 @@ Every writer has ``write(step, row)`` and ``close()``. It closes at the end of a
 
 import abc
 import contextlib
-import json
+import importlib
 import math
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
 
 import optax_stability as ost
 
-Row = Mapping[str, float]
+# Its classes are made when it is imported, and so unknown to type checkers.
+_protocol: Any = importlib.import_module("tensorboardX.proto.event_pb2")
+
+Row = Mapping[str, Any]  # Numbers, and a few texts.
 Histograms = Mapping[str, np.ndarray]
 
 
@@ -45,75 +50,8 @@ class Writer(abc.ABC):
         self.close()
 
 
-def _complete_rows(path: Path) -> list[dict]:
-    """The rows of a file; a killed process may have left the last line incomplete."""
-    *lines, _ = path.read_text().split("\n")
-    return [json.loads(line) for line in lines]
-
-
-class JsonLines(Writer):
-    """One line per row; the file is complete after each line.
-
-    JSON has neither NaN nor infinity: non-finite numbers become null.
-    """
-
-    def __init__(self, path: Path, *, resume_after: int | None = None):
-        """Creates the file and its folder, or continues the file; else an OSError.
-
-        Args:
-          path: path of the file.
-          resume_after: rows of a later ``batch`` are dropped, because they will be
-            written again; None: all rows are dropped.
-        """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        keep = []
-        if resume_after is not None and path.exists():
-            keep = [row for row in _complete_rows(path) if row["batch"] <= resume_after]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in keep))
-        temporary.replace(path)
-        self._path = path
-
-    def write(self, step: int, row: Row) -> None:
-        """Adds a line."""
-        finite = {key: x if math.isfinite(x) else None for key, x in row.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step} | finite) + "\n")
-
-    def close(self) -> None:
-        """Does nothing."""
-
-
-def _join_by_step(rows: Iterable[dict]) -> dict[int, dict]:
-    """The rows by step, without those that a rewind has undone."""
-    joined: dict[int, dict] = {}
-    newest = -1, -1
-    for row in rows:
-        step, batch = row["step"], row.get("batch")
-        if batch is not None:
-            # A rewind: an earlier step with a later batch, or the same step with a new
-            # batch.
-            if step <= newest[0] and (batch, -step) > (newest[1], -newest[0]):
-                joined = {at: x for at, x in joined.items() if at < step}
-            newest = step, batch
-        joined.setdefault(step, {}).update(row)
-    return joined
-
-
-def read_json_lines(path: Path) -> dict[str, np.ndarray]:
-    """Reads the columns of such a file as a history; rows of one step are joined.
-
-    A rewind is recognised by ``batch``, which never decreases. If a rewind returned to
-    an earlier step, the older rows from that step on are left out, so the columns are
-    in order of step. Null and missing values are NaN. An incomplete last line is left
-    out.
-    """
-    rows = _join_by_step(_complete_rows(path))
-    keys = dict.fromkeys(key for row in rows.values() for key in row)
-    columns = {
-        key: np.array([row.get(key) for row in rows.values()], float) for key in keys
-    }
-    return columns | {"step": np.array(list(rows), int)}
+class JsonLines(ost.RunLog, Writer):
+    """One line of JSON per row, which ``ost.read_log`` reads."""
 
 
 class TensorBoard(Writer):
@@ -128,17 +66,28 @@ class TensorBoard(Writer):
 
     def __init__(self, folder: Path, *, resume_after_step: int | None = None):
         """Opens an event file in the folder; raises OSError if it cannot."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not SummaryWriter: after an error on disk its queue blocks the run.
+        self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._next_flush = time.monotonic()
         purge = 0 if resume_after_step is None else resume_after_step + 1
-        # A long queue: a full queue would block the run.
-        self._events = SummaryWriter(
-            str(folder), purge_step=purge, max_queue=1000, flush_secs=10
-        )
+        self._add(purge, session_log=_protocol.SessionLog(status=1))
+        self._events.flush()
+
+    def _add(self, step: int, **content: Any) -> None:
+        # A disk that is full costs points of a curve, and nothing else.
+        with contextlib.suppress(OSError):
+            event = _protocol.Event(wall_time=time.time(), step=step, **content)
+            self._events.write_event(event)
+            if time.monotonic() >= self._next_flush:
+                self._events.flush()
+                self._next_flush = time.monotonic() + 10
 
     def write(self, step: int, row: Row) -> None:
         """Adds a point to each curve."""
         for key, x in row.items():
-            if math.isfinite(x):
-                self._events.add_scalar(key, x, step)
+            if not isinstance(x, str) and math.isfinite(x):
+                self._add(step, summary=summary.scalar(key, x))
 
     def write_histograms(self, step: int, counts: Histograms) -> None:
         """Adds one histogram per key, over the exponents of two."""
@@ -151,7 +100,7 @@ class TensorBoard(Writer):
         exponents = np.log2(ost.histogram_edges()[1:-1])
         limits = np.append(exponents, exponents[-1] + 1)
         middles = limits - 0.5
-        self._events.add_histogram_raw(
+        content = summary.histogram_raw(
             f"{key} (log2)",
             min=limits[counts > 0].min() - 1,
             max=limits[counts > 0].max(),
@@ -160,12 +109,13 @@ class TensorBoard(Writer):
             sum_squares=counts @ middles**2,
             bucket_limits=limits.tolist(),
             bucket_counts=counts.tolist(),
-            global_step=step,
         )
+        self._add(step, summary=content)
 
     def close(self) -> None:
         """Writes out the events that are still queued."""
-        self._events.close()
+        with contextlib.suppress(OSError):
+            self._events.close()
 
 
 class Several(Writer):

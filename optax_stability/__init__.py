@@ -74,8 +74,12 @@ from optax_stability._recording._history import (
     record_history,
 )
 from optax_stability._recording._recording import RecordState, record
+from optax_stability._recording._run_log import RunLog, read_log
 from optax_stability._recovery._adoption import adopt_state
+from optax_stability._recovery._checksums import find_damage, write_checksums
 from optax_stability._recovery._rewinding import Decision, RewindPolicy
+from optax_stability._recovery._stopping import StopRequest
+from optax_stability._recovery._verification import verify_step
 from optax_stability._report._plotting import plot_history
 from optax_stability._report._report import write_report
 from optax_stability._spikes._branch_state import (
@@ -100,9 +104,11 @@ __all__ = [
     "RecordState",
     "RestartMomentsState",
     "RewindPolicy",
+    "RunLog",
     "SafeAdamState",
     "ScaleByNoiseScaleState",
     "SkipSpikesState",
+    "StopRequest",
     "WhenNoisyState",
     "accumulate_moments",
     "adopt_state",
@@ -117,6 +123,7 @@ __all__ = [
     "diagnose",
     "estimate_noise_scale",
     "eval_params",
+    "find_damage",
     "flush",
     "from_optax_adam_state",
     "has_updated",
@@ -128,6 +135,7 @@ __all__ = [
     "noise_scale",
     "penalize_gradient_norm",
     "plot_history",
+    "read_log",
     "record",
     "record_history",
     "restart_moments",
@@ -140,7 +148,9 @@ __all__ = [
     "spike_guard",
     "thresholds",
     "to_optax_adam_state",
+    "verify_step",
     "when_noisy",
+    "write_checksums",
     "write_report",
 ]
 

@@ -31,6 +31,7 @@ ALLOWED = {
     "_diagnosis": set(),
     "_report": {"_core", "_diagnosis"},
     "flax": {"_core", "_moments", "_gradients"},
+    "orbax": {"_core", "_recovery"},
 }
 
 
@@ -109,12 +110,15 @@ def test_the_diagnosis_needs_numpy_alone():
     assert not modules & {"jax", "optax", "flax", "matplotlib"}
 
 
-def test_flax_and_matplotlib_are_imported_where_they_are_needed_alone():
+@pytest.mark.parametrize(
+    ("library", "only"),
+    [("flax", "flax"), ("orbax", "orbax"), ("matplotlib", "_report")],
+)
+def test_what_is_optional_is_imported_where_it_is_needed_alone(library, only):
     for package in ALLOWED:
         for path in (LIBRARY / package).rglob("*.py"):
             names = {name.split(".")[0] for name in imported(path)}
-            assert package == "flax" or "flax" not in names, path
-            assert package == "_report" or "matplotlib" not in names, path
+            assert package == only or library not in names, path
 
 
 @pytest.mark.parametrize("package", ALLOWED)

@@ -8,6 +8,7 @@ import pytest
 
 import optax_stability as ost
 from optax_stability import flax as ost_flax
+from optax_stability import orbax as ost_orbax
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -27,16 +28,17 @@ PUBLIC_NAMES = {
     ost: """
         AccumulateMomentsState BatchSizeSchedule BranchOnSpikeState ClipByThresholdState
         Decision EstimateNoiseScaleState Finding Moments NoiseScale RecordHistoryState
-        RecordState RestartMomentsState RewindPolicy SafeAdamState
-        ScaleByNoiseScaleState SkipSpikesState WhenNoisyState accumulate_moments
-        adopt_state batch_efficiency batch_size_schedule branch_on_spike
-        clip_by_leaf_history clip_by_quantile clip_by_threshold clip_by_zscore
-        critical_batch_range diagnose estimate_noise_scale eval_params flax flush
-        from_optax_adam_state has_updated histogram_edges history leaf_names metrics
-        microbatch_gradients noise_scale penalize_gradient_norm plot_history record
-        record_history restart_moments safe_adamw scale_by_noise_scale
-        scale_by_safe_adam scale_gradients scale_learning_rate skip_spikes spike_guard
-        thresholds to_optax_adam_state when_noisy write_report
+        RecordState RestartMomentsState RewindPolicy RunLog SafeAdamState
+        ScaleByNoiseScaleState SkipSpikesState StopRequest WhenNoisyState
+        accumulate_moments adopt_state batch_efficiency batch_size_schedule
+        branch_on_spike clip_by_leaf_history clip_by_quantile clip_by_threshold
+        clip_by_zscore critical_batch_range diagnose estimate_noise_scale eval_params
+        find_damage flax flush from_optax_adam_state has_updated histogram_edges history
+        leaf_names metrics microbatch_gradients noise_scale orbax penalize_gradient_norm
+        plot_history read_log record record_history restart_moments safe_adamw
+        scale_by_noise_scale scale_by_safe_adam scale_gradients scale_learning_rate
+        skip_spikes spike_guard thresholds to_optax_adam_state verify_step when_noisy
+        write_checksums write_report
     """,
     ost.thresholds: """
         DetrendedMadState EmaRatioState RelearnState Threshold WindowState ZScoreState
@@ -47,12 +49,14 @@ PUBLIC_NAMES = {
         Embed LayerNorm Linear NormTap RMSNorm TrainState microbatch_gradients
         penalize_gradient_norm per_example_gradients update_dynamic_scale
     """,
+    ost_orbax: "Checkpoints select_checkpoints",
 }
 MODULES = list(PUBLIC_NAMES)
 
 NAMES = exports(ost)
 NAMES |= {f"thresholds.{name}": f for name, f in exports(ost.thresholds).items()}
 NAMES |= {f"flax.{name}": f for name, f in exports(ost_flax).items()}
+NAMES |= {f"orbax.{name}": f for name, f in exports(ost_orbax).items()}
 FUNCTIONS = {name: f for name, f in NAMES.items() if inspect.isfunction(f)}
 
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import devices
 import faults
@@ -14,7 +15,7 @@ from resuming import Resume, flag
 # Settings that may differ when a run resumes. They do not affect its training, except
 # for the checkpoint that a rewind returns to.
 FREE = {"resume", "out", "eval_every", "eval_batches", "log_every", "sample_tokens"}
-FREE |= {"checkpoint_every", "keep_checkpoints", "mesh", "processes"}
+FREE |= {"checkpoint_every", "keep_checkpoints", "mesh", "processes", "verify_every"}
 # Settings that may never differ: they determine the structure of the state.
 FIXED = {"size", "tokenizer", "on_spike", "baseline", "clip_after_warmup", "inject"}
 FIXED |= {"clip_when_noisy", "histogram_every", "dtype"}
@@ -43,8 +44,8 @@ class Config:
     """Peak of the schedule. The default depends on the size: 3e-3, 1e-3 or 6e-4."""
     min_learning_rate: float | None = None
     """Where the cosine ends. By default a tenth of the peak."""
-    warmup_steps: int = 50
-    """Steps over which the learning rate rises to its peak."""
+    warmup_steps: int | None = None
+    """Steps in which the rate rises to its peak; by default a tenth, at most 50."""
     weight_decay: float = 0.1
     """Decay of the matrices; vectors do not decay."""
     gradient_penalty: float = 0.0
@@ -67,6 +68,8 @@ class Config:
     """Batches to skip after a rewind."""
     baseline: bool = False
     """Plain optax instead: global-norm clipping and AdamW, no reaction to a spike."""
+    verify_every: int = 0
+    """Steps between those that are run twice and compared bit by bit; 0 for none."""
     inject: tuple[str, ...] = ()
     """Faults to inject, such as nan@300 or bytes@200x5; see examples/faults.py."""
     mesh: str | None = None
@@ -94,6 +97,20 @@ class Config:
     out: Path = Path("runs/gpt")
     """Folder for log.jsonl, checkpoints, training.png, report.html and TensorBoard."""
 
+    def value(self, field: str) -> float:
+        """A setting, or what it stands for if it is None."""
+        given = getattr(self, field)
+        return default_values(vars(self))[field] if given is None else given
+
+
+def default_values(settings: Mapping[str, Any]) -> dict[str, float]:
+    """What the settings that are None stand for."""
+    usual = SIZES[settings["size"]].learning_rate
+    floor = (settings["learning_rate"] or usual) / 10
+    warmup = min(50, settings["steps"] // 10)
+    names = "learning_rate", "min_learning_rate", "warmup_steps"
+    return dict(zip(names, (usual, floor, warmup), strict=True))
+
 
 def check(config: Config) -> None:
     """Raises InputError for an invalid setting."""
@@ -106,14 +123,14 @@ def check(config: Config) -> None:
     counts += " checkpoint_every keep_checkpoints rewind_steps skip_batches"
     for field in counts.split():
         require(getattr(config, field) > 0, field, "is too small; give 1 or more")
-    sizes = "warmup_steps weight_decay sample_tokens seed histogram_every"
-    sizes += " gradient_penalty clip_when_noisy max_rewinds"
+    sizes = "warmup_steps weight_decay sample_tokens seed histogram_every verify_every"
+    sizes += " gradient_penalty clip_when_noisy max_rewinds min_learning_rate"
     for field in sizes.split():
         holds = 0 <= (getattr(config, field) or 0) < math.inf
         require(holds, field, "is out of range; give a finite number, 0 or more")
-    steps, peak = config.steps, config.learning_rate
-    remedy = f"leaves no step to train; give fewer than the {steps} of --steps"
-    require(config.warmup_steps < steps, "warmup_steps", remedy)
+    require(config.seed < 2**32, "seed", f"is too large; give less than {2**32}")
+    remedy = f"leaves no step to train; give fewer than the {config.steps} of --steps"
+    require(config.value("warmup_steps") < config.steps, "warmup_steps", remedy)
     mesh = devices.parse_mesh(config.mesh)
     shards, heads = devices.batch_shards(mesh), SIZES[config.size].heads
     remedy = f"cannot be split into {shards} parts; give a multiple of {shards}"
@@ -122,8 +139,8 @@ def check(config: Config) -> None:
     require(heads % mesh.get("model", 1) == 0, "mesh", remedy)
     remedy = f"does not divide the {config.batch_size} windows of --batch-size"
     require(config.batch_size % config.microbatches == 0, "microbatches", remedy)
-    remedy = "is out of range; give a number above 0"
-    require(peak is None or peak > 0, "learning_rate", remedy)
+    remedy = "is out of range; give a finite number above 0"
+    require(0 < config.value("learning_rate") < math.inf, "learning_rate", remedy)
     try:
         faults.parse(config.inject)
     except ValueError as error:

@@ -31,8 +31,6 @@ SPLIT = {
     "mlp_in/bias": ("model",),
     "mlp_out/kernel": ("model", "fsdp"),
 }
-# Sampling temperature; below 1, likely tokens are chosen more often than predicted.
-TEMPERATURE = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,23 +146,13 @@ class GPT(nnx.Module):
         return self.tokens.attend(self.final_norm(x)).astype(jnp.float32)
 
 
-def next_token_loss(model: GPT, windows: jax.Array) -> jax.Array:
-    """Mean cross-entropy, in nats per token, on int[batch, context + 1]."""
+def window_losses(model: GPT, windows: jax.Array) -> jax.Array:
+    """Mean cross-entropy of each window of int[batch, context + 1], in nats a token."""
     logits, targets = model(windows[:, :-1]), windows[:, 1:]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return losses.mean(axis=-1)
 
 
-def generate(model: GPT, prompt: jax.Array, key: jax.Array, length: int) -> jax.Array:
-    """Continues a prompt that fills the context by ``length`` tokens.
-
-    The whole window is evaluated again for every token: slow, but simple.
-    """
-
-    def append(i, carry):
-        window, written = carry
-        logits = model(window[None])[0, -1] / TEMPERATURE
-        token = jax.random.categorical(jax.random.fold_in(key, i), logits)
-        return jnp.append(window[1:], token), written.at[i].set(token)
-
-    empty = jnp.zeros(length, prompt.dtype)
-    return jax.lax.fori_loop(0, length, append, (prompt, empty))[1]
+def next_token_loss(model: GPT, windows: jax.Array) -> jax.Array:
+    """Mean cross-entropy of all windows, in nats per token."""
+    return window_losses(model, windows).mean()

@@ -11,6 +11,7 @@ command, given again, resumes the run, whatever interrupted it.
 """
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Set
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 from flax import nnx
 
@@ -29,16 +32,18 @@ import console
 import data
 import devices
 import faults
+import flagged
+import resuming
 import training
 import writers
-from checkpoints import Checkpoints
-from config import FIXED, FREE, Config, check
-from input_error import InputError
-from model import GPT, SIZES, SPLIT, generate, next_token_loss
-from resuming import as_json, check_resume
-from stopping import StopRequest
-from trainer import DivergedError, Metrics, Row, Schedule, Trainer
+from command import end_at_once, run_command
+from config import FIXED, FREE, Config, check, default_values
+from flagged import Drawn, Window
+from model import GPT, SIZES, SPLIT, window_losses
+from sampling import generate
+from trainer import Metrics, Row, Schedule, Trainer
 from training import TrainState
+from verifying import verified
 
 Create = Callable[..., tuple[GPT, nnx.Optimizer]]
 
@@ -47,14 +52,20 @@ class Run:
     """The state of a run, and the compiled functions that use it."""
 
     def __init__(
-        self, config: Config, corpus: data.Corpus, create: Create, arguments: tuple = ()
+        self,
+        config: Config,
+        corpus: data.Corpus,
+        create: Create,
+        arguments: tuple,
+        say: Callable[[str], object],
     ):
         """Creates the model and its optimizer; each device creates its own part.
 
         ``create(*arguments)`` returns a new model and its optimizer.
         """
-        self._config, size = config, SIZES[config.size]
-        self.step = self.batch = 0
+        self._config, self._say, size = config, say, SIZES[config.size]
+        self.step = self.batch = self.repeated = 0
+        self.again: list[int] = []
         self._mesh = mesh = devices.make_mesh(config.mesh)
         self._by_rows = devices.batch_sharding(mesh)
         replicated = devices.replicated(mesh)
@@ -79,12 +90,16 @@ class Run:
 
         out_shardings = jax.tree.leaves(places), replicated
         self._train_step = jax.jit(
-            step, donate_argnums=0, static_argnums=3, out_shardings=out_shardings
+            step, donate_argnums=0, static_argnames="look", out_shardings=out_shardings
         )
-        self._loss = jax.jit(
-            lambda state, x: next_token_loss(self._to_evaluate(state), x),
-            out_shardings=replicated,
-        )
+
+        def losses(state, windows):
+            """By window; NaN if anything in the parameters is not finite."""
+            model = self._to_evaluate(state)
+            size = optax.tree.norm(nnx.state(model, nnx.Param))
+            return jnp.where(jnp.isfinite(size), window_losses(model, windows), jnp.nan)
+
+        self._losses = jax.jit(losses, out_shardings=replicated)
         length = config.sample_tokens
         self._generate = jax.jit(
             lambda state, prompt: generate(
@@ -94,9 +109,9 @@ class Run:
         )
         shape = size.context, config.batch_size
         self.tokens_per_step = math.prod(shape)
-        self._bytes_per_token = corpus.bytes_per_token
-        self._batches = data.batches(corpus.train, *shape, config.seed)
-        held_out = data.batches(corpus.held_out, *shape, seed=0)
+        self._corpus = corpus
+        self._batches = data.Windows(corpus.train, *shape, config.seed)
+        held_out = data.Windows(corpus.held_out, *shape, seed=0)
         self._held_out = [held_out(i) for i in range(config.eval_batches)]
         self._prompt = corpus.held_out[: size.context].astype(np.int32)
         self._injector = faults.Injector(faults.parse(config.inject), corpus.vocabulary)
@@ -117,28 +132,45 @@ class Run:
     def _to_evaluate(self, state: TrainState) -> GPT:
         return training.to_evaluate(self._config, *self._merge(state))
 
-    def advance(self) -> Metrics:
+    def _windows(self, drawn: Drawn) -> jax.Array:
+        windows = self._batches(drawn.position)
+        windows = self._injector.corrupt(windows, drawn.batch)
+        return devices.place(windows, self._by_rows)
+
+    def advance(self) -> tuple[Drawn, Metrics]:
         """Trains on the next batch; the metrics may not be ready yet."""
-        windows = self._injector.corrupt(self._batches(self.batch), self.batch + 1)
-        factors = self._injector.factors(self.batch + 1) if self._config.inject else {}
-        windows = devices.place(windows, self._by_rows)
+        drawn = flagged.draw(self)
+        factors = self._injector.factors(drawn.batch) if self._config.inject else {}
+        step = functools.partial(self._train_step, look=training.look(self.step))
+        step = self._injector.flipping(step, drawn.batch)
+        every = self._config.verify_every
+        if every and drawn.batch % every == 0:
+            step = verified(step, self._structure, self._say)
         with jax.set_mesh(self._mesh):
-            self._leaves, metrics = self._train_step(
-                self._leaves, windows, factors, training.look(self.step)
-            )
-        self.step, self.batch = self.step + 1, self.batch + 1
-        return metrics
+            self._leaves, metrics = step(self._leaves, self._windows(drawn), factors)
+        return drawn, metrics
+
+    def _losses_of(self, windows: jax.Array) -> np.ndarray:
+        with jax.set_mesh(self._mesh):
+            return jax.device_get(self._losses(self.state, windows))
+
+    def examine(self, drawn: Drawn) -> list[Window]:
+        """The windows of a batch, with their losses under the current parameters."""
+        windows = self._windows(drawn)
+        texts = map(self._corpus.decode, np.asarray(windows).tolist())
+        origins = map(self._corpus.origin, self._batches.starts(drawn.position))
+        losses = self._losses_of(windows).tolist()
+        return list(map(Window, losses, map(console.printable, texts), origins))
 
     def evaluate(self) -> Row:
         """Evaluates the model on the held-out part."""
         windows = [devices.place(each, self._by_rows) for each in self._held_out]
-        with jax.set_mesh(self._mesh):
-            losses = jax.device_get([self._loss(self.state, each) for each in windows])
+        losses = list(map(self._losses_of, windows))
         loss = float(np.mean(losses))
         bits = loss / math.log(2)
         measured = {"eval/loss": loss, "eval/bits": bits}
-        if self._bytes_per_token is not None:
-            measured["eval/bits_per_byte"] = bits / self._bytes_per_token
+        if self._corpus.bytes_per_token is not None:
+            measured["eval/bits_per_byte"] = bits / self._corpus.bytes_per_token
         return measured
 
     def sample(self) -> tuple[np.ndarray, np.ndarray]:
@@ -155,19 +187,12 @@ class Run:
 
     def history(self) -> dict[str, np.ndarray]:
         """The history of the flight recorder, with the learning rate of each step."""
+        if self._config.baseline:
+            return {}
         kept = ost.history(self.optimizer())
         rates = np.asarray(training.make_schedule(self._config)(kept["step"]))
         # The recorder counts from 0.
         return kept | {"learning_rate": rates, "step": kept["step"] + 1}
-
-
-def _show(config: Config, run: Run, corpus: data.Corpus, screen: console.Screen):
-    """Prints the results of the run: the noise scale, and a sample of text."""
-    if not config.baseline:
-        screen.say(str(ost.noise_scale(run.optimizer())))
-    if config.sample_tokens:
-        prompt, written = (corpus.decode(part.tolist()) for part in run.sample())
-        screen.sample(prompt, written)
 
 
 def run_training(
@@ -195,71 +220,48 @@ def run_training(
 
     Raises:
       InputError: the output folder cannot be used.
-      DivergedError: the loss diverged more often than ``max_rewinds`` allows.
+      FailedError: the run diverged for good, or could not be saved.
       KeyboardInterrupt: a stop was requested; the run has saved a checkpoint.
     """
     vocabulary = max(SIZES[config.size].vocabulary, corpus.vocabulary)
     about = {"settings": settings, "corpus": [corpus.name, len(corpus.train)]}
     about["vocabulary"] = vocabulary
-    log, picture, report = (
-        config.out / name for name in ("log.jsonl", "training.png", "report.html")
-    )
+    rules = {"free": FREE, "fixed": fixed, "defaults": default_values}
+    same = functools.partial(resuming.check_resume, config.resume, **rules)
     with contextlib.ExitStack() as stack:
-        try:
-            folder = config.out / "checkpoints"
-            saved = stack.enter_context(Checkpoints(folder, config.keep_checkpoints))
-            newest = next(iter(saved.available()), None)
-            check_resume(
-                config.resume, config.out, about, newest, free=FREE, fixed=fixed
-            )
-            step, batch = (newest[key] if newest else None for key in ("step", "batch"))
-            files = []
-            if devices.is_first():
-                board = config.out / "tensorboard"
-                files.append(writers.JsonLines(log, resume_after=batch))
-                files.append(writers.TensorBoard(board, resume_after_step=step))
-        except OSError as error:
-            reason = f"cannot write to {config.out} ({error.strerror})"
-            raise InputError(f"--out: {reason}; give another folder") from error
+        folder = resuming.open_folder(config.out, about, same, config.keep_checkpoints)
+        saved, newest, files = stack.enter_context(folder)
         shown = config.steps, config.log_every, corpus.unit, newest
         screen = console.Screen(*shown, quiet=not devices.is_first())
         writer = stack.enter_context(writers.Several(*files, screen))
-        stop = stack.enter_context(StopRequest())
-        run = Run(config, corpus, create, arguments)
+        stop = stack.enter_context(ost.StopRequest(at_once=end_at_once))
+        run = Run(config, corpus, create, arguments, screen.say)
         policy = None
         if config.rewind and not config.baseline:
             back, ahead = config.rewind_steps, config.skip_batches
             policy = ost.RewindPolicy(back, ahead, config.max_rewinds)
         every = config.eval_every, config.checkpoint_every, config.histogram_every
         schedule = Schedule(config.steps, *every)
-        trainer = Trainer(schedule, run, saved, writer, about, policy)
-        title = (
-            f"GPT {config.size}, {console.count(run.parameters)} parameters · "
-            f"{corpus.name}, {console.count(len(corpus.train))} {corpus.unit}s · "
-            f"{jax.device_count()} {jax.default_backend()}"
-            + (f" as {config.mesh}" if config.mesh else "")
-        )
-        screen.say(title, "bold")
+        kept = config.out / "flagged" if devices.is_first() else None
+        trainer = Trainer(schedule, run, saved, writer, about, policy, kept)
+        model = f"GPT {config.size}, {console.count(run.parameters)} parameters"
+        title = f"{model} · {corpus} · {devices.describe(config.mesh)}"
+        screen.say("\n".join([title, *corpus.left_out]), "bold")
         if newest:
             trainer.resume(newest)
-            screen.say(f"{config.out} is at step {step}: resuming from there", "bold")
-        try:
+            left = run.step < config.steps
+            does = "resuming from there" if left else "nothing is left to do"
+            screen.say(f"{config.out} is at step {run.step}: {does}", "bold")
+        with console.explaining(config.out, title, run.history, screen):
             trainer.train(stop)
-        finally:  # A report is needed most after a crash.
-            kept = {} if config.baseline else run.history()
-            if devices.is_first():
-                kept = kept or writers.read_json_lines(log)
-                ost.write_report(kept, report, title=title)
     if stop.requested:
         saved_at = f"{stop.requested}: saved at step {run.step}"
         screen.say(f"{saved_at}; the same command resumes the run", "bold")
         raise KeyboardInterrupt
-    _show(config, run, corpus, screen)
-    if devices.is_first():
-        ost.plot_history(writers.read_json_lines(log), picture)
-    for finding in ost.diagnose(kept):
-        screen.say(str(finding), "bold")
-    screen.say(f"log {log}   picture {picture}   report {report}")
+    if not config.baseline:
+        screen.say(str(ost.noise_scale(run.optimizer())))
+    if config.sample_tokens:
+        screen.sample(*(corpus.decode(part.tolist()) for part in run.sample()))
     return run, trainer.row
 
 
@@ -274,18 +276,7 @@ def train(config: Config) -> Row:
     def create() -> tuple[GPT, nnx.Optimizer]:
         return training.create(config, vocabulary)
 
-    return run_training(config, corpus, create, as_json(config))[1]
-
-
-def run_command(work: Callable[[], object]) -> None:
-    """Runs a command; an error that the user can correct is printed as one line."""
-    try:
-        work()
-    except (InputError, DivergedError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    return run_training(config, corpus, create, resuming.as_json(config))[1]
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ HISTORY_LENGTH, MEASURE_EVERY = 1000, 10
 MAX_NORM = 1.0
 # The metrics of the optimizer that are logged, if the chain has them.
 SHOWN = """grad/norm grad/zero_fraction clip/fraction skip/skipped skip/total
-branch/mode branch/probed branch/length branch/rollbacks branch/accepted
-when_noisy/active noise_scale/b_simple noise_scale/low noise_scale/high
+skip/value_limit when_noisy/active branch/mode branch/probed branch/length
+branch/rollbacks branch/accepted noise_scale/b_simple noise_scale/low noise_scale/high
 noise_scale/noise_to_weight"""
 
 
@@ -45,14 +45,13 @@ class TrainState(NamedTuple):
 
 def make_schedule(config: Config) -> optax.Schedule:
     """A linear warm-up to the peak, then a cosine decay to the floor."""
-    peak = config.learning_rate or SIZES[config.size].learning_rate
-    floor = config.min_learning_rate
+    peak, warmup = config.value("learning_rate"), int(config.value("warmup_steps"))
     return optax.schedules.warmup_cosine_decay_schedule(
-        init_value=peak / max(1, config.warmup_steps),  # 0 would waste the first step
+        init_value=peak / max(1, warmup),  # 0 would waste the first step
         peak_value=peak,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=warmup,
         decay_steps=config.steps,
-        end_value=peak / 10 if floor is None else floor,
+        end_value=config.value("min_learning_rate"),
     )
 
 
@@ -78,7 +77,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     clip = ost.clip_by_zscore()
     if config.clip_after_warmup:
         clip = optax.conditionally_transform(
-            clip, lambda step, **_: jnp.asarray(step) >= config.warmup_steps
+            clip, lambda step, **_: jnp.asarray(step) >= config.value("warmup_steps")
         )
     noise, level = ost.estimate_noise_scale(scope="global"), config.clip_when_noisy
     parts = [("noise", noise), ("clip", clip)]

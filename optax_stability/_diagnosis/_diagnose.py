@@ -10,6 +10,7 @@ from optax_stability._diagnosis import (
     _noise,
     _nonfinite,
     _precision,
+    _recheck,
     _standstill,
     _updates,
     _vanishing,
@@ -159,4 +160,5 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
     with np.errstate(all="ignore"):
         found = [rule(checked) for rule in _RULES] if checked.length else []
     found = [each for each in found if each]
-    return by_severity(_without_consequences(found, checked.steps))
+    found = by_severity(_without_consequences(found, checked.steps))
+    return _recheck.with_rechecks(found, checked)

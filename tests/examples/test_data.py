@@ -307,14 +307,14 @@ def test_text_too_short_for_a_window_is_counted_in_tokens(tmp_path, vocabulary):
 def test_held_out_text_is_never_trained_on(tmp_path):
     np.arange(5000, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
     corpus = data.load(tmp_path / "tokens.bin", context=16)
-    train = data.batches(corpus.train, 16, 4, seed=0)
+    train = data.Windows(corpus.train, 16, 4, seed=0)
     seen = {int(token) for step in range(200) for token in train(step).flat}
     assert len(seen) > 4400
     assert seen.isdisjoint(corpus.held_out.tolist())
 
 
 def test_every_token_is_predicted_once_per_epoch():
-    batches = data.batches(np.arange(161, dtype=np.uint16), 16, 5, seed=0)
+    batches = data.Windows(np.arange(161, dtype=np.uint16), 16, 5, seed=0)
     epochs = [np.concatenate([batches(2 * i), batches(2 * i + 1)]) for i in range(2)]
     for epoch in epochs:
         assert epoch.dtype == np.int32
@@ -325,8 +325,139 @@ def test_every_token_is_predicted_once_per_epoch():
 
 def test_batches_depend_on_the_step_alone():
     stream = np.arange(2000)
-    one, other = (data.batches(stream, 16, 4, seed=3) for _ in range(2))
+    one, other = (data.Windows(stream, 16, 4, seed=3) for _ in range(2))
     expected = [one(step) for step in range(50)]
     for step in (49, 7, 30):  # A resumed run asks for any step first.
         np.testing.assert_array_equal(other(step), expected[step])
-    assert not np.array_equal(data.batches(stream, 16, 4, seed=4)(0), expected[0])
+    assert not np.array_equal(data.Windows(stream, 16, 4, seed=4)(0), expected[0])
+
+
+# --- what is not text, or not ids ---------------------------------------------------
+
+
+def test_a_folder_says_what_it_left_out(tmp_path):
+    (tmp_path / "good.txt").write_text("good " * 100)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9" * 100)
+    (tmp_path / "packed.gz").write_bytes(b"\x1f\x8b\x08" + b"x" * 100)
+    (tmp_path / "more.zip").write_bytes(b"PK\x03\x04" + b"x" * 100)
+    (tmp_path / "table.npy").write_bytes(b"ab\0" * 100)
+    (tmp_path / "empty").write_bytes(b"")
+    said = sorted(data.load(tmp_path, 16).left_out)
+    assert len(said) == 4
+    text = "\n".join(said).replace(f"{tmp_path}/", "")
+    assert "left out latin.txt: it is not UTF-8: byte 0xe9 at offset 3" in text
+    assert "left out table.npy: it has a NUL byte at offset 2" in text
+    assert "left out empty: it is empty" in text
+    assert " and 1 more: it is compressed" in text
+    (tmp_path / "latin.txt").rename(tmp_path / ".hidden")
+    assert len(data.load(tmp_path, 16).left_out) == 3
+    assert data.load(tmp_path / "good.txt", 16).left_out == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"good" * 50 + b"\xff" + b"good" * 50, "not UTF-8: byte 0xff at offset 200"),
+        (b"good" * 50 + b"\0" + b"good" * 50, "has a NUL byte at offset 200"),
+        (b"BZh9" + b"x" * 300, "is compressed"),
+        (b"\x28\xb5\x2f\xfd" + b"x" * 300, "is compressed"),
+        (b"", "is empty"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_with_the_place(tmp_path, content, why):
+    path = tmp_path / "file.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        data.load(path, 16)
+    (line,) = str(error.value).splitlines()
+    assert line == f"--data: {path}: it {'is ' * (why[:3] == 'not')}{why}; {UTF_8}"
+
+
+UTF_8 = "give a text file in UTF-8"
+IDS = np.random.default_rng(0).integers(0, 50_000, 9000)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "uint64", "int64"])
+def test_ids_of_every_width_are_read_and_said(tmp_path, dtype):
+    IDS.astype(dtype).tofile(tmp_path / "tokens.bin")
+    corpus = data.load(tmp_path / "tokens.bin", 16)
+    np.testing.assert_array_equal([*corpus.train, *corpus.held_out], IDS)
+    assert corpus.vocabulary == IDS.max() + 1
+    read = dtype.replace("int", "uint").replace("uuint", "uint")
+    said = () if read == "uint16" else (f"{tmp_path}/tokens.bin: {read} ids",)
+    assert corpus.left_out == said
+
+
+def llm_c(path, ids, magic, version, dtype):
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, version, len(ids)
+    path.write_bytes(header.tobytes() + ids.astype(dtype).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("magic", "version", "dtype"),
+    [(20240520, 1, "uint16"), (20240801, 7, "uint32")],
+)
+def test_the_header_of_llm_c_is_no_token(tmp_path, magic, version, dtype):
+    path = tmp_path / "tokens.bin"
+    llm_c(path, IDS, magic, version, dtype)
+    corpus = data.load(path, 16)
+    np.testing.assert_array_equal([*corpus.train, *corpus.held_out], IDS)
+    assert corpus.left_out == (f"{path}: {dtype} ids behind a header of llm.c",)
+    with path.open("r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(InputError, match="5000 bytes, but its header says 9000 tokens"):
+        data.load(path, 16)
+
+
+@pytest.mark.parametrize("where", [0, 777, 8999])
+def test_one_id_far_above_all_others_is_refused(tmp_path, monkeypatch, where):
+    monkeypatch.setattr(data, "_PART", 1000)
+    path, ids = tmp_path / "tokens.bin", (np.arange(9000) % 300).astype(np.uint16)
+    ids.tofile(path)
+    assert data.load(path, 16).vocabulary == 300
+    ids[where] = 65535
+    ids.tofile(path)
+    with pytest.raises(InputError) as error:
+        data.load(path, 16)
+    part = where if where < 8100 else where - 8100  # The last tenth is held out.
+    assert f"has id 65535 at token {part}, far above nearly all" in str(error.value)
+    assert "end at 299; mend the file, or give the --tokenizer" in str(error.value)
+
+
+def test_ids_that_no_vocabulary_has_are_refused(tmp_path):
+    ids = IDS.astype(np.uint32)
+    ids[5000] = 2**31
+    ids.tofile(tmp_path / "tokens.bin")
+    with pytest.raises(InputError, match="has a token id of 2147483648, which no"):
+        data.load(tmp_path / "tokens.bin", 16)
+
+
+def test_ids_of_a_sparse_text_are_taken(tmp_path):
+    """A small text in a large vocabulary: its rare words have high ids."""
+    ids = np.minimum(np.random.default_rng(0).zipf(1.3, 20_000), 50_256)
+    ids.astype(np.uint16).tofile(tmp_path / "tokens.bin")
+    assert data.load(tmp_path / "tokens.bin", 16).vocabulary == 50_257
+
+
+def test_every_token_has_an_origin(tmp_path, vocabulary):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in "abc":
+        (folder / name).write_text(name * 100)
+    for given, unit in ((None, "byte"), (vocabulary[0], "token")):
+        corpus = data.load(folder, 16, given)
+        for position in range(len(corpus.train)):
+            path, offset = corpus.origin(position).rsplit(f", {unit} ", 1)
+            if unit == "byte":
+                text = Path(path).read_bytes() + b"\n"
+                assert text[int(offset)] == corpus.train[position]
+            letter = corpus.decode([int(corpus.train[position])])
+            assert letter.strip() == "" or Path(path).name in letter
+
+
+def test_the_windows_of_a_batch_are_where_their_starts_say():
+    stream = np.arange(2000)
+    batches = data.Windows(stream, 16, 4, seed=3)
+    for index in range(50):
+        np.testing.assert_array_equal(batches(index)[:, 0], batches.starts(index))

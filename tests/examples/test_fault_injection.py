@@ -3,11 +3,14 @@
 import math
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from command import FailedError
 from faults import Fault, Injector, parse, scale_by_surge
+from verifying import verified
 
 WINDOWS = np.arange(12, dtype=np.int32).reshape(3, 4)
 
@@ -59,7 +62,7 @@ def test_what_is_no_fault_is_an_error_with_the_remedy(text):
     with pytest.raises(ValueError, match="is not a fault; write KIND@BATCH, ") as error:
         parse(["nan@1", text])
     assert str(error.value).startswith(f"{text} is not a fault")
-    assert "nan, scale, bytes, surge" in str(error.value)
+    assert "nan, scale, bytes, surge, flip" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -125,3 +128,45 @@ def test_a_surge_multiplies_updates_in_their_dtype():
     expected = {"w": jnp.float32([45.0, -60.0]), "b": jnp.bfloat16([15.0])}
     chex.assert_trees_all_equal(found, expected)
     chex.assert_trees_all_equal_dtypes(found, updates)
+
+
+def test_a_flip_is_one_wrong_bit_when_the_step_is_first_run():
+    def step(x):
+        return [jnp.int32([7]), x, x], {"loss": x.sum()}
+
+    x = jnp.float32([[1.0, 2.0]])
+    faulty = injector("flip@3")
+    for batch in (2, 4):
+        leaves, _ = faulty.flipping(step, batch)(x)
+        chex.assert_trees_all_equal(leaves, step(x)[0])
+    flipping = faulty.flipping(step, 3)
+    leaves, metrics = flipping(x)
+    assert float(metrics["loss"]) == 3
+    bits = [np.asarray(each).view(np.uint32) for each in (leaves[1], x)]
+    np.testing.assert_array_equal(bits[0] ^ bits[1], [[1, 0]])
+    chex.assert_trees_all_equal(leaves[2], x)
+    chex.assert_trees_all_equal(flipping(x)[0], step(x)[0])
+
+
+def test_a_verified_step_says_what_differed_and_repeats_it():
+    state = {"layer": {"w": jnp.float32([1.0, 2.0])}, "n": jnp.int32(3)}
+    leaves, structure = jax.tree.flatten(state)
+
+    def step(leaves, batch):
+        return [x + batch.astype(x.dtype) for x in leaves], {"loss": batch}
+
+    said = []
+    for batch, texts in ((3, ["state/layer/w had other bits"]), (4, [])):
+        run = verified(injector("flip@3").flipping(step, batch), structure, said.append)
+        found, metrics = run(leaves, jnp.float32(2))
+        chex.assert_trees_all_equal(found, step(leaves, jnp.float32(2))[0])
+        assert metrics["verify/differs"] == len(texts)
+        assert all(text in line for text, line in zip(texts, said, strict=True))
+        said.clear()
+    count = iter(range(99))
+
+    def broken(leaves, batch):
+        return [x + next(count) for x in leaves], {"loss": batch}
+
+    with pytest.raises(FailedError, match="train on another device"):
+        verified(broken, structure, said.append)(leaves, jnp.float32(2))

@@ -22,14 +22,14 @@ import pytest
 import survival
 import train
 import training
-import writers
-from checkpoints import Checkpoints
 from config import check
 from flax import nnx
 from input_error import InputError
 from tiers import full, quick_only
+from trainer import DivergedError
 
 import optax_stability as ost
+from optax_stability.orbax import Checkpoints
 
 # What costs much to make is made in one worker.
 pytestmark = pytest.mark.xdist_group("gpt")
@@ -99,7 +99,7 @@ def test_one_command_trains_and_leaves_a_log_and_a_picture(tmp_path, text):
         command(tmp_path, text, flags), capture_output=True, text=True, check=True
     )
     assert "\x1b" not in done.stdout  # Not a terminal: no control characters.
-    for shown in ("step  8", "grad", "limit", "tok/s", "bits/byte", "To be"):
+    for shown in ("step   8", "grad", "limit", "tok/s", "bits/byte", "To be"):
         assert shown in done.stdout
     assert re.search(r"noise \d+(\.\d)? \(\d+(\.\d)?–\d+(\.\d)?\)", done.stdout)
     assert re.search(
@@ -186,15 +186,19 @@ def test_a_surge_of_the_learning_rate_is_undone(tmp_path, text):
     # Not one batch that was seen comes again.
     batches = [row["batch"] for row in rows]
     assert batches == sorted(set(batches))
-    kept = writers.read_json_lines(tmp_path / "log.jsonl")
+    kept = ost.read_log(tmp_path / "log.jsonl")
     np.testing.assert_array_equal(kept["step"], np.arange(81))
 
 
 @pytest.mark.usefixtures("small")
 @full
-def test_the_baseline_is_optax_alone(tmp_path, text):
+def test_the_baseline_is_optax_alone_and_to_end_in_nan_is_to_fail(
+    tmp_path, text, capsys
+):
     settings = QUICK | {"steps": 8, "inject": ("nan@5",), "baseline": True}
-    train.train(train.Config(data=text, out=tmp_path, **settings))
+    with pytest.raises(DivergedError, match="a held-out loss that is not finite"):
+        train.train(train.Config(data=text, out=tmp_path, **settings))
+    assert "nonfinite at step 5" in capsys.readouterr().out
     rows, evaluations = read_log(tmp_path)
     assert [row["loss"] is None for row in rows] == [False] * 4 + [True] * 4
     assert evaluations[-1]["eval/loss"] is None
@@ -362,15 +366,17 @@ def test_the_line_counts_what_was_clipped(capsys):
     rows = [row | {"loss": 1.0, "skip/total": 1} for row in rows]
     screen_of(rows, log_every=4)
     line = capsys.readouterr().out
-    expected = "step 4  loss 1.000 val –  lr 1.0e-01  grad 1.50 → 1.00 limit 1.00  "
-    assert line == expected + "clipped 50% skipped 1  noise –  – tok/s  eta –\n"
+    expected = "step   4  loss 1.000 val –  lr 1.0e-01  grad 1.50 → 1.00 limit 1.00  "
+    assert line == expected + "eta –  – tok/s  clipped 50% skipped 1  noise –\n"
 
 
-def test_the_line_averages_the_loss_over_what_is_finite(capsys):
-    rows = [{"loss": x} for x in (math.nan, 2.0, math.inf, 1.0)]
+def test_the_line_averages_what_is_finite_and_says_what_is_not(capsys):
+    rows = [{"loss": x} for x in (math.nan, 2.0, math.inf, math.nan, 1.0)]
     screen_of(rows, log_every=1)
-    losses = [line.split()[3] for line in capsys.readouterr().out.splitlines()]
-    assert losses == ["–", "2.000", "2.000", "1.900"]
+    lines = capsys.readouterr().out.splitlines()
+    losses = [line.split("  loss ")[1].split(" val")[0] for line in lines]
+    finite = ["2.000", "not finite", "not finite for 2 steps", "1.900"]
+    assert losses == ["not finite", *finite]
 
 
 def test_the_line_says_that_a_branch_is_open_and_leaves_probes_out(capsys):
@@ -401,8 +407,42 @@ def test_the_line_tells_speed_and_use_and_time_left(capsys):
     speed = {"perf/tokens_per_second": 4.0, "perf/mfu": 0.123}
     screen_of([{"loss": 1.0} | speed, {"loss": 1.0}], log_every=1)
     first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("4.0 tok/s mfu 12%  eta 0:00:02")
-    assert second.endswith("– tok/s  eta –")
+    assert "  eta 0:00:02  4.0 tok/s mfu 12%  clipped" in first
+    assert "  eta –  – tok/s  clipped" in second
+
+
+@pytest.mark.parametrize("speed", [1e-300, 1e300])
+def test_any_speed_has_a_time_left(capsys, speed):
+    screen_of([{"loss": 1.0, "perf/tokens_per_second": speed}, {"loss": 1.0}], 1)
+    assert "eta" in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_shows_the_time_left(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    screen_of([{"loss": 1.0, "perf/tokens_per_second": 4.0}] * 3, log_every=1)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    lines = [line for line in shown.split("\n") if "eta" in line]
+    assert lines
+    assert all("eta 0:00:0" in line[:60] for line in lines)
+
+
+def test_control_characters_are_never_printed(capsys):
+    with console.Screen(1, 1, "byte") as screen:
+        screen.say("a\x1b[2J\x07name\u202e")
+        screen.sample("\x1b]0;title\x07", "tab\there \x00\x7f\x9b")
+        screen.write(
+            2,
+            {
+                "recheck/step": 1,
+                "recheck/loss": 9.0,
+                "recheck/verdict": 1.0,
+                "recheck/origin": "\x1b[31mfile",
+            },
+        )
+    printed = capsys.readouterr().out
+    assert "name" in printed
+    assert all(c.isprintable() or c == "\n" for c in printed)
 
 
 def test_a_run_that_goes_on_shows_its_last_evaluation(capsys):
@@ -414,8 +454,8 @@ def test_bits_are_per_byte_where_bytes_are_known(capsys):
     row = {"eval/loss": 2.0, "eval/bits": 2.885}
     screen_of([row | {"eval/bits_per_byte": 0.9}, row], log_every=1)
     first, second = capsys.readouterr().out.splitlines()
-    assert first == "step 1  held-out loss 2.000 = 0.900 bits/byte  after 8.0 bytes"
-    assert second == "step 2  held-out loss 2.000 = 2.885 bits/byte  after 16 bytes"
+    assert first == "step   1  held-out loss 2.000 = 0.900 bits/byte  after 8.0 bytes"
+    assert second == "step   2  held-out loss 2.000 = 2.885 bits/byte  after 16 bytes"
 
 
 @pytest.mark.parametrize(
@@ -437,6 +477,18 @@ def test_bits_are_per_byte_where_bytes_are_known(capsys):
         ("--clip-when-noisy inf", "error: --clip-when-noisy: inf is out of range; g"),
         ("--steps 5 --warmup-steps 5", "error: --warmup-steps: 5 leaves no step"),
         ("--data text.txt --out tiny.txt", "error: --out: cannot write to tiny.txt"),
+        ("--learning-rate inf", "error: --learning-rate: inf is out of range; give"),
+        ("--learning-rate 0", "error: --learning-rate: 0.0 is out of range; give a"),
+        ("--learning-rate nan", "error: --learning-rate: nan is out of range; give"),
+        ("--min-learning-rate -1", "error: --min-learning-rate: -1.0 is out of rang"),
+        ("--min-learning-rate nan", "error: --min-learning-rate: nan is out of rang"),
+        ("--seed 99999999999999999999", "error: --seed: 99999999999999999999 is too"),
+        ("--seed -1", "error: --seed: -1 is out of range; give a finite number"),
+        ("--data=", "error: --data: is empty; give a value, or leave --data out"),
+        ("--verify-every -1", "error: --verify-every: -1 is out of range; give a"),
+        ("--data latin.txt", "error: --data: latin.txt: it is not UTF-8: byte 0xe9"),
+        ("--data packed.gz", "error: --data: packed.gz: it is compressed; give a"),
+        ("--data text.bin", "error: --data: text.bin is text, not token ids; write"),
     ],
 )
 def test_bad_input_gets_one_clear_line(
@@ -446,6 +498,9 @@ def test_bad_input_gets_one_clear_line(
     Path("tiny.txt").write_text("too short")
     Path("odd.bin").write_bytes(b"12345")
     Path("empty").mkdir()
+    Path("latin.txt").write_bytes(b"caf" + b"\xe9" + b"!" * 400)
+    Path("packed.gz").write_bytes(b"\x1f\x8b\x08" + b"\0" * 400)
+    Path("text.bin").write_bytes(b"plain text " * 100)
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
     with pytest.raises(SystemExit) as stopped:
         train.main()

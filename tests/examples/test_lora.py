@@ -14,12 +14,13 @@ import model
 import numpy as np
 import pytest
 import train
-import writers
-from checkpoints import Checkpoints
-from data import batches, load
+from data import Windows, load
 from flax import nnx
 from input_error import InputError
 from tiers import full
+
+import optax_stability as ost
+from optax_stability.orbax import Checkpoints
 
 # What costs much to make is made in one worker.
 pytestmark = pytest.mark.xdist_group("lora")
@@ -111,18 +112,18 @@ def arrays_of(folder):
 
 def held_out_loss(gpt, text):
     """As a run of this batch size evaluates."""
-    held_out = batches(load(text, SMALL.context).held_out, SMALL.context, BATCH_SIZE, 0)
+    held_out = Windows(load(text, SMALL.context).held_out, SMALL.context, BATCH_SIZE, 0)
     return np.mean(
         [loss_of(gpt, jnp.asarray(held_out(i))) for i in range(EVAL_BATCHES)]
     )
 
 
 def losses_of(folder):
-    return writers.read_json_lines(folder / "log.jsonl")["loss"]
+    return ost.read_log(folder / "log.jsonl")["loss"]
 
 
 def evaluations(folder):
-    losses = writers.read_json_lines(folder / "log.jsonl")["eval/loss"]
+    losses = ost.read_log(folder / "log.jsonl")["eval/loss"]
     return losses[np.isfinite(losses)]
 
 

@@ -1,10 +1,19 @@
 """A run goes on, or is new, or there is an error: nothing starts anew in silence."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import resuming
+import writers
 from input_error import InputError
 from resuming import Resume, as_json, check_resume, flag
 
@@ -18,6 +27,7 @@ class Flags:
     size: str = "tiny"
     inject: tuple[str, ...] = ()
     data: Path | None = None
+    peak: float | None = None
 
 
 FREE, FIXED = {"resume", "out", "eval_every"}, {"size", "inject"}
@@ -30,11 +40,17 @@ def saved(flags=None, corpus=CORPUS):
     return json.loads(json.dumps(about | {"step": 3, "batch": 3}))
 
 
+def default_values(settings):
+    """What ``peak`` is when it is not given."""
+    return {"peak": {"tiny": 0.003, "small": 0.001}[settings["size"]]}
+
+
 def check(newest, corpus=CORPUS, **flags):
     flags = Flags(**flags)
     about = {"settings": as_json(flags), "corpus": corpus}
     resume, out = flags.resume, flags.out
-    check_resume(resume, out, about, newest, free=FREE, fixed=FIXED)
+    rules = {"free": FREE, "fixed": FIXED, "defaults": default_values}
+    check_resume(resume, out, about, newest, **rules)
 
 
 def refuses(text, *args, **flags):
@@ -82,6 +98,15 @@ def test_other_settings_are_an_error(resume):
     )
 
 
+def test_a_default_is_shown_with_its_value():
+    remedy = "give that value, another --out, or --resume changed"
+    has = "but the run in /runs/x has"
+    says = f"--peak: 0.001, {has} the default, 0.003; {remedy}"
+    refuses(says, saved(), peak=0.001)
+    says = f"--peak: the default, 0.003, {has} 0.001; {remedy}"
+    refuses(says, saved(Flags(peak=0.001)))
+
+
 def test_changed_takes_other_settings():
     check(saved(), ["book.txt", 1001], resume="changed", batch_size=4)
 
@@ -109,3 +134,84 @@ def test_settings_are_kept_as_json_can(tmp_path, monkeypatch):
     # So that the same file is the same, wherever the command is given.
     assert settings["data"] == str(tmp_path / "book.txt")
     assert flag("batch_size") == "--batch-size"
+
+
+# --- one folder, one run -----------------------------------------------------------
+
+
+def hold(folder):
+    """Another process, which holds the folder until it is killed."""
+    code = "import sys, resuming, pathlib, time\n"
+    code += "with resuming.lock(pathlib.Path(sys.argv[1])):\n"
+    code += "    print('held', flush=True); time.sleep(600)"
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, folder]
+    process = subprocess.Popen(
+        command, env=os.environ | path, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_folder_is_for_one_process_and_free_when_it_is_dead(tmp_path):
+    out = tmp_path / "run"
+    with hold(out) as process:
+        try:
+            with pytest.raises(InputError) as error, resuming.lock(out):
+                pass
+            who = f"process {process.pid} on {socket.gethostname()} since 2"
+            says = f"--out: another process is training in {out} ({who}"
+            assert str(error.value).startswith(says)
+            remedy = "; wait until it ends, or give another --out"
+            assert str(error.value).endswith(remedy)
+            assert "\n" not in str(error.value)
+        finally:
+            process.kill()  # kill -9
+    with resuming.lock(out):
+        assert f"process {os.getpid()} on" in (out / ".owner").read_text()
+    with resuming.lock(out):
+        """A run that has ended holds nothing."""
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    with resuming.lock(tmp_path):
+        monkeypatch.setattr(time, "strftime", lambda form: "1970-01-01 00:00:00")
+        with pytest.raises(InputError, match="another"), resuming.lock(tmp_path):
+            pass
+    with resuming.lock(tmp_path):
+        pass
+
+
+@contextlib.contextmanager
+def open_it(out):
+    about = {"settings": {}, "corpus": CORPUS}
+    same = resuming.open_folder(out, about, lambda out, about, newest: None, keep=3)
+    with same as opened, writers.Several(*opened.files):
+        yield opened
+
+
+def test_a_folder_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path, capsys):
+    with open_it(tmp_path) as opened:
+        assert opened.newest is None
+        opened.saved.save({"x": np.ones(3)}, {"step": 0, "batch": 0})
+        opened.saved.save({"x": np.ones(3)}, {"step": 4, "batch": 4})
+        opened.files[0].write(4, {"batch": 4})
+    with open_it(tmp_path) as opened:
+        assert opened.newest == {"step": 4, "batch": 4}
+    log = (tmp_path / "log.jsonl").read_text()
+    for step in (0, 4):
+        (tmp_path / "checkpoints" / str(step) / "state" / "_METADATA").unlink()
+    for _ in range(2):  # Also when it is asked again.
+        with pytest.raises(InputError) as error, open_it(tmp_path):
+            pass
+        assert str(error.value) == (
+            f"--out: no checkpoint in {tmp_path} is whole; they are in "
+            f"{tmp_path}/checkpoints-damaged; give another --out to start anew"
+        )
+    assert (tmp_path / "log.jsonl").read_text() == log
+    notes = capsys.readouterr().err.splitlines()
+    assert [note.split(" is damaged: ")[0] for note in notes] == [
+        "note: checkpoint 4",
+        "note: checkpoint 0",
+    ]

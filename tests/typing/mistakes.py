@@ -15,6 +15,7 @@ from flax import nnx
 
 import optax_stability as ost
 from optax_stability import flax as ost_flax
+from optax_stability import orbax as ost_orbax
 from optax_stability import thresholds
 
 Params = dict[str, jax.Array]
@@ -45,6 +46,7 @@ def misspelt_arguments(tx: Tx) -> None:
     thresholds.detrended_mad(5.0, flor=5.0)  # reportCallIssue
     thresholds.relearn(thresholds.zscore(), aftre=25)  # reportCallIssue
     ost.RewindPolicy(step_back=100)  # reportCallIssue
+    ost.RunLog("log.jsonl", resume_step=100)  # reportCallIssue
 
 
 def unknown_choices(tx: Tx) -> None:
@@ -91,6 +93,8 @@ def missing_arguments(tx: Tx, history: dict[str, np.ndarray]) -> None:
     ost.accumulate_moments(tx)  # reportCallIssue
     ost.write_report(history)  # reportCallIssue
     ost.RewindPolicy().update({"loss": 2.5})  # reportCallIssue
+    ost.find_damage()  # reportCallIssue
+    ost_orbax.Checkpoints()  # reportCallIssue
     ost_flax.TrainState.create(apply_fn=None, params={})  # reportCallIssue
 
 

@@ -11,10 +11,12 @@ import pytest
 
 import optax_stability as ost
 from optax_stability import flax as ost_flax
+from optax_stability import orbax as ost_orbax
 
 HERE = Path(__file__).parent
 # By the names that they have in the code of the user.
 MODULES = {"ost": ost, "thresholds": ost.thresholds, "ost_flax": ost_flax}
+MODULES["ost_orbax"] = ost_orbax
 
 
 def pyright(*arguments):

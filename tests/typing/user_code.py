@@ -17,6 +17,7 @@ from flax.training.dynamic_scale import DynamicScale
 
 import optax_stability as ost
 from optax_stability import flax as ost_flax
+from optax_stability import orbax as ost_orbax
 from optax_stability import thresholds
 from optax_stability.thresholds import Threshold
 
@@ -371,6 +372,41 @@ def loop(losses: list[float], checkpoints: dict[int, float]) -> int:
                 assert_never(decision.action)
     policy.set_state(policy.get_state())
     return step
+
+
+def loop_on_disk(
+    step: Callable[[Params, jax.Array], tuple[Params, jax.Array]],
+    params: Params,
+    batches: list[jax.Array],
+    folder: Path,
+) -> Params:
+    """Saves, logs, verifies and stops."""
+    log = ost.RunLog(folder / "log.jsonl", resume_after=None, report=print)
+    with (
+        ost_orbax.Checkpoints(folder / "checkpoints", keep=3) as saved,
+        ost.StopRequest() as stop,
+    ):
+        newest = saved.newest()
+        if newest is not None:
+            params = saved.load(newest, like=params)
+        for i, batch in enumerate(batches, start=1):
+            (params, loss), differs = ost.verify_step(step, params, batch, attempts=2)
+            log.write(i, {"batch": i, "loss": float(loss), "differs": differs})
+            saved.save(params, {"step": i, "batch": i})
+            if stop.due():
+                break
+        problem: str | None = saved.wait()
+        kept = ost_orbax.select_checkpoints(saved.available(), keep=1)
+    assert problem is None or not kept
+    return params
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a copy of a folder is complete."""
+    ost.write_checksums(folder)
+    damage: str | None = ost.find_damage(folder)
+    losses: np.ndarray = ost.read_log(folder / "log.jsonl")["loss"]
+    return damage is None and bool(np.isfinite(losses).all())
 
 
 def report(state: optax.OptState, folder: Path) -> list[ost.Finding]:

@@ -1,17 +1,21 @@
 """Checkpoints: whole or not there, the newest and the best, and none that is past."""
 
 import contextlib
+import json
 import math
+import resource
 import shutil
 import threading
+from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import Checkpoints, select_checkpoints
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from optax_stability.orbax import Checkpoints, select_checkpoints
 
 STATE = {"w": np.arange(16, dtype=np.float32), "n": np.array(7, np.int32)}
 
@@ -181,3 +185,166 @@ def test_a_place_that_cannot_be_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         Checkpoints(tmp_path / "file" / "inside")
+
+
+# --- damage, and disks that are full -----------------------------------------------
+
+# Large enough that a limit on the size of a file hits it, and nothing else.
+LARGE = {"w": np.random.default_rng(0).standard_normal(1 << 18).astype(np.float32)}
+
+
+def save_steps(folder, steps, state=STATE):
+    with Checkpoints(folder) as saved:
+        for step in steps:
+            saved.save(state, progress(step))
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+DAMAGES = [cut_short, flip_a_bit, empty, type(Path()).unlink]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damage_in_any_file_is_found_and_the_one_before_is_taken(tmp_path, damage):
+    folder = tmp_path / "checkpoints"
+    save_steps(folder, [1, 2])
+    names = [p.relative_to(folder) for p in (folder / "2").rglob("*") if p.is_file()]
+    assert len(names) > 8
+    for name in names:
+        if damage is type(Path()).unlink and name.name == "SHA256SUMS":
+            continue  # As if a process had been killed before it was written.
+        copy, told = tmp_path / str(name).replace("/", "-") / "checkpoints", []
+        shutil.copytree(folder, copy)
+        damage(copy / name)
+        with Checkpoints(copy, report=told.append) as saved:
+            newest = saved.newest()
+            assert newest is not None
+            assert newest["step"] == 1
+            chex.assert_trees_all_equal(saved.load(newest, like=STATE), STATE)
+            (says,) = told
+            aside = copy.with_name("checkpoints-damaged") / "2"
+            assert says.startswith("checkpoint 2 is damaged: ")
+            assert says.endswith(f"; it is kept in {aside}")
+            assert "\n" not in says
+            assert saved.damaged == ["2"]
+            assert aside.is_dir()
+            # The run goes on, and comes to the same batch again.
+            saved.save(STATE, progress(2))
+            assert batches(saved.available()) == [2, 1]
+            assert saved.newest() == saved.available()[0]
+        assert len(told) == 1
+
+
+def test_a_checkpoint_without_checksums_is_read_to_see_that_it_can_be(tmp_path):
+    folder, told = tmp_path / "checkpoints", []
+    save_steps(folder, [1, 2, 3])
+    for step in (2, 3):
+        (folder / str(step) / "SHA256SUMS").unlink()
+    largest = max((folder / "3").rglob("d/*"), key=lambda path: path.stat().st_size)
+    cut_short(largest)
+    with Checkpoints(folder, report=told.append) as saved:
+        assert saved.newest() == saved.available()[0]
+        assert batches(saved.available()) == [2, 1]
+    assert [says[:24] for says in told] == ["checkpoint 3 is damaged:"]
+
+
+def test_what_was_damaged_twice_is_kept_twice(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for _ in range(2):
+        save_steps(folder, [2])
+        cut_short(folder / "2" / "metrics" / "metrics")
+        with pytest.warns(UserWarning, match="checkpoint 2 is damaged: its progress"):
+            saved = Checkpoints(folder)
+        assert saved.newest() is None
+        saved.close()
+    assert saved.damaged == ["2", "2-again"]
+
+
+def test_looking_moves_nothing(tmp_path):
+    folder, told = tmp_path / "checkpoints", []
+    save_steps(folder, [1, 2, 3])
+    cut_short(folder / "3" / "metrics" / "metrics")
+    cut_short(folder / "2" / "state" / "_METADATA")
+    with Checkpoints(folder, read_only=True, report=told.append) as looking:
+        newest = looking.newest()
+        assert newest is not None
+        assert newest["step"] == 1
+        chex.assert_trees_all_equal(looking.load(newest, like=STATE), STATE)
+    assert len(told) == 2
+    assert all(says.endswith("; it is left out") for says in told)
+    assert folders(folder) == [1, 2, 3]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file can grow beyond this size: as a full disk, for this process alone."""
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, caplog):
+    caplog.set_level("CRITICAL", logger="absl")
+    told = []
+    with Checkpoints(tmp_path, keep=1, report=told.append) as saved:
+        saved.save(LARGE, progress(1))
+        assert saved.wait() is None
+        with full_disk():
+            saved.save(LARGE, progress(2))
+            assert saved.wait() == "File too large"
+            (says,) = told
+            assert says.startswith("checkpoint 2 could not be saved: File too large;")
+            assert folders(tmp_path) == [1]  # What was written is gone.
+            saved.save(LARGE, progress(3))
+            while len(told) == 1:  # Without waiting for it.
+                saved.poll()
+            assert batches(saved.available()) == [1]
+        saved.save(LARGE, progress(4))
+        assert saved.wait() is None
+        assert saved.newest() == saved.available()[0]
+    assert len(told) == 2
+    assert folders(tmp_path) == [4]
+
+
+def test_a_folder_that_is_removed_under_the_run_is_made_again(tmp_path):
+    folder, told = tmp_path / "checkpoints", []
+    with Checkpoints(folder, report=told.append) as saved:
+        saved.save(STATE, progress(1))
+        assert batches(saved.available()) == [1]
+        shutil.rmtree(folder)
+        assert saved.available() == []
+        assert saved.newest() is None
+        saved.save(STATE, progress(2))
+        assert batches(saved.available()) == [2]
+    assert told == []
+    assert json.loads((folder / "2" / "metrics" / "metrics").read_text())["step"] == 2
+
+
+def test_a_number_of_checkpoints_that_cannot_be_is_explained(tmp_path):
+    with pytest.raises(ValueError, match="keep=0 must be an integer of at least 1"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def test_a_run_can_end_after_a_save_that_failed(tmp_path, caplog):
+    caplog.set_level("CRITICAL", logger="absl")
+    told = []
+    with full_disk(), Checkpoints(tmp_path, report=told.append) as saved:
+        saved.save(LARGE, progress(1))
+    assert len(told) == 1
+    assert folders(tmp_path) == []
