@@ -13,11 +13,10 @@ from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._location import (
     gradient_layers,
     gradient_norm,
-    log_norm,
 )
 from optax_stability._diagnosis._loss import loss_of
-from optax_stability._diagnosis._series import History, Layers, depth, is_vector
-from optax_stability._diagnosis._trend import median, smooth, stretches
+from optax_stability._diagnosis._series import History, Layers, depth, is_vector, log_of
+from optax_stability._diagnosis._windows import median, smooth, stretches
 
 # Replaces a norm of 0 in logarithms; below every positive float32.
 _ZERO_NORM = 1e-50
@@ -41,7 +40,7 @@ def _far_below_past(
     limit = np.fmax.accumulate(level) - np.log(limits.VANISHED_FACTOR)
     loss = loss_of(history)
     if loss is not None:
-        loss_level = smooth(log_norm(loss.values))
+        loss_level = smooth(log_of(loss.values))
         loss_level[:start] = np.nan
         fall = np.fmax.accumulate(loss_level) - loss_level
         limit -= np.nan_to_num(2 * fall)[:, None]

@@ -16,7 +16,7 @@ from optax_stability._diagnosis._advice import ADVICE
 from optax_stability._diagnosis._diagnose import diagnose
 from optax_stability._diagnosis._finding import KINDS, Finding
 from optax_stability._diagnosis._series import History, depth
-from optax_stability._diagnosis._trend import median, stretches, trend
+from optax_stability._diagnosis._windows import median, stretches
 
 LAYERS = ("tokens/embedding", "blocks/0/qkv/kernel", "blocks/1/mlp/kernel", "head/bias")
 QKV, MLP = LAYERS[1:3]
@@ -915,20 +915,6 @@ def test_the_history_is_not_changed():
 
 
 # --- Parts. ---------------------------------------------------------------------------
-
-
-@full
-def test_the_trend_is_that_of_the_threshold():
-    values = np.exp(np.random.default_rng(0).standard_normal(120)).astype(np.float32)
-    values[70:75], values[90:94] = 500.0, np.nan
-    rule = ost.thresholds.detrended_mad(7.0, floor=0.5, log=False)
-    state, expected = rule.init(), []
-    for value in values:
-        limit, state = rule.update(value, state)
-        expected.append(limit)
-    found = trend(values.astype(np.float64), 7.0, 0.5)
-    limit = found.centre + found.bound
-    np.testing.assert_allclose(limit[1:], expected[1:], rtol=1e-5)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from optax_stability._diagnosis._series import History
-from optax_stability._diagnosis._trend import median
+from optax_stability._diagnosis._windows import median
 
 # Pixels of a line; each shows two points.
 PIXELS = 800

@@ -13,7 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Patch
 
 from optax_stability._diagnosis._series import History
-from optax_stability._diagnosis._trend import median
+from optax_stability._diagnosis._windows import median
 from optax_stability._report._drawing import _axes, _curves
 
 _COLUMNS, _ROWS, _LABELS = 720, 360, 40
