@@ -38,8 +38,8 @@ from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._location import gradient_layers
 from optax_stability._diagnosis._loss import loss_floor
 from optax_stability._diagnosis._series import History, is_vector
-from optax_stability._diagnosis._windows import smooth
 from optax_stability._diagnosis._updates import global_and_layers
+from optax_stability._diagnosis._windows import smooth
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gpt"))
 
@@ -178,6 +178,8 @@ RUNS = {
     ),
     "diverges, into overflow": Run(
         expected=("divergence", "nonfinite"),
+        # The loss swings by a nat and more long before.
+        allowed=("loss_spike", "update_too_large"),
         fault=0,
         rate=1.0,
         normalised=False,

@@ -167,7 +167,7 @@ ADVICE = {
     ),
     "overfitting": Advice(
         (
-            "the model repeats the training data: too many passes over too few examples",
+            "the model repeats its training data: too many passes over few examples",
             "too little regularisation for the size of the data",
         ),
         (
@@ -243,7 +243,7 @@ ADVICE = {
         (
             "one tensor with much larger gradients: the clip of the whole then acts on "
             "it alone, and scales all others down with it",
-            "a parameter that is scaled differently, or a loss that reaches it directly",
+            "a parameter of another scale, or one that the loss reaches directly",
         ),
         (
             "clip each layer relative to its own recent norms with "
@@ -339,9 +339,7 @@ def _not_in_place(history: History, remedies: tuple[str, ...]) -> tuple[str, ...
         if any(re.search(rf"(^|/){key}", column) for column in history.columns)
         for call in calls
     ]
-    left = tuple(
-        each for each in remedies if not any(call in each for call in there)
-    )
+    left = tuple(each for each in remedies if not any(call in each for call in there))
     return left or ("what helps is in place: inspect the data of this step",)
 
 

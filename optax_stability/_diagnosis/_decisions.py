@@ -140,8 +140,8 @@ def _by_epoch(history: History, events: list[int]) -> str | None:
     if passes < limits.MIN_MEASUREMENTS or not enough:
         return None
     return (
-        f"{count} of {len(at)} rows of skips are within {limits.CLUSTER_WIDTH:.0%} of an "
-        f"epoch around {place:.0%} of it, in {passes} epochs"
+        f"{count} of {len(at)} rows of skips are within {limits.CLUSTER_WIDTH:.0%} of "
+        f"an epoch after {place:.0%} of it, in {passes} epochs"
     )
 
 
@@ -163,7 +163,7 @@ def _by_period(history: History, events: list[int]) -> str | None:
 
 
 def _densest(places: np.ndarray, width: float) -> tuple[float, int]:
-    """The start of the arc of a circle of length 1 with the most places, and how many."""
+    """Start and number of the places in the fullest arc of a circle of length 1."""
     ahead = (places[None, :] - places[:, None]) % 1.0
     counts = np.sum(ahead <= width, axis=1)
     at = int(np.argmax(counts)) if len(places) else 0

@@ -69,6 +69,10 @@ _CONSEQUENCES = {
     # Nothing is learned at rate 0, and a loss that is exactly the same is flat.
     "learning_rate_zero": ("plateau", "loss_stuck", "update_too_small"),
     "loss_stuck": ("plateau",),
+    # Steps that overshoot show in the loss now and then.
+    "learning_rate_too_high": ("loss_spike",),
+    # Corrupted data that are everywhere are at no particular place.
+    "frequent_skips": ("clustered_skips",),
     "underflow": (
         "vanishing_then_surge",
         "vanishing_gradient",
@@ -84,12 +88,16 @@ _CONSEQUENCES = {
 # does not explain findings long after it.
 _MAX_LEAD = {"divergence": limits.CENTRE}
 _MAX_LAG = {"loss_spike": limits.CENTRE}
+# Findings about a run as a whole, whose step is where the judgement begins.
+_WHOLE_RUN = ("plateau",)
 
 
 def _follows(each: Finding, cause: Finding, steps: np.ndarray) -> bool:
     """Whether a finding is a consequence of another."""
     if each.kind not in _CONSEQUENCES.get(cause.kind, ()):
         return False
+    if each.kind in _WHOLE_RUN:
+        return True
     later = np.searchsorted(steps, each.step) - np.searchsorted(steps, cause.step)
     lead, reach = _MAX_LEAD.get(cause.kind, 0), _MAX_LAG.get(cause.kind, len(steps))
     return bool(-lead <= later <= reach)
@@ -190,7 +198,7 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
         ]
         found = _first_of_each_kind([_findings_of(run) for run in runs])
         several = _runs.several_runs(checked, first_rows)
-    return by_severity(found + [several] if several else found)
+    return by_severity([*found, several] if several else found)
 
 
 def _findings_of(run: History) -> list[Finding]:

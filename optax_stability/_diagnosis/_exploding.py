@@ -101,7 +101,10 @@ def _is_event(history: History, excess: np.ndarray, start: int, stop: int) -> bo
     if stop - start >= limits.NORM_ROWS:
         return True
     loss = loss_of(history)
-    if loss is not None and loss_confirms(history, loss)[start : stop + limits.NORM_ROWS].any():
+    if (
+        loss is not None
+        and loss_confirms(history, loss)[start : stop + limits.NORM_ROWS].any()
+    ):
         return True
     enormous = excess[start:stop].max() > np.log(limits.NORM_ENORMOUS)
     norm, limit = history.first("clip/norm"), history.first("clip/limit")

@@ -44,8 +44,8 @@ def overfitting(history: History) -> Finding | None:
         return None
     evidence = (
         f"held-out loss {values[best]:.4g} at step {history.steps[rows[best]]:.0f}, "
-        f"its lowest, and {values[-1]:.4g} at the end: {values[-1] - values[best]:+.2g}, "
-        f"limit {limit:+.2g}, in each of the last {count} evaluations; the training "
+        f"its lowest, and {values[-1]:.4g} at the end: "
+        f"{values[-1] - values[best]:+.2g}, limit {limit:+.2g}, in each of the last {count} evaluations; the training "
         f"loss fell from {before:.4g} to {after:.4g} meanwhile"
     )
     return finding(
@@ -54,12 +54,13 @@ def overfitting(history: History) -> Finding | None:
 
 
 def _noise(values: np.ndarray) -> float:
-    """σ of the evaluations around a line through their neighbours."""
+    """σ of the evaluations around a curve that bends evenly."""
     if len(values) < limits.CENTRE:
         return 0.0
     bend = values[1:-1] - (values[:-2] + values[2:]) / 2
     # The variance of this is one and a half times that of a value. Theory.
-    return float(limits.SIGMA_PER_MAD * median(np.abs(bend)) / 1.5**0.5)
+    scatter = median(np.abs(bend - median(bend)))
+    return float(limits.SIGMA_PER_MAD * scatter / 1.5**0.5)
 
 
 def _training_around(loss: np.ndarray, best: int, start: int) -> tuple[float, float]:

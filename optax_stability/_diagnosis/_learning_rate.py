@@ -69,7 +69,9 @@ def learning_rate_zero(history: History) -> Finding | None:
         return None
     rows = np.flatnonzero(np.isfinite(rate.values))
     longest = max(
-        stretches(rate.values[rows] == 0), key=lambda each: each[1] - each[0], default=None
+        stretches(rate.values[rows] == 0),
+        key=lambda each: each[1] - each[0],
+        default=None,
     )
     if longest is None:
         return None
@@ -98,4 +100,4 @@ def _falls(history: History, rows: np.ndarray) -> bool:
         return False
     early, late = values[:quarter], values[-quarter:]
     scatter = limits.SIGMA_PER_MAD * median(np.abs(late - median(late)))
-    return bool(median(early) - median(late) > 2 * scatter)
+    return bool(median(early) - median(late) > 3 * scatter)

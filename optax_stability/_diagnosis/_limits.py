@@ -20,9 +20,9 @@ EARLY_WIDENING = 3.0
 # Loss, in its own unit: 7 scales and at least half a nat. Source: ``spike_guard``;
 # ``benchmarks/spike_detection.py`` has no false alarm in 26 clean runs.
 LOSS_SCALES, LOSS_FLOOR = 7.0, 0.5
-# Of a high loss also a tenth. A guess among 256,000 tokens costs 12.5 nats: a higher loss
-# is no mean over tokens, or is confidently wrong, and then a quarter. Theory for 12.5,
-# choice for the shares (healthy public logs in such a unit: up to a fifth).
+# Of a high loss also a tenth. A guess among 256,000 tokens costs 12.5 nats: a higher
+# loss is no mean over tokens, or is confidently wrong, and then a quarter. Theory for
+# 12.5, choice for the shares (healthy public logs in such a unit: up to a fifth).
 LOSS_SHARE, UNIT_SHARE, HIGHEST_LOSS = 0.1, 0.25, 12.5
 # Excess of the loss that confirms a jump of the gradient. Source: likewise.
 CONFIRM_SCALES, CONFIRM_FLOOR = 4.0, 0.3
@@ -45,8 +45,8 @@ NORM_SCALES, NORM_FACTOR = 5.0, 10.0
 # Without confirmation by the loss, a jump counts if it lasts for this many rows, or if
 # it is enormous. Choice.
 NORM_ROWS, NORM_ENORMOUS = 3, 100.0
-# What lasts must also be so far above the median of all rows before, so that a norm that
-# comes back from a low is none. Choice.
+# What lasts must also be so far above the median of all rows before, so that a norm
+# that comes back from a low is none. Choice.
 USUAL_FACTOR = 3.0
 # Used only to find the layer that was affected first, not to detect a jump. Choice.
 LOCATE_FACTOR = 3.0
@@ -165,3 +165,6 @@ SAME_NORM, VARYING_NORM, SAME_NORM_ROWS = 0.02, 0.08, 32
 # Skips at the same position of the data: events, in so many passes, within this share
 # of a pass. Choice: by chance, four of four events lie within 1/20 in 0.05 % of runs.
 CLUSTER_EVENTS, CLUSTER_WIDTH, CLUSTER_SHARE, CLUSTER_PERIOD = 4, 0.05, 0.8, 20
+# A training loss this close to zero, relative to its start, may have been learned by
+# heart. Choice.
+NEAR_ZERO = 0.05

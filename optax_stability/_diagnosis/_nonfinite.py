@@ -27,7 +27,7 @@ _ALWAYS_KNOWN = ("learning_rate", "epoch", "skip/skipped", "skip/total")
 # What an accumulator leaves behind that holds a NaN.
 _ACCUMULATOR = Advice(
     (
-        "an accumulator of gradients holds a NaN: what is added to it stays NaN, so that "
+        "an accumulator of gradients holds a NaN: what is added to it stays NaN, and "
         "every later window is not finite, though the parameters are intact",
     ),
     (
@@ -109,7 +109,7 @@ def _blank(history: History) -> np.ndarray:
     known = [history.columns[key] for key in _ALWAYS_KNOWN if key in history.columns]
     if not known:
         return np.zeros(history.length, bool)
-    return np.isnan(known).all(axis=0)
+    return np.all(np.isnan(known), axis=0)
 
 
 def _increases(total: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -144,14 +144,13 @@ def _lost(missing: np.ndarray) -> np.ndarray:
     for start, stop in gaps:
         known = np.sum(~missing[:start])
         long = stop - start >= max(2 * limits.VANISHED_ROWS, limits.LOST_GAPS * usual)
-        if long and known >= limits.MIN_MEASUREMENTS:
+        at_every_row = known == start > 0 and stop == len(missing)
+        if long and (known >= limits.MIN_MEASUREMENTS or at_every_row):
             lost[start + usual : stop] = True
     return lost
 
 
-def _nonfinite_loss(
-    loss: Series, norm: Series | None, blank: np.ndarray
-) -> np.ndarray:
+def _nonfinite_loss(loss: Series, norm: Series | None, blank: np.ndarray) -> np.ndarray:
     """The same for the loss, where NaN may also mean that no loss was passed."""
     broken = _newly_nonfinite(loss.values, blank)
     if norm is None:

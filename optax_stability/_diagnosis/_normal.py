@@ -1,22 +1,22 @@
 """What is normal for a curve so far: its level and its noise, in every row.
 
-*Problem*: a median of recent values lags a steep descent, needs many rows before it says
-anything, and follows what grows by and by until that counts as normal.
+*Problem*: a median of recent values lags a steep descent, needs many rows before it
+says anything, and follows what grows by and by until that counts as normal.
 
 *Rule*, for the measured values x₀, x₁, … of one curve, with windows counted in
 measurements, so that a row may stand for one step or for fifty::
 
   mᵢ  median of the last 8 values, fewer at the start; of the first two, the larger
   σᵢ  the larger of two spreads of the last 32 measurements before i:
-      1.4826·median |xⱼ − median of the nine values around j|   noise around the trend
-      upper quartile of xⱼ − mⱼ₋₁, over 0.6745                   surprise of the next value
+      1.4826·median |xⱼ − median of the nine values around j|   noise around a trend
+      upper quartile of xⱼ − mⱼ₋₁, over 0.6745                  upward surprise
   recent level    lowest m of the last 40 measurements          for what jumps
   level so far    lowest m of all earlier measurements          for what lasts
 
 A median of the nine values *around* a row does not lag a slope, and a curve that falls
-never surprises upwards: a steep descent is no noise. The lowest level remembers what was
-healthy: a slow rise is measured from where it began, and nothing abnormal is learned.
-Few measurements are no certainty: until 24 are known, limits are wider.
+does not surprise upwards: a steep descent is no noise. The lowest level remembers what
+was healthy: a slow rise is measured from where it began, and no abnormal level is
+learned. Until 24 measurements are known, limits are wider.
 """
 
 from typing import NamedTuple
@@ -45,7 +45,7 @@ class Normal(NamedTuple):
     excess: np.ndarray
     caution: np.ndarray
 
-    def bound(self, scales: float, floor: float) -> np.ndarray:
+    def bound(self, scales: float, floor: float | np.ndarray) -> np.ndarray:
         """Limit of the excess: so many σ, and at least ``floor``; ∞ if unknown."""
         return bound(self.noise, self.caution, scales, floor)
 
@@ -90,8 +90,10 @@ def spread(values: np.ndarray) -> np.ndarray:
     early = min(count, limits.WARMUP_VALUES)
     for i in range(early):
         before = change[: i + 1]
-        noise[i] = limits.SIGMA_PER_MAD * np.sqrt(0.5) * median(
-            np.abs(before - median(before))
+        noise[i] = (
+            limits.SIGMA_PER_MAD
+            * np.sqrt(0.5)
+            * median(np.abs(before - median(before)))
         )
     return np.fmax(noise, _surprise(values))
 
@@ -108,7 +110,7 @@ def _surprise(values: np.ndarray) -> np.ndarray:
 
 
 def normal(values: np.ndarray) -> Normal:
-    """What is normal for a curve ``values[T]``; rows that are not finite are left out."""
+    """What is normal for ``values[T]``; rows that are not finite are left out."""
     values = finite(values)
     rows = np.flatnonzero(~np.isnan(values))
     found = np.full((3, len(values)), np.nan)
@@ -123,7 +125,7 @@ def normal(values: np.ndarray) -> Normal:
         careful[rows] = caution(np.arange(len(rows)))
         # What is known of one or two values is next to nothing.
         found[1, rows[: limits.MIN_MEASUREMENTS]] = np.nan
-    return Normal(*found, careful)
+    return Normal(found[0], found[1], found[2], careful)
 
 
 class Base(NamedTuple):
@@ -140,9 +142,7 @@ class Base(NamedTuple):
     known: np.ndarray
 
 
-def base(
-    values: np.ndarray, growth: float = 0.0, first_is_known: bool = False
-) -> Base:
+def base(values: np.ndarray, growth: float = 0.0, first_is_known: bool = False) -> Base:
     """The lowest level before each of finite ``values[n]``.
 
     Args:
@@ -162,6 +162,8 @@ def base(
     lowest = np.minimum.accumulate(level)
     at = np.maximum.accumulate(np.where(level <= lowest, count, 0))
     before = np.concatenate([[0], at[:-1]]) if len(values) else at
-    # The noise at the time is known one measurement later.
-    noise = np.append(spread(values), np.nan)[before + 1]
+    # The level lags: a rise has begun before the level is at its lowest. The noise is
+    # that of shortly before.
+    noise = np.append(spread(values), np.nan)
+    noise = np.fmin.reduce(trailing(noise, limits.CENTRE), axis=1)[before + 1]
     return Base(level[before] + drift, noise, before + 1)

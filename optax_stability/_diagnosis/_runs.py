@@ -23,7 +23,7 @@ def starts(history: History) -> list[int]:
     alone is no new training, and neither is a return to a checkpoint.
     """
     found = {0, *_step_begins_again(history.steps)}
-    restarts = _rate_begins_again(history)
+    restarts = [_where_loss_jumps(history, row) for row in _rate_begins_again(history)]
     jumps = [row for row in restarts if _loss_jumps(history, row)]
     if len(jumps) * 2 >= len(restarts):
         found |= set(restarts)
@@ -52,10 +52,20 @@ def _rate_begins_again(history: History) -> list[int]:
         low = values[turn] <= limits.DECAYED_SHARE * peak
         later = values[turn + 1 : turn + 1 + max(len(rows) // 4, limits.CENTRE)]
         high = (later >= limits.RATE_DECAYED * peak).any()
-        if peak > 0 and low and high and np.argmax(values[start : turn + 1]) < turn - start:
+        if (
+            peak > 0
+            and low
+            and high
+            and np.argmax(values[start : turn + 1]) < turn - start
+        ):
             found.append(int(rows[turn + 1]))
             start = turn + 1
     return found
+
+
+def _where_loss_jumps(history: History, row: int) -> int:
+    """The row, or the one before it: a warm-up may begin below the end of a decay."""
+    return row - 1 if _loss_jumps(history, row - 1) else row
 
 
 def _loss_jumps(history: History, row: int) -> bool:

@@ -50,8 +50,8 @@ def plateau(history: History) -> Finding | None:
 def loss_stuck(history: History) -> Finding | None:
     """A loss of exactly the same value until the end.
 
-    Zero is always one. Another value may be repeated by a log that rounds: then the
-    values before it must differ by much less than a rounded log could show.
+    Zero is always one. Another value may be repeated by a log that rounds: the decimal
+    places of all values tell whether it does.
     """
     loss = loss_of(history)
     if loss is None or loss.key == "skip/value":
@@ -67,9 +67,7 @@ def loss_stuck(history: History) -> Finding | None:
     if count < min(share, limits.STUCK_ALWAYS):
         return None
     value = values[-1]
-    steps = np.abs(np.diff(values[: start + 1]))
-    least = np.min(steps[steps > 0], initial=np.inf)
-    if value and start and least > abs(value) / limits.STUCK_RESOLUTION:
+    if value and start and _resolution(values) > abs(value) / limits.STUCK_RESOLUTION:
         return None
     row = int(rows[start])
     evidence = (
@@ -77,6 +75,14 @@ def loss_stuck(history: History) -> Finding | None:
         f"from step {history.steps[row]:.0f} on"
     )
     return finding("loss_stuck", history, row, loss.key, None, evidence)
+
+
+def _resolution(values: np.ndarray) -> float:
+    """The unit of the last decimal place that is used; 0 for more than six places."""
+    for places in range(7):
+        if np.allclose(values, np.round(values, places), rtol=0, atol=1e-9):
+            return 10.0**-places
+    return 0.0
 
 
 def plateau_far_above(history: History) -> Finding | None:
@@ -102,7 +108,7 @@ def plateau_far_above(history: History) -> Finding | None:
     rows = np.flatnonzero(np.isfinite(loss.values))
     flat_from = int(np.argmax(values <= early))
     evidence = (
-        f"the loss begins at {start:.3g}, more than the {limits.HIGHEST_LOSS} nats of a "
+        f"the loss begins at {start:.3g}, above the {limits.HIGHEST_LOSS} nats of a "
         f"guess among 256,000 tokens, and is flat since: {early:.4g} in the second and "
         f"{late:.4g} in the last quarter of {len(values)} rows; how low it should be "
         "cannot be told from this log"

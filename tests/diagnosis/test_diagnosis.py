@@ -318,7 +318,150 @@ def plateau_half_way():
     return "plateau", 5000, None, history
 
 
+def loss_stuck():
+    history = healthy()
+    put(history, "loss", 1.7)
+    return "loss_stuck", FAULT, None, history
+
+
+def learning_rate_zero():
+    history = healthy()
+    put(history, "learning_rate", 0.0)
+    return "learning_rate_zero", FAULT, None, history
+
+
+def overfitting():
+    """The training loss falls on, and the held-out loss turns."""
+    history = healthy()
+    history["loss"] = history["loss"] - np.maximum(0, np.arange(ROWS) - 150) / 400
+    held_out = np.full(ROWS, np.nan)
+    held_out[::40] = 2.0 + np.abs(np.arange(ROWS) - FAULT)[::40] / 500
+    return "overfitting", FAULT + 40, None, history | {"eval/loss": held_out}
+
+
+def skip_budget_spent():
+    history = healthy()
+    history["skip/share_left"] = np.full(ROWS, 9.0)
+    put(history, "skip/share_left", 0.0)
+    return "skip_budget_spent", FAULT, None, history
+
+
+def clustered_skips():
+    history = healthy(decays=False)
+    put(history, "skip/skipped", np.arange(ROWS) % 90 == 60, 0, ROWS)
+    return "clustered_skips", 60, None, history
+
+
+def clustered_skips_by_epoch():
+    """Epochs of another length each."""
+    history = healthy()
+    history["epoch"] = np.sort(np.random.default_rng(3).uniform(0, 6, ROWS))
+    skips = np.searchsorted(history["epoch"], np.arange(5) + 0.3)
+    put(history, "skip/skipped", 0.0, 0, ROWS)
+    history["skip/skipped"][skips] = 1
+    return "clustered_skips", skips[0], None, history
+
+
+def misplaced_clip():
+    """Of the update of Muon, whose norm follows the learning rate."""
+    history = healthy()
+    wobble = 1 + 0.002 * np.random.default_rng(7).standard_normal(ROWS)
+    history["clip/norm"] = 20 * history["learning_rate"] * wobble
+    history["clip/limit"] = np.full(ROWS, 1.0)
+    return "misplaced_clip", 50, None, history
+
+
+def dominant_layer():
+    history = healthy()
+    for i in range(4):
+        history[f"grad/norm/blocks/{i + 2}/kernel"] = wobbling(0.1)
+    scaled(history, f"grad/norm/{MLP}", 30, 0)
+    return "dominant_layer", 50, MLP, history
+
+
+def several_runs():
+    """The learning rate starts again, and the loss with it."""
+    history = healthy(decays=False)
+    one, other = healthy(1, FAULT), healthy(2, FAULT)
+    history = {key: np.concatenate([one[key], other[key]]) for key in one}
+    history["step"] = np.arange(ROWS)
+    return "several_runs", FAULT, None, history
+
+
+def several_runs_from_step_0():
+    """Appended to the same file."""
+    one, other = healthy(1, FAULT), healthy(2, FAULT)
+    history = {key: np.concatenate([one[key], other[key]]) for key in one}
+    del history["learning_rate"]
+    return "several_runs", 0, None, history
+
+
+def blow_up_in_the_third_row():
+    history = {"step": np.arange(1, 61), "loss": np.full(60, 8.0)}
+    history["loss"] += 0.1 * np.random.default_rng(0).standard_normal(60)
+    history["loss"][:4] = 1.4, 1.5, 3.0, 20.0
+    return "divergence", 3, None, history
+
+
+def divergence_that_ends_by_itself():
+    history = healthy()
+    history["loss"][FAULT : FAULT + 60] += 3
+    return "divergence", FAULT, None, history
+
+
+def norm_that_grows_by_and_by():
+    history = healthy()
+    growth = np.geomspace(1, 1e5, ROWS - FAULT)
+    history["grad/norm"] = history["grad/norm"].copy()
+    history["grad/norm"][FAULT:] *= growth
+    return "exploding_gradient", None, None, history
+
+
+def shuffled_labels():
+    """It begins above any guess, and stays where no usual run stays."""
+    rng = np.random.default_rng(0)
+    rows = np.arange(60)
+    loss = 5.8 + 13 * np.exp(-rows / 3) + 0.1 * rng.standard_normal(60)
+    return "plateau", None, None, {"step": 5 * rows, "loss": loss}
+
+
+def nan_of_the_loss_alone():
+    history = healthy()
+    put(history, "loss", np.nan)
+    return "nonfinite", FAULT, None, history
+
+
+def nan_of_the_norm_alone():
+    """Of an accumulator, say: the weights are intact."""
+    history = healthy()
+    put(history, "grad/norm", np.nan)
+    return "nonfinite", FAULT, None, history
+
+
+def nan_throughout():
+    nothing = np.full(40, np.nan)
+    history = {"step": np.arange(40), "loss": nothing, "grad/norm": nothing}
+    return "nonfinite", 0, None, history
+
+
 FAULTS = (
+    loss_stuck,
+    learning_rate_zero,
+    overfitting,
+    skip_budget_spent,
+    clustered_skips,
+    clustered_skips_by_epoch,
+    misplaced_clip,
+    dominant_layer,
+    several_runs,
+    several_runs_from_step_0,
+    blow_up_in_the_third_row,
+    divergence_that_ends_by_itself,
+    norm_that_grows_by_and_by,
+    shuffled_labels,
+    nan_of_the_loss_alone,
+    nan_of_the_norm_alone,
+    nan_throughout,
     loss_spike,
     divergence,
     divergence_to_the_death,
