@@ -45,7 +45,8 @@ def overfitting(history: History) -> Finding | None:
     evidence = (
         f"held-out loss {values[best]:.4g} at step {history.steps[rows[best]]:.0f}, "
         f"its lowest, and {values[-1]:.4g} at the end: "
-        f"{values[-1] - values[best]:+.2g}, limit {limit:+.2g}, in each of the last {count} evaluations; the training "
+        f"{values[-1] - values[best]:+.2g}, limit {limit:+.2g}, in each of the last "
+        f"{count} evaluations; the training "
         f"loss fell from {before:.4g} to {after:.4g} meanwhile"
     )
     return finding(
