@@ -1,0 +1,189 @@
+"""The command line: ``diagnose PATH…`` and ``watch PATH``.
+
+Exit code 0: nothing found; 1: something found; 2: an input that cannot be read, with
+one line that says why.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from optax_stability._doctor import _chart, _reading
+from optax_stability._doctor._examination import Examination, examine
+from optax_stability._doctor._log import Log, UnreadableError
+from optax_stability._doctor._terminal import Style, show
+
+CLEAN, FOUND, UNREADABLE = 0, 1, 2
+_PICTURES = (".png", ".svg", ".pdf")
+_FLAGS = {
+    "step": "step",
+    "loss": "loss",
+    "norm": "grad/norm",
+    "rate": "learning_rate",
+    "held_out": "eval/loss",
+    "epoch": "epoch",
+}
+_DESCRIPTION = """Says what is wrong with a training run, from its log.
+
+PATH is a file or a folder: JSON lines, trainer_state.json, CSV (exports of Weights &
+Biases too), event files of TensorBoard, or what a trainer prints (llm.c, nanoGPT,
+Megatron-LM, torchtitan, axolotl and others)."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(
+        prog="optax-stability",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit code: 0 nothing found, 1 found, 2 input that cannot be read.",
+    )
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    diagnose = commands.add_parser("diagnose", help="examine logs")
+    diagnose.add_argument("paths", nargs="+", metavar="PATH", help="file or folder")
+    diagnose.add_argument("--report", metavar="FILE", help="write an HTML report")
+    diagnose.add_argument("--json", action="store_true", help="print JSON")
+    diagnose.add_argument(
+        "--against", metavar="OTHER", help="compare with the log of another run"
+    )
+    diagnose.add_argument(
+        "--plot",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="draw the curves here, or into FILE (png, svg, pdf)",
+    )
+    _add_columns(diagnose)
+    return whole
+
+
+def _add_columns(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("columns, if they are not recognised")
+    for flag, ours in _FLAGS.items():
+        flag = f"--{flag.replace('_', '-')}"
+        group.add_argument(flag, metavar="NAME", help=f"the column of {ours}")
+
+
+def chosen_columns(flags: argparse.Namespace) -> dict[str, str]:
+    """The columns that the user named."""
+    named = {ours: getattr(flags, flag) for flag, ours in _FLAGS.items()}
+    return {ours: name for ours, name in named.items() if name is not None}
+
+
+def as_json(examined: Examination) -> dict[str, Any]:
+    """An examination in the types of JSON."""
+    log = examined.log
+    return {
+        "name": log.name,
+        "trainer": log.trainer,
+        "columns": log.columns,
+        "rows": len(log.history["step"]),
+        "steps": [float(log.history["step"][at]) for at in (0, -1)],
+        "findings": [each._asdict() for each in examined.findings],
+        "checks": [each._asdict() for each in examined.checks],
+        "cannot_be_told": examined.unknown,
+        "spike_score": examined.spike_score,
+        "against": [
+            {
+                key: None if isinstance(value, float) and math.isnan(value) else value
+                for key, value in each._asdict().items()
+            }
+            for each in examined.partings
+        ],
+    }
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+
+
+def _complain(error: UnreadableError) -> None:
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+
+
+def _baseline(flags: argparse.Namespace) -> Log | None:
+    if flags.against is None:
+        return None
+    return _reading.read(flags.against, chosen_columns(flags))[0]
+
+
+def _diagnose(flags: argparse.Namespace) -> int:
+    if flags.plot and not flags.plot.lower().endswith(_PICTURES):
+        # ``--plot PATH``: the path is an input.
+        flags.paths, flags.plot = [flags.plot, *flags.paths], ""
+    code, examined = CLEAN, []
+    try:
+        baseline = _baseline(flags)
+    except UnreadableError as error:
+        _complain(error)
+        return UNREADABLE
+    for path in flags.paths:
+        try:
+            logs = _reading.read(path, chosen_columns(flags))
+            examined += [examine(log, baseline) for log in logs]
+        except UnreadableError as error:
+            _complain(error)
+            code = UNREADABLE
+    _show(flags, examined)
+    found = any(each.found for each in examined)
+    return code or (FOUND if found else CLEAN)
+
+
+def _show(flags: argparse.Namespace, examined: list[Examination]) -> None:
+    style = Style(sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    if flags.json:
+        logs = {"logs": [as_json(each) for each in examined]}
+        _write(json.dumps(logs, indent=1, ensure_ascii=False) + "\n")
+    for i, each in enumerate(examined):
+        if not flags.json:
+            _write(("\n" if i else "") + show(each, style))
+            if flags.plot == "":
+                _write(_charts(each, style))
+        _write_files(flags, each, i)
+
+
+def _charts(examined: Examination, style: Style) -> str:
+    names = {"loss": "loss", "grad/norm": "gradient norm"}
+    charts = [
+        _chart.chart(name, examined.log.history, key, style.width)
+        for key, name in names.items()
+    ]
+    return "".join(f"\n{each}" for each in charts if each)
+
+
+def numbered(path: str, number: int) -> str:
+    """The path for the first log; for others with their number before the suffix."""
+    stem, suffix = os.path.splitext(path)
+    return path if not number else f"{stem}_{number + 1}{suffix}"
+
+
+def _write_files(flags: argparse.Namespace, examined: Examination, i: int) -> None:
+    if flags.report:
+        from optax_stability._report._report import write_report
+
+        path = numbered(flags.report, i)
+        write_report(examined.log.history, path, title=examined.log.name)
+        sys.stderr.write(f"report: {path}\n")
+    if flags.plot:
+        from optax_stability._report._plotting import plot_history
+
+        path = numbered(flags.plot, i)
+        plot_history(examined.log.history, path)
+        sys.stderr.write(f"plot: {path}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    flags = _parser().parse_args(arguments)
+    try:
+        return _diagnose(flags)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FOUND
+    except (ImportError, OSError, ValueError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return UNREADABLE
