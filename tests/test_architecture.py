@@ -30,6 +30,7 @@ ALLOWED = {
     "_recovery": {"_core"},
     "_diagnosis": set(),
     "_report": {"_core", "_diagnosis"},
+    "_doctor": {"_diagnosis", "_report"},
     "flax": {"_core", "_moments", "_gradients"},
 }
 
@@ -60,7 +61,8 @@ def docstring_of(package):
 
 
 def test_every_file_is_in_a_package():
-    assert [path.name for path in LIBRARY.glob("*.py")] == ["__init__.py"]
+    names = {path.name for path in LIBRARY.glob("*.py")}
+    assert names == {"__init__.py", "__main__.py"}
     packages = {path.parent.name for path in LIBRARY.glob("*/__init__.py")}
     assert packages == set(ALLOWED)
 
@@ -115,6 +117,7 @@ def test_flax_and_matplotlib_are_imported_where_they_are_needed_alone():
             names = {name.split(".")[0] for name in imported(path)}
             assert package == "flax" or "flax" not in names, path
             assert package == "_report" or "matplotlib" not in names, path
+            assert package == "_doctor" or "tensorboard" not in names, path
 
 
 @pytest.mark.parametrize("package", ALLOWED)

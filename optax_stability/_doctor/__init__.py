@@ -1,5 +1,4 @@
 """The doctor: a command that reads the log of any trainer and says what is wrong.
 
-May import: ``_core``, ``_diagnosis``, ``_report``; matplotlib and TensorBoard only when
-they are needed.
+May import: ``_diagnosis``, ``_report``; matplotlib and TensorBoard only when needed.
 """

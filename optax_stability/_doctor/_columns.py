@@ -151,7 +151,7 @@ def _steps(rows: Rows, name: str | None) -> np.ndarray:
 def _training_rows(
     step: np.ndarray, table: dict[str, np.ndarray], given: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """One row per training step, with what was measured after it and before the next."""
+    """One row per training step, with what was measured until the next."""
     if np.sign(np.diff(step)).sum() < 0:  # Newest first.
         step = step[::-1]
         table = {key: each[::-1] for key, each in table.items()}

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from optax_stability._doctor import _chart, _reading
+from optax_stability._diagnosis._finding import Finding
+from optax_stability._doctor import _chart, _reading, _watching
 from optax_stability._doctor._examination import Examination, examine
 from optax_stability._doctor._log import Log, UnreadableError
-from optax_stability._doctor._terminal import Style, show
+from optax_stability._doctor._terminal import Style, show, show_finding
 
 CLEAN, FOUND, UNREADABLE = 0, 1, 2
 _PICTURES = (".png", ".svg", ".pdf")
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     diagnose = commands.add_parser("diagnose", help="examine logs")
-    diagnose.add_argument("paths", nargs="+", metavar="PATH", help="file or folder")
+    diagnose.add_argument("paths", nargs="*", metavar="PATH", help="file or folder")
     diagnose.add_argument("--report", metavar="FILE", help="write an HTML report")
     diagnose.add_argument("--json", action="store_true", help="print JSON")
     diagnose.add_argument(
@@ -57,7 +58,48 @@ def _parser() -> argparse.ArgumentParser:
         help="draw the curves here, or into FILE (png, svg, pdf)",
     )
     _add_columns(diagnose)
+    watch = commands.add_parser("watch", help="follow a log that grows")
+    watch.add_argument("path", metavar="PATH", help="file or folder")
+    watch.add_argument(
+        "--exec",
+        metavar="CMD",
+        dest="command_to_run",
+        help="run CMD in a shell for each new finding, with it as JSON on its input",
+    )
+    watch.add_argument(
+        "--serve", type=int, metavar="PORT", help="show the report there; 0: any port"
+    )
+    watch.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where --serve listens (this machine alone)",
+    )
+    watch.add_argument(
+        "--every",
+        type=_seconds,
+        default=10.0,
+        metavar="S",
+        help="seconds between looks",
+    )
+    watch.add_argument(
+        "--for",
+        type=_seconds,
+        default=math.inf,
+        metavar="S",
+        dest="seconds",
+        help="seconds to watch (until interrupted)",
+    )
+    _add_columns(watch)
     return whole
+
+
+def _seconds(text: str) -> float:
+    """Seconds, above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
 
 
 def _add_columns(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +138,10 @@ def as_json(examined: Examination) -> dict[str, Any]:
     }
 
 
+def _style() -> Style:
+    return Style(sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+
+
 def _write(text: str) -> None:
     sys.stdout.write(text)
 
@@ -114,6 +160,8 @@ def _diagnose(flags: argparse.Namespace) -> int:
     if flags.plot and not flags.plot.lower().endswith(_PICTURES):
         # ``--plot PATH``: the path is an input.
         flags.paths, flags.plot = [flags.plot, *flags.paths], ""
+    if not flags.paths:
+        raise UnreadableError("PATH is missing; name a file or a folder.")
     code, examined = CLEAN, []
     try:
         baseline = _baseline(flags)
@@ -133,7 +181,7 @@ def _diagnose(flags: argparse.Namespace) -> int:
 
 
 def _show(flags: argparse.Namespace, examined: list[Examination]) -> None:
-    style = Style(sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    style = _style()
     if flags.json:
         logs = {"logs": [as_json(each) for each in examined]}
         _write(json.dumps(logs, indent=1, ensure_ascii=False) + "\n")
@@ -175,11 +223,57 @@ def _write_files(flags: argparse.Namespace, examined: Examination, i: int) -> No
         sys.stderr.write(f"plot: {path}\n")
 
 
+def _watch(flags: argparse.Namespace) -> int:
+    style, changed, server = _style(), None, None
+    if flags.serve is not None:
+        from optax_stability._report._plotting import check_matplotlib
+
+        check_matplotlib("--serve")
+        from optax_stability._doctor import _serving
+
+        pages = _serving.Pages()
+        server = _serving.serve(flags.serve, flags.host, pages, flags.every)
+        changed = pages.renew
+        host, port = server.server_address[:2]
+        sys.stderr.write(f"report: http://{host}:{port}/\n")
+
+    found = False
+
+    def show_news(examined: Examination, new: list[Finding]) -> None:
+        nonlocal found
+        found |= bool(new)
+        for each in new:
+            _write(show_finding(each, examined.log, style))
+        sys.stdout.flush()
+
+    try:
+        _watching.watch(
+            flags.path,
+            chosen_columns(flags),
+            every=flags.every,
+            seconds=flags.seconds,
+            show=show_news,
+            command=flags.command_to_run,
+            changed=changed,
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+    finally:
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+    return FOUND if found else CLEAN
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     flags = _parser().parse_args(arguments)
+    run = {"diagnose": _diagnose, "watch": _watch}[flags.command]
     try:
-        return _diagnose(flags)
+        return run(flags)
+    except UnreadableError as error:
+        _complain(error)
+        return UNREADABLE
     except BrokenPipeError:
         # Whoever read the output has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

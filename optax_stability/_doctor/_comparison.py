@@ -16,7 +16,7 @@ import numpy as np
 from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._normal import levels, spread
 from optax_stability._diagnosis._series import log_of
-from optax_stability._diagnosis._windows import stretches
+from optax_stability._diagnosis._windows import median, stretches
 
 _ERRORS, _LOSS_SHARE, _NORM_SHARE = 4.0, 0.005, 0.1
 _ERROR_OF_MEDIAN = (np.pi / 2 / limits.CENTRE) ** 0.5
@@ -97,23 +97,39 @@ def _parting(
         difference = run - other
         floor = _LOSS_SHARE * np.abs(levels(other))
     difference = np.nan_to_num(difference)
+    noise = _noise_so_far(difference)
     level = levels(difference)
     level[:2] = difference[:2]
-    noise = np.nan_to_num(spread(difference)) * _ERROR_OF_MEDIAN
-    # Later noise is not that of a run that has left: the least so far.
-    calm = np.minimum.accumulate(np.where(noise > 0, noise, np.inf))
-    limit = np.maximum(_ERRORS * np.where(np.isfinite(calm), calm, 0.0), floor)
+    apart = np.abs(level) > np.maximum(_ERRORS * _ERROR_OF_MEDIAN * noise, floor)
     least = max(len(steps) // _LASTING, limits.MIN_MEASUREMENTS)
-    last_run, last_other = levels(run)[-1], levels(other)[-1]
-    for start, stop in stretches(np.abs(level) > limit, limits.CENTRE):
+    for start, stop in stretches(apart, limits.CENTRE):
         enough = limits.MIN_MEASUREMENTS if stop == len(steps) else least
-        if stop - start >= enough:
-            at = min(start + limits.CENTRE // 2, stop - 1)
-            return Parting(
-                key,
-                int(steps[start]),
-                float(levels(run)[at]),
-                float(levels(other)[at]),
-                len(steps),
-            )
-    return Parting(key, None, float(last_run), float(last_other), len(steps))
+        if stop - start < enough:
+            continue
+        # The median lags; the single values do not.
+        near = slice(max(start + 1 - limits.CENTRE, 0), start + 1)
+        single = np.abs(difference) > np.maximum(_ERRORS * noise, floor)
+        first = near.start + int(single[near].argmax()) if single[near].any() else start
+        at = min(start + limits.CENTRE // 2, stop - 1)
+        both = float(levels(run)[at]), float(levels(other)[at])
+        return Parting(key, int(steps[first]), *both, len(steps))
+    both = float(levels(run)[-1]), float(levels(other)[-1])
+    return Parting(key, None, *both, len(steps))
+
+
+def _noise_so_far(difference: np.ndarray) -> np.ndarray:
+    """Median of the noise in all rows until shortly before each; ∞ if unknown.
+
+    Runs that were equal so far have none, from the first row on.
+    """
+    noise = spread(difference)
+    found = np.full(len(difference), np.inf)
+    equal = np.maximum.accumulate(np.abs(difference)) == 0
+    found[:-1][equal[:-1]] = 0.0
+    found[1:][equal[:-1]] = 0.0
+    # The median changes slowly: it is computed in a few rows.
+    for row in np.unique(
+        np.geomspace(2 * limits.CENTRE, max(len(noise), 2 * limits.CENTRE), 60)
+    ).astype(int):
+        found[row:] = median(noise[: row - limits.CENTRE + 1])
+    return np.where(equal, 0.0, found)

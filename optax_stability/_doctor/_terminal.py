@@ -9,6 +9,7 @@ import numpy as np
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._doctor import _trainers
 from optax_stability._doctor._examination import Examination
+from optax_stability._doctor._log import Log
 from optax_stability._report._page import title_of
 
 _BOLD, _DIM, _ALERT, _CALM, _END = (
@@ -116,6 +117,13 @@ def _checks(examined: Examination, style: Style) -> list[str]:
         lines += ["", style.mark("Cannot be told from this log", _BOLD)]
         lines += style.items("", examined.unknown)
     return lines
+
+
+def show_finding(finding: Finding, log: Log, style: Style) -> str:
+    """One new finding of a log, with a line break at its end."""
+    title = style.mark(f"{log.name}, step {log.history['step'][-1]:,.0f}", _BOLD)
+    lines = [title, *_finding(1, finding, log.trainer, style)[1:]]
+    return "\n".join(lines) + "\n\n"
 
 
 def show(examined: Examination, style: Style) -> str:

@@ -159,6 +159,11 @@ def write_report(
     """
     target = _plotting.check_path(path, (".html", ".htm"))
     _plotting.check_matplotlib("write_report")
+    _atomic_file.write(target, page_of(history, title))
+
+
+def page_of(history: dict[str, np.ndarray], title: str) -> bytes:
+    """The page of a report; needs matplotlib."""
     run, found = _curves.read(history), diagnose(history)
     steps, rows = _steps(history), len(history["step"])
     subtitle = f"{steps} · {rows:,} rows · {len(history) - 1:,} metrics".capitalize()
@@ -169,5 +174,4 @@ def write_report(
         html.section("numbers", "Numbers", _table(history)),
         html.section("metrics", "All metrics", html.keys(history)),
     )
-    page = html.page(title, subtitle, parts)
-    _atomic_file.write(target, page.encode("utf-8", "replace"))
+    return html.page(title, subtitle, parts).encode("utf-8", "replace")

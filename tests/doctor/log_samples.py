@@ -130,8 +130,8 @@ def megatron():
             f" [2024-05-01 10:00:11] iteration {s:8d}/     100 | consumed samples: "
             f"{s * 256:12d} | elapsed time per iteration (ms): 4123.1 | learning rate: "
             f"{r:.6E} | global batch size:   256 | lm loss: {x:.6E} | "
-            f"loss scale: 1.0 | grad norm: {n:.3f} | number of skipped iterations:   0 | number of nan "
-            "iterations:   0 |"
+            f"loss scale: 1.0 | grad norm: {n:.3f} | number of skipped iterations:   "
+            "0 | number of nan iterations:   0 |"
         ),
         lambda s, x: (
             f" validation loss at iteration {s} | lm loss value: {x:.6E} | "
