@@ -200,7 +200,7 @@ ADVICE = {
     ),
     "skip_budget_spent": Advice(
         (
-            "more of the data is corrupted than `max_share` allows to skip",
+            "more spikes than `max_share` or the budget allow to skip",
             "a heavy tail of losses: of one microbatch, and not of the whole batch",
         ),
         (

@@ -34,7 +34,7 @@ _COLUMNS = {
     "noise scale": ("noise_scale/low",),
     "clip limit": ("clip/limit", "clip/fraction"),
     "skipped steps": ("skip/skipped", "skip/total"),
-    "skips left of max_share": ("skip/share_left",),
+    "spikes that no skip was left for": ("skip/declined_total",),
     "step": ("step",),
 }
 _RATIO = "size of the update relative to the weights"
@@ -57,7 +57,7 @@ _NEEDS: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "overfitting": ((HELD_OUT,), (LOSS,)),
     "eps_dominated": (("share of ε in Adam's denominator",),),
     "frequent_skips": ((_SKIPS,),),
-    "skip_budget_spent": (("skips left of max_share",),),
+    "skip_budget_spent": (("spikes that no skip was left for",),),
     "clustered_skips": ((_SKIPS,),),
     "clipping_too_often": (("clip limit",),),
     "misplaced_clip": (("clip limit",), (NORM,)),

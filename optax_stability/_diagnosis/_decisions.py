@@ -94,18 +94,21 @@ def _skipped(history: History) -> list[Series]:
 
 
 def skip_budget_spent(history: History) -> Finding | None:
-    """A bound on the share of skipped steps that was reached: spikes are taken."""
-    for left in history.find_all("skip/share_left"):
-        rows = np.flatnonzero(left.values <= 0)
+    """Spikes that were taken because no skip was left."""
+    for declined in history.find_all("skip/declined_total"):
+        rows = np.flatnonzero(np.diff(declined.values, prepend=0.0) > 0)
+        if history.steps[0] > 0:  # What was counted before is old.
+            rows = rows[rows > 0]
         if not len(rows):
             continue
         row = int(rows[0])
-        known = np.sum(np.isfinite(left.values))
+        skipped = history.columns.get(declined.key.replace("declined_", ""))
+        before = "" if skipped is None else f"; {np.nanmax(skipped):.0f} were skipped"
         evidence = (
-            f"no row of skips was left in {len(rows)} of {known} steps, from step "
-            f"{history.steps[row]:.0f} on: finite spikes were taken as they came"
+            f"{len(rows)} steps with a finite spike were taken because no skip was "
+            f"left, the first at step {history.steps[row]:.0f}{before}"
         )
-        return finding("skip_budget_spent", history, row, left.key, None, evidence)
+        return finding("skip_budget_spent", history, row, declined.key, None, evidence)
     return None
 
 

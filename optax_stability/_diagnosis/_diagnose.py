@@ -72,7 +72,7 @@ _CONSEQUENCES = {
     # Steps that overshoot show in the loss now and then.
     "learning_rate_too_high": ("loss_spike",),
     # Corrupted data that are everywhere are at no particular place.
-    "frequent_skips": ("clustered_skips",),
+    "frequent_skips": ("clustered_skips", "skip_budget_spent"),
     "underflow": (
         "vanishing_then_surge",
         "vanishing_gradient",
@@ -136,7 +136,7 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
     ``overfitting``             the held-out loss rises, and the training loss falls
     ``eps_dominated``           Adam's ε above √v̂
     ``frequent_skips``          more than 1 in 16 steps are skipped
-    ``skip_budget_spent``       no skip is left of ``max_share``
+    ``skip_budget_spent``       a spike was taken because no skip was left
     ``clustered_skips``         skips at the same position of every epoch
     ``clipping_too_often``      more than 95 of 100 steps are clipped
     ``misplaced_clip``          the clip sees a normalised update, not the gradient
@@ -167,8 +167,9 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
 
     Args:
       history: maps metric names, and ``step``, to one number per step, oldest first,
-        all of one length. Known names: ``loss`` (or ``skip/value``), ``learning_rate``
-        (which shows warm-up and decay), the metrics of ``record`` under ``grad``,
+        all of one length. Known names: ``loss`` (or ``skip/value``), ``eval/loss`` (on
+        held-out data, NaN in rows without an evaluation), ``learning_rate`` (which
+        shows warm-up and decay), ``epoch``, the metrics of ``record`` under ``grad``,
         ``update`` and ``params``, and those of this library's states, each also as
         ``<key>/<leaf name>``.
 
@@ -187,7 +188,7 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
       loss 5.81 at step 60, 2.31 before (median of 8): +3.50, limit +0.50;
       steps above the limit: 1, events: 1, worst +3.50 at step 60
     """
-    checked = History(history).without_probes()
+    checked = History(history).without_probes().without_evaluations()
     # A history may hold any numbers: overflow only affects comparisons.
     with np.errstate(all="ignore"):
         first_rows = _runs.starts(checked)

@@ -9,7 +9,7 @@ from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._location import first_affected, gradient_norm
 from optax_stability._diagnosis._loss import loss_confirms, loss_of
-from optax_stability._diagnosis._normal import base, bound, caution, levels
+from optax_stability._diagnosis._normal import base, caution, levels
 from optax_stability._diagnosis._series import History, Series, log_of
 from optax_stability._diagnosis._windows import finite, median, stretches
 
@@ -74,8 +74,9 @@ def _growth(history: History, norm: Series) -> _Growth | None:
     if len(rows) < limits.CENTRE:
         return None
     past, level = base(logs, growth=1.0), levels(logs)
-    noise = np.nan_to_num(past.noise)
-    limit = bound(noise, caution(past.known), limits.NORM_SCALES, _LASTING)
+    wider = 1 + limits.EARLY_WIDENING * caution(past.known)
+    noise = limits.NORM_SCALES * np.nan_to_num(past.noise) * wider
+    limit = np.maximum(noise, _LASTING)
     for start, stop in stretches(level > past.level + limit, limits.CENTRE):
         usual = median(logs[:start]) + np.log(limits.USUAL_FACTOR)
         if stop - start < limits.CENTRE or np.max(level[start:stop]) < usual:

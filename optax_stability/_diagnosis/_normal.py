@@ -10,7 +10,7 @@ measurements, so that a row may stand for one step or for fifty::
   σᵢ  the larger of two spreads of the last 32 measurements before i:
       1.4826·median |xⱼ − median of the nine values around j|   noise around a trend
       upper quartile of xⱼ − mⱼ₋₁, over 0.6745                  upward surprise
-  recent level    lowest m of the last 40 measurements          for what jumps
+  recent level    the lower of m before, and m eight earlier    for what jumps
   level so far    lowest m of all earlier measurements          for what lasts
 
 A median of the nine values *around* a row does not lag a slope, and a curve that falls
@@ -34,7 +34,7 @@ class Normal(NamedTuple):
     """What was normal before each row, and the value relative to it; [T].
 
     Attributes:
-      level: lowest recent level.
+      level: the recent level.
       noise: σ around the trend.
       excess: value minus level; NaN where either is unknown.
       caution: from 0, once enough is known, to 1, if next to nothing is.
@@ -119,8 +119,8 @@ def normal(values: np.ndarray) -> Normal:
         known = values[rows]
         level = np.concatenate([[np.nan], levels(known)[:-1]])
         level[1:2] = np.nan  # A first value alone may be any number.
-        horizon = limits.WINDOW + limits.CENTRE
-        level = np.fmin.reduce(trailing(level, horizon), axis=1)
+        earlier = np.concatenate([np.full(limits.CENTRE, np.nan), level])
+        level = np.fmin(level, earlier[: len(level)])
         found[:, rows] = level, spread(known), known - level
         careful[rows] = caution(np.arange(len(rows)))
         # What is known of one or two values is next to nothing.

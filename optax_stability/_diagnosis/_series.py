@@ -103,6 +103,26 @@ class History:
             return self
         return History({key: each[~probed] for key, each in self.columns.items()})
 
+    def without_evaluations(self) -> "History":
+        """Without rows that hold an evaluation alone, which goes to the row before."""
+        held_out = self.columns.get("eval/loss")
+        if held_out is None:
+            return self
+        measured = [
+            ~np.isnan(self.columns[key])
+            for name in ("loss", "skip/value", "grad/norm", "skip/norm", "clip/norm")
+            for key in self.keys(name)
+        ]
+        training = np.any(measured, axis=0) | np.isnan(held_out)
+        if not measured or training.all() or not training.any():
+            return self
+        rows = np.flatnonzero(training)
+        apart = np.flatnonzero(~training)
+        before = np.maximum(np.searchsorted(rows, apart) - 1, 0)
+        columns = {key: each[rows] for key, each in self.columns.items()}
+        columns["eval/loss"][before] = held_out[apart]
+        return History(columns)
+
     def part(self, start: int, stop: int) -> "History":
         """The rows from ``start`` to ``stop``."""
         if (start, stop) == (0, self.length):

@@ -59,7 +59,7 @@ def examine(log: Log, baseline: Log | None = None) -> Examination:
         )
         for each in findings
     ]
-    checked = History(log.history).without_probes()
+    checked = History(log.history).without_probes().without_evaluations()
     with np.errstate(all="ignore"):
         checks, unknown = coverage(checked), cannot_be_told(checked)
     partings = []

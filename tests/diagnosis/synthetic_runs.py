@@ -149,7 +149,9 @@ def vanished(seed):
     at = int(rng.integers(rows // 2, 2 * rows // 3))
     factor = 10 ** -rng.uniform(5, 8)
     history["grad/norm"][at:] *= np.geomspace(1, factor, rows - at)
-    history["loss"][at:] = history["loss"][at] + 0.01 * rng.standard_normal(rows - at)
+    history["loss"][at:] = np.median(
+        history["loss"][at - 20 : at]
+    ) + 0.01 * rng.standard_normal(rows - at)
     history["step"] = history["step"] + 100
     return Made(history, at)
 

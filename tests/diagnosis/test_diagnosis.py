@@ -341,8 +341,7 @@ def overfitting():
 
 def skip_budget_spent():
     history = healthy()
-    history["skip/share_left"] = np.full(ROWS, 9.0)
-    put(history, "skip/share_left", 0.0)
+    history["skip/declined_total"] = np.maximum(np.arange(ROWS) - FAULT + 1, 0)
     return "skip_budget_spent", FAULT, None, history
 
 
@@ -691,6 +690,17 @@ def a_low_first_value():
     return history
 
 
+def evaluations_in_rows_of_their_own():
+    """They have no loss of the training, and no norm."""
+    rows = healthy(rows=2 * ROWS)
+    alone = np.arange(2 * ROWS) % 20 == 19
+    rows["eval/loss"] = np.where(alone, 2.3 + 3 * np.exp(-np.arange(800) / 60), np.nan)
+    for key in rows:
+        if key not in ("step", "eval/loss"):
+            rows[key] = np.where(alone, np.nan, rows[key])
+    return rows
+
+
 def loss_not_given_now_and_then():
     history = healthy()
     put(history, "loss", np.nan, FAULT, FAULT + 1)
@@ -746,6 +756,7 @@ HEALTHY = (
     sparse_loss,
     a_low_first_value,
     one_row_in_ten,
+    evaluations_in_rows_of_their_own,
     loss_not_given_now_and_then,
     old_counters,
     only_steps,

@@ -14,7 +14,7 @@ from optax_stability._diagnosis._finding import KINDS
 from optax_stability._diagnosis._normal import base, levels, normal, spread
 from optax_stability._diagnosis._series import History
 
-SEEDS = 60
+SEEDS, MANY = 60, 400
 
 
 def kinds(history):
@@ -40,7 +40,9 @@ FALSE_ALARMS = 0.02
 
 
 @pytest.mark.parametrize(
-    "make", [synthetic_runs.healthy, synthetic_runs.with_held_out], ids=str
+    "make",
+    [synthetic_runs.healthy, synthetic_runs.with_held_out],
+    ids=lambda each: each.__name__,
 )
 def test_a_healthy_run_is_silent(make):
     assert len(alarms(make, range(SEEDS))) <= FALSE_ALARMS * SEEDS
@@ -48,21 +50,23 @@ def test_a_healthy_run_is_silent(make):
 
 @full
 @pytest.mark.parametrize(
-    "make", [synthetic_runs.healthy, synthetic_runs.with_held_out], ids=str
+    "make",
+    [synthetic_runs.healthy, synthetic_runs.with_held_out],
+    ids=lambda each: each.__name__,
 )
 def test_healthy_runs_are_silent(make):
-    assert len(alarms(make, range(1000))) <= FALSE_ALARMS * 1000
+    assert len(alarms(make, range(MANY))) <= FALSE_ALARMS * MANY
 
 
-@pytest.mark.parametrize("make", synthetic_runs.FAULTS, ids=str)
+@pytest.mark.parametrize("make", synthetic_runs.FAULTS, ids=lambda each: each.__name__)
 def test_a_fault_is_named(make):
     assert len(missed(make, range(SEEDS))) <= 0.02 * SEEDS
 
 
 @full
-@pytest.mark.parametrize("make", synthetic_runs.FAULTS, ids=str)
+@pytest.mark.parametrize("make", synthetic_runs.FAULTS, ids=lambda each: each.__name__)
 def test_faults_are_named(make):
-    assert len(missed(make, range(1000))) <= 0.02 * 1000
+    assert len(missed(make, range(MANY))) <= 0.02 * MANY
 
 
 @pytest.mark.parametrize("every", [1, 5, 10, 50])
