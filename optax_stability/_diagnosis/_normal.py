@@ -7,7 +7,8 @@ says anything, and follows what grows by and by until that counts as normal.
 measurements, so that a row may stand for one step or for fifty::
 
   mᵢ  median of the last 8 values, fewer at the start; of the first two, the larger
-  σᵢ  the larger of two spreads of the last 32 measurements before i:
+  σᵢ  the largest of two spreads of the last 32 measurements before i, and the median
+      of the first one over the last four windows of 32:
       1.4826·median |xⱼ − median of the nine values around j|   noise around a trend
       upper quartile of xⱼ − mⱼ₋₁, over 0.6745                  upward surprise
   recent level    the lower of m before, and m eight earlier    for what jumps
@@ -28,6 +29,8 @@ from optax_stability._diagnosis._windows import finite, median, trailing
 
 # Half of the window around a row.
 _HALF = 4
+# Rows between windows that share no value.
+_LAGS = tuple(limits.WINDOW * i for i in (1, 2, 3))
 
 
 class Normal(NamedTuple):
@@ -95,7 +98,10 @@ def spread(values: np.ndarray) -> np.ndarray:
             * np.sqrt(0.5)
             * median(np.abs(before - median(before)))
         )
-    return np.fmax(noise, _surprise(values))
+    # 32 values give σ to a fifth: the median of four such windows is surer.
+    lags = (np.concatenate([np.full(lag, np.nan), noise])[:count] for lag in _LAGS)
+    usual = median(np.stack([noise, *lags]), axis=0)
+    return np.fmax(np.fmax(noise, usual), _surprise(values))
 
 
 def _surprise(values: np.ndarray) -> np.ndarray:

@@ -41,8 +41,13 @@ def _tails(rng, count):
     return rng.standard_t(5, count) / (5 / 3) ** 0.5
 
 
-def healthy(seed, rows=None):
-    """A run in which nothing is wrong."""
+def calm(seed):
+    """A healthy run without outliers."""
+    return healthy(seed, tails=False)
+
+
+def healthy(seed, rows=None, tails=True):
+    """A run in which nothing is wrong; with tails, some values are far out."""
     rng = np.random.default_rng(seed)
     rows = rows or int(rng.choice([20, 35, 60, 150, 400, 1200]))
     every = int(rng.choice(INTERVALS))
@@ -72,7 +77,7 @@ def healthy(seed, rows=None):
     if shape == "normal":
         draw = rng.standard_normal(rows)
     elif shape == "tails":
-        draw = _tails(rng, rows)
+        draw = _tails(rng, rows) if tails else rng.standard_normal(rows)
     else:
         draw = _correlated(rng, rows, rng.uniform(0.2, 0.8))
     # Smaller noise in means over many steps, at times.
@@ -81,7 +86,8 @@ def healthy(seed, rows=None):
     level = 10 ** rng.uniform(-1, 1)
     norm = level * (1 + rng.uniform(0, 5) * np.exp(-step / (0.05 * end + 20)))
     norm = norm * (step / end + 0.05) ** rng.uniform(-0.3, 0.3)
-    norm = norm * np.exp(rng.uniform(0.05, 0.35) * _tails(rng, rows))
+    scatter = _tails(rng, rows) if tails else rng.standard_normal(rows)
+    norm = norm * np.exp(rng.uniform(0.05, 0.35) * scatter)
     warmup = rng.uniform(0.01, 0.1) * end
     rate = 10 ** rng.uniform(-5, -2) * np.minimum(1, step / warmup)
     if rng.random() < 0.7:
