@@ -3,6 +3,7 @@
 import html
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -105,15 +106,14 @@ aria-labelledby="finding-{number}-title">
 </div></article></li>"""
 
 
-def findings(found: list[Finding], steps: str, metrics: int) -> str:
+def findings(found: list[Finding], steps: str, metrics: str) -> str:
     """All findings; if there are none, what was examined."""
     if found:
         cards = "\n".join(card(i, each) for i, each in enumerate(found, 1))
         body = f'<ol class="findings">\n{cards}\n</ol>'
     else:
-        what = f"{metrics:,} metric{'' if metrics == 1 else 's'}"
         body = (
-            f'<p class="calm"><strong>No finding:</strong> in {steps}, over {what}, '
+            f'<p class="calm"><strong>No finding:</strong> in {steps}, over {metrics}, '
             "no limit of the diagnosis is exceeded. The diagnosis reads only recorded "
             "metrics, and finds only the kinds of problems that it has rules for.</p>"
         )
@@ -128,7 +128,43 @@ def section(name: str, title: str, body: str) -> str:
     )
 
 
-def figure(title: str, note: str, description: str, svg: str) -> str:
+def with_titles(svg: str, texts: list[str]) -> str:
+    """Gives the group ``hover-<i>`` of an SVG the text that is shown on hover."""
+    for i, each in enumerate(texts):
+        group = f'<g id="hover-{i}">'
+        svg = svg.replace(group, f"{group}<title>{html.escape(each)}</title>", 1)
+    return svg
+
+
+def _swatch(entry: dict[str, Any]) -> str:
+    """The mark of a legend, as an SVG, which dark mode inverts like the chart."""
+    colour, glyph = entry["colour"], entry["glyph"]
+    if glyph:
+        # Areas are bordered: a light one does not show on a light page.
+        border = ' stroke="#8a949e" stroke-width=".4"' if glyph == "■" else ""
+        mark = (
+            f'<text x="9" y="9.5" text-anchor="middle" font-size="11" fill="{colour}"'
+            f"{border}>{glyph}</text>"
+        )
+    else:
+        dash = ' stroke-dasharray="4 2"' if entry["dashed"] else ""
+        width = 1 if entry["faint"] else 2
+        mark = (
+            f'<line x1="0" x2="18" y1="6" y2="6" stroke="{colour}" '
+            f'stroke-width="{width}"{dash}/>'
+        )
+    return f'<svg class="swatch" viewBox="0 0 18 12" aria-hidden="true">{mark}</svg>'
+
+
+def legend(entries: list[dict[str, Any]]) -> str:
+    """The legend of a chart, which wraps on a narrow page."""
+    items = "".join(
+        f"<li>{_swatch(each)}{html.escape(each['label'])}</li>" for each in entries
+    )
+    return f'<ul class="legend">{items}</ul>' if items else ""
+
+
+def figure(title: str, note: str, description: str, svg: str, below: str = "") -> str:
     """An SVG inside the page, with a description for screen readers.
 
     Metadata, sizes and ids of groups are removed: the ids are the same in every SVG.
@@ -150,7 +186,7 @@ def figure(title: str, note: str, description: str, svg: str) -> str:
 <div class="scroll" tabindex="0" role="region" aria-label="{html.escape(title)}, chart">
 <svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" \
 {opening[0]} role="img" aria-label="{label}">{inner}</svg>
-</div></figure>"""
+</div>{below}</figure>"""
 
 
 def tiles(values: list[tuple[str, str, str]]) -> str:

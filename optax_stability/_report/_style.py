@@ -74,7 +74,12 @@ figure + figure { margin-top: .9rem; border-top: 1px solid var(--rule); }
 figcaption { margin-bottom: .5rem; }
 figcaption p { font-size: .92rem; max-width: 46rem; }
 .scroll { overflow-x: auto; }
-svg { display: block; width: 100%; min-width: 42rem; height: auto; }
+svg { display: block; width: 100%; height: auto; }
+.scroll svg { min-width: 38rem; }
+svg.swatch { display: inline-block; width: 1.15rem; height: .8rem; margin-right: .4rem;
+  vertical-align: -.05em; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.2rem;
+  margin: .4rem 0 0; font-size: .85rem; }
 svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue",
   Arial, sans-serif !important; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
@@ -107,6 +112,6 @@ footer { margin-top: 3.5rem; font-size: .85rem; color: var(--soft); }
   .finding, .calm { border-color: #9aa5b1; }
   .number { background: none; color: #000; border: 1pt solid #000; }
   .scroll { overflow: visible; }
-  svg { min-width: 0; }
+  .scroll svg { min-width: 0; }
 }
 """.strip()

@@ -1,4 +1,4 @@
-"""Each finding has a page, made from the present code, with a picture as new as that."""
+"""Each finding has a page, made from the present code, with a picture as new as it."""
 
 import functools
 import importlib.util

@@ -34,9 +34,9 @@ def missed(make, seeds):
     return {seed: each for seed, each in found.items() if not each & wanted}
 
 
-# The share of healthy runs with a finding, if some have noise with tails: a value beyond
-# seven σ is one in three thousand then. Of 4,000 runs 1.2 % have one; without tails,
-# none of 2,000.
+# The share of healthy runs with a finding, if some have noise with tails: a value
+# beyond seven σ is one in three thousand then. Of 4,000 runs 1.2 % have one; without
+# tails, none of 2,000.
 FALSE_ALARMS = 0.02
 
 
