@@ -11,6 +11,7 @@ command, given again, resumes the run, whatever interrupted it.
 """
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Set
@@ -25,6 +26,7 @@ from flax import nnx
 import optax_stability as ost
 
 sys.path.append(str(Path(__file__).parents[1]))  # for modules that the examples share
+import alerts
 import console
 import data
 import devices
@@ -198,9 +200,8 @@ def run_training(
     vocabulary = max(SIZES[config.size].vocabulary, corpus.vocabulary)
     about = {"settings": settings, "corpus": [corpus.name, len(corpus.train)]}
     about["vocabulary"] = vocabulary
-    log, picture, report = (
-        config.out / name for name in ("log.jsonl", "training.png", "report.html")
-    )
+    names = "log.jsonl", "training.png", "report.html"
+    log, picture, report = (config.out / name for name in names)
     with contextlib.ExitStack() as stack:
         try:
             folder = config.out / "checkpoints"
@@ -215,6 +216,7 @@ def run_training(
                 board = config.out / "tensorboard"
                 files.append(writers.JsonLines(log, resume_after=batch))
                 files.append(writers.TensorBoard(board, resume_after_step=step))
+                files += alerts.on_finding(config.on_finding)
         except OSError as error:
             reason = f"cannot write to {config.out} ({error.strerror})"
             raise InputError(f"--out: {reason}; give another folder") from error
@@ -223,10 +225,9 @@ def run_training(
         writer = stack.enter_context(writers.Several(*files, screen))
         stop = stack.enter_context(StopRequest())
         run = Run(config, corpus, create, arguments)
-        policy = None
-        if config.rewind and not config.baseline:
-            back, ahead = config.rewind_steps, config.skip_batches
-            policy = ost.RewindPolicy(back, ahead, config.max_rewinds)
+        back, ahead = config.rewind_steps, config.skip_batches
+        policy = ost.RewindPolicy(back, ahead, config.max_rewinds)
+        policy = policy if config.rewind and not config.baseline else None
         every = config.eval_every, config.checkpoint_every, config.histogram_every
         schedule = Schedule(config.steps, *every)
         trainer = Trainer(schedule, run, saved, writer, about, policy)
@@ -267,10 +268,7 @@ def train(config: Config) -> Row:
     size = SIZES[config.size]
     corpus = data.load(config.data, size.context, config.tokenizer)
     vocabulary = max(size.vocabulary, corpus.vocabulary)
-
-    def create() -> tuple[GPT, nnx.Optimizer]:
-        return training.create(config, vocabulary)
-
+    create = functools.partial(training.create, config, vocabulary)
     return run_training(config, corpus, create, as_json(config))[1]
 
 

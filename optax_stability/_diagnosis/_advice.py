@@ -328,6 +328,7 @@ _IN_PLACE = {
     "clip/limit": ("`clip_by_zscore()`",),
     "adam/eps_share": ("`safe_adamw`",),
     "accumulate/": ("`accumulate_moments`",),
+    "microbatches/": ("bad microbatches with `microbatch_gradients`",),
 }
 
 

@@ -164,7 +164,12 @@ def _training_rows(
     own = np.flatnonzero(training)
     if not len(own):
         return {"step": step[:0]}
-    last = np.maximum.accumulate(np.where(training, np.arange(count), -1))
+    # A row with an evaluation and no finite number would pass for an evaluation.
+    alive = np.zeros(count, bool)
+    for key in (LOSS, NORM):
+        if key in table:
+            alive[row[given[key] & ~np.isnan(table[key])]] = True
+    last = np.maximum.accumulate(np.where(training & alive, np.arange(count), -1))
     last = np.where(last < 0, own[0], last)
     merged = {}
     for key, values in table.items():

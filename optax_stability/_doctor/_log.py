@@ -53,20 +53,26 @@ def number(value: Any) -> float | None:
 
 
 def rows_of(records: list[dict[str, Any]], trainer: str = "") -> Rows:
-    """Rows from one dict per row; what is no number is left out."""
+    """Rows from one dict per row; what is no number is left out.
+
+    None is NaN, not nothing: JSON has no NaN, and many write null in its place.
+    """
     names = dict.fromkeys(name for record in records for name in record)
     columns, given = {}, {}
     for name in names:
         values = [record.get(name) for record in records]
+        there = [name in record for record in records]
         try:
             column = np.array(values, np.float64)
-            there = np.array([value is not None for value in values], bool)
         except (TypeError, ValueError):
             numbers = [number(value) for value in values]
             column = np.array(numbers, np.float64)
-            there = np.array([each is not None for each in numbers], bool)
-        if there.any():
-            columns[name], given[name] = column, there
+            there = [
+                is_there and (value is None or each is not None)
+                for is_there, value, each in zip(there, values, numbers, strict=True)
+            ]
+        if any(there):
+            columns[name], given[name] = column, np.array(there, bool)
     return Rows(columns, given, trainer)
 
 

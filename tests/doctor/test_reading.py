@@ -4,6 +4,7 @@ import log_samples as samples
 import numpy as np
 import pytest
 
+import optax_stability as ost
 from optax_stability._doctor import _columns, _reading
 from optax_stability._doctor._log import UnreadableError
 
@@ -127,6 +128,15 @@ def test_nan_and_infinity_are_read_as_what_they_are(write):
         write("out.log", "step 1 loss 2.0\nstep 2 loss nan\nstep 3 loss NaN\n")
     )
     assert np.isnan(log.history["loss"]).tolist() == [False, True, True]
+
+
+def test_null_is_nan_and_a_missing_key_is_nothing(write):
+    rows = [f'{{"step": {i}, "loss": {i}.0}}' for i in range(5)]
+    rows += ['{"step": 5, "loss": null}', '{"step": 6, "eval_loss": 2.0}']
+    (log,) = read(write("log.jsonl", "\n".join(rows)))
+    assert log.history["step"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert np.isnan(log.history["loss"][5])
+    assert [each.kind for each in ost.diagnose(log.history)] == ["nonfinite"]
 
 
 def test_a_line_that_is_still_being_written_is_left_out(write):
