@@ -26,10 +26,9 @@ def overfitting(history: History) -> Finding | None:
     if len(rows) < limits.MIN_MEASUREMENTS:
         return None
     best = int(np.argmin(values))
-    limit = max(
-        limits.OVERFIT_SCALES * _noise(values),
-        limits.OVERFIT_SHARE * abs(values[best]),
-    )
+    few = len(values) < limits.CENTRE
+    share = limits.OVERFIT_SHARE_OF_FEW if few else limits.OVERFIT_SHARE
+    limit = max(limits.OVERFIT_SCALES * _noise(values), share * abs(values[best]))
     above = values > values[best] + limit
     above[: best + 1] = False
     start = int(np.flatnonzero(~above)[-1]) + 1

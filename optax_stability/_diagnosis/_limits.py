@@ -151,8 +151,9 @@ STUCK_ROWS, STUCK_SHARE, STUCK_ALWAYS = 16, 0.4, 100
 # A repeated value is no accident of rounding if the log resolves much less. Choice.
 STUCK_RESOLUTION = 200
 # A rise of the held-out loss: in its own noise, and as a share of its lowest value.
-# Choice (held-out losses of healthy runs repeat within a hundredth).
-OVERFIT_SCALES, OVERFIT_SHARE = 4.0, 0.02
+# Of fewer than eight evaluations the noise is not known. Choice (held-out losses of
+# healthy runs repeat within a hundredth).
+OVERFIT_SCALES, OVERFIT_SHARE, OVERFIT_SHARE_OF_FEW = 4.0, 0.02, 0.05
 # The share of the squared gradient norm that is nearly all of it; with fewer layers one
 # has to be the largest by far. Choice (healthy runs: up to 0.6).
 DOMINANT_SHARE, DOMINATED_LAYERS = 0.95, 6

@@ -14,14 +14,15 @@ from optax_stability._doctor._log import Log, Rows, UnreadableError
 LOSS, NORM, RATE, HELD_OUT = "loss", "grad/norm", "learning_rate", "eval/loss"
 _NAMES = {
     "step": (
-        "step global_step train_global_step trainer_global_step iteration iter iters "
-        "iterations steps train_step training_step optimizer_step learning_step update "
-        "updates num_updates n_iter s it"
+        "step global_step current_steps global_step_max_steps train_global_step "
+        "trainer_global_step iteration iter iters iterations steps train_step "
+        "training_step optimizer_step learning_step num_updates update updates n_iter s it"
     ),
     LOSS: (
         "loss train_loss training_loss lm_loss train_lm_loss learning_loss loss_train "
         "loss_training train_crossentropyloss train_cross_entropy_loss ce_loss "
-        "cross_entropy_loss loss_metrics_global_avg_loss train_loss_step "
+        "cross_entropy_loss reduced_train_loss loss_train_total "
+        "loss_metrics_global_avg_loss train_loss_step "
         "train_avg_loss loss_step lm_loss_training nll_loss train_nll_loss total_loss "
         "train_total_loss loss_total losses_total_loss train_loss_epoch batch_loss trl"
     ),

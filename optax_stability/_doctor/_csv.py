@@ -35,6 +35,8 @@ def tables(text: str) -> dict[str, Rows]:
         )
     width = len(head)
     body = [row + [""] * (width - len(row)) for row in body]
+    if dialect == ";":  # Where a comma stands for the decimal point.
+        body = [[cell.replace(",", ".") for cell in row] for row in body]
     cells = {name: [row[i] for row in body] for i, name in enumerate(head) if name}
     columns, given = {}, {}
     for name, values in cells.items():

@@ -41,12 +41,12 @@ class Log(NamedTuple):
 
 
 def number(value: Any) -> float | None:
-    """A number, also as text; None if it is none."""
+    """A number, also as text, or as ``5/300``, step of steps; None if it is none."""
     if isinstance(value, bool | int | float):
         return float(value)
     if isinstance(value, str):
         try:
-            return float(value.strip().replace(",", ""))
+            return float(value.partition("/")[0].strip().replace(",", ""))
         except ValueError:
             return None
     return None

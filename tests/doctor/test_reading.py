@@ -130,6 +130,28 @@ def test_nan_and_infinity_are_read_as_what_they_are(write):
     assert np.isnan(log.history["loss"]).tolist() == [False, True, True]
 
 
+def test_a_decimal_comma_is_a_decimal_point(write):
+    (log,) = read(write("run.csv", "step;loss\r\n1;2,5\r\n2;2,25\r\n"))
+    assert log.history["loss"].tolist() == [2.5, 2.25]
+
+
+@pytest.mark.parametrize(
+    ("line", "step"),
+    [
+        ('{{"current_steps": {0}, "total_steps": 99, "loss": 1.5, "lr": 0.1}}', True),
+        ('{{"loss": 1.5, "global_step/max_steps": "{0}/99"}}', True),
+        ('12:00:00 | INFO | {{"epoch": 1, "loss": "1.5", "num_updates": "{0}"}}', True),
+        ("Epoch 1 | iter 9 step {0} | loss train: 1.5, val: n/a | 300.1 ms", True),
+        ("Step {0} | loss:1.5 lr:2e-05 tokens_per_second_per_gpu:500.1", True),
+        ("  1%|      | {0}/100 [00:01<01:00, 1.2it/s, loss=1.5, lr=0.001]", False),
+    ],
+)
+def test_lines_of_other_trainers_are_read(write, line, step):
+    (log,) = read(write("out.log", "".join(line.format(i) + "\n" for i in (5, 6, 7))))
+    assert log.history["loss"].tolist() == [1.5] * 3
+    assert log.history["step"].tolist() == ([5, 6, 7] if step else [1, 2, 3])
+
+
 def test_null_is_nan_and_a_missing_key_is_nothing(write):
     rows = [f'{{"step": {i}, "loss": {i}.0}}' for i in range(5)]
     rows += ['{"step": 5, "loss": null}', '{"step": 6, "eval_loss": 2.0}']
