@@ -16,7 +16,8 @@ _NAMES = {
     "step": (
         "step global_step current_steps global_step_max_steps train_global_step "
         "trainer_global_step iteration iter iters iterations steps train_step "
-        "training_step optimizer_step learning_step num_updates update updates n_iter s it"
+        "training_step optimizer_step learning_step num_updates update updates n_iter "
+        "s it"
     ),
     LOSS: (
         "loss train_loss training_loss lm_loss train_lm_loss learning_loss loss_train "

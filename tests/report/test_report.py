@@ -148,6 +148,8 @@ def test_everything_is_escaped(report, monkeypatch):
 
 def test_names_that_are_no_unicode_are_written(report):
     assert "x/?" in report({"step": np.arange(3), "x/\udcff": np.ones(3)})
+    layer = {"step": np.arange(3), "grad/norm/\udc80": np.ones(3)}
+    assert "grad/norm/?" in report(layer)
 
 
 def test_panels_are_those_of_the_picture(report):

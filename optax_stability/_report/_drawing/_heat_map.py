@@ -129,7 +129,11 @@ def _shown_groups(taken: np.ndarray) -> np.ndarray:
 
 
 def _shorten(name: str, most: int = 34) -> str:
-    """The name; if it is too long, without whole parts in the middle, or cut there."""
+    """The name; if it is too long, without whole parts in the middle, or cut there.
+
+    What is no Unicode is replaced: it cannot be drawn.
+    """
+    name = name.encode("utf-8", "replace").decode()
     if len(name) <= most:
         return name
     first, *middle = name.split("/")
