@@ -30,7 +30,7 @@ ALLOWED = {
     "_recovery": {"_core"},
     "_diagnosis": set(),
     "_report": {"_core", "_diagnosis"},
-    "_doctor": {"_diagnosis", "_report"},
+    "_doctor": {"_core", "_diagnosis", "_report"},
     "flax": {"_core", "_moments", "_gradients"},
 }
 

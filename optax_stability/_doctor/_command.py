@@ -12,11 +12,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from optax_stability._core import _atomic_file
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._doctor import _chart, _reading, _watching
 from optax_stability._doctor._examination import Examination, examine
 from optax_stability._doctor._log import Log, UnreadableError
 from optax_stability._doctor._terminal import Style, show, show_finding
+from optax_stability._report._plotting import (
+    check_matplotlib,
+    check_path,
+    plot_history,
+)
 
 CLEAN, FOUND, UNREADABLE = 0, 1, 2
 _PICTURES = (".png", ".svg", ".pdf")
@@ -210,14 +216,11 @@ def numbered(path: str, number: int) -> str:
 
 def _write_files(flags: argparse.Namespace, examined: Examination, i: int) -> None:
     if flags.report:
-        from optax_stability._report._report import write_report
-
         path = numbered(flags.report, i)
-        write_report(examined.log.history, path, title=examined.log.name)
+        check_matplotlib("--report")
+        _atomic_file.write(check_path(path, (".html", ".htm")), examined.report())
         sys.stderr.write(f"report: {path}\n")
     if flags.plot:
-        from optax_stability._report._plotting import plot_history
-
         path = numbered(flags.plot, i)
         plot_history(examined.log.history, path)
         sys.stderr.write(f"plot: {path}\n")
@@ -226,8 +229,6 @@ def _write_files(flags: argparse.Namespace, examined: Examination, i: int) -> No
 def _watch(flags: argparse.Namespace) -> int:
     style, changed, server = _style(), None, None
     if flags.serve is not None:
-        from optax_stability._report._plotting import check_matplotlib
-
         check_matplotlib("--serve")
         from optax_stability._doctor import _serving
 

@@ -12,6 +12,7 @@ from optax_stability._doctor import _comparison, _trainers
 from optax_stability._doctor._comparison import Parting
 from optax_stability._doctor._log import Log, UnreadableError
 from optax_stability._doctor._scores import spike_score
+from optax_stability._report._report import page_of
 
 
 class Examination(NamedTuple):
@@ -39,6 +40,12 @@ class Examination(NamedTuple):
         """Whether there is something to report."""
         parted = any(each.step is not None for each in self.partings)
         return bool(self.findings) or parted
+
+    def report(self) -> bytes:
+        """The report as a page; needs matplotlib."""
+        ours = _trainers.is_ours(self.log.trainer)
+        findings = None if ours else self.findings
+        return page_of(self.log.history, self.log.name, findings)
 
 
 def examine(log: Log, baseline: Log | None = None) -> Examination:

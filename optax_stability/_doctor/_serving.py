@@ -12,7 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from optax_stability._doctor._examination import Examination
 from optax_stability._doctor._log import UnreadableError
-from optax_stability._report import _report
 
 _WAITING = b"<!doctype html><title>Waiting</title><p>Waiting for the first row."
 
@@ -32,10 +31,7 @@ class Pages:
         """Draws the pages of the logs."""
         pages: dict[str, tuple[str, bytes]] = {}
         for i, each in enumerate(examined, 1):
-            pages[f"/{i}"] = (
-                "text/html",
-                _report.page_of(each.log.history, each.log.name),
-            )
+            pages[f"/{i}"] = "text/html", each.report()
         pages["/"] = pages["/1"] if len(examined) == 1 else _list(examined)
         found = [
             {"log": each.log.name, "findings": [one._asdict() for one in each.findings]}

@@ -91,8 +91,15 @@ def _items(tag: str, values: Iterable[str]) -> str:
     return f"<{tag}>{''.join(f'<li>{text(each)}</li>' for each in values)}</{tag}>"
 
 
-def card(number: int, finding: Finding) -> str:
-    """One finding as a card."""
+def card(number: int, finding: Finding, words: bool) -> str:
+    """One finding as a card; with ``words``, for those who use another library."""
+    helps = f"<div><h4>What helps</h4>{_items('ol', finding.remedies)}</div>"
+    if words:
+        helps = (
+            f"<div><h4>What helps</h4>{_items('ol', finding.elsewhere)}"
+            f"<h4>With optax and optax_stability</h4>"
+            f"{_items('ul', finding.remedies)}</div>"
+        )
     where = f" · first in {code(finding.layer)}" if finding.layer else ""
     return f"""<li><article class="finding" id="finding-{number}" \
 aria-labelledby="finding-{number}-title">
@@ -102,14 +109,14 @@ aria-labelledby="finding-{number}-title">
 <p class="evidence">{text(finding.evidence)}</p>
 <div class="advice">
 <div><h4>Likely causes</h4>{_items("ul", finding.causes)}</div>
-<div><h4>What helps</h4>{_items("ol", finding.remedies)}</div>
+{helps}
 </div></article></li>"""
 
 
-def findings(found: list[Finding], steps: str, metrics: str) -> str:
+def findings(found: list[Finding], steps: str, metrics: str, words: bool) -> str:
     """All findings; if there are none, what was examined."""
     if found:
-        cards = "\n".join(card(i, each) for i, each in enumerate(found, 1))
+        cards = "\n".join(card(i, each, words) for i, each in enumerate(found, 1))
         body = f'<ol class="findings">\n{cards}\n</ol>'
     else:
         body = (
@@ -118,6 +125,22 @@ def findings(found: list[Finding], steps: str, metrics: str) -> str:
             "metrics, and finds only the kinds of problems that it has rules for.</p>"
         )
     return section("findings", "Findings", body)
+
+
+def checks(ran: list[str], lacking: dict[str, list[str]], unknown: list[str]) -> str:
+    """The checks that ran, those that could not, and what the history cannot tell."""
+    done = ", ".join(code(each) for each in ran) or "none"
+    parts = [f"<p>{len(ran)} ran: {done}.</p>"]
+    if lacking:
+        missing = "".join(
+            f"<li>{html.escape(what)}: {', '.join(map(code, kinds))}</li>"
+            for what, kinds in lacking.items()
+        )
+        count = sum(map(len, lacking.values()))
+        parts.append(f"<p>{count} could not run, for lack of:</p><ul>{missing}</ul>")
+    if unknown:
+        parts.append(f"<p>Cannot be told:</p>{_items('ul', unknown)}")
+    return section("checks", "Checks", f'<div class="checks">{"".join(parts)}</div>')
 
 
 def section(name: str, title: str, body: str) -> str:
@@ -247,7 +270,8 @@ def page(title: str, subtitle: str, parts: Iterable[str]) -> str:
 <h1>{html.escape(title)}</h1>
 <p class="soft">{html.escape(subtitle)}</p>
 <nav aria-label="Contents"><a href="#findings">Findings</a><a href="#run">The run</a>\
-<a href="#numbers">Numbers</a><a href="#metrics">All metrics</a></nav>
+<a href="#checks">Checks</a><a href="#numbers">Numbers</a>\
+<a href="#metrics">All metrics</a></nav>
 </header>
 {body}
 <footer>Written by optax_stability. Charts are reduced to the resolution of a page; \

@@ -14,6 +14,7 @@ import os
 import numpy as np
 
 from optax_stability._core import _atomic_file
+from optax_stability._diagnosis._coverage import cannot_be_told, coverage
 from optax_stability._diagnosis._diagnose import diagnose
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._series import History
@@ -37,6 +38,20 @@ def _steps(history: dict[str, np.ndarray]) -> str:
         return "no steps"
     first, last = steps.min(), steps.max()
     return f"step {first:,.0f}" if first == last else f"steps {first:,.0f}–{last:,.0f}"
+
+
+def _checks(history: dict[str, np.ndarray]) -> str:
+    """What was looked at, and what could not be."""
+    checked = History(history).without_probes().without_evaluations()
+    with np.errstate(all="ignore"):
+        checks, unknown = coverage(checked), cannot_be_told(checked)
+    lacking: dict[str, list[str]] = {}
+    for each in checks:
+        if each.lacks:
+            lacking.setdefault(each.lacks, []).append(each.kind)
+    return html.checks(
+        [each.kind for each in checks if not each.lacks], lacking, unknown
+    )
 
 
 def _count(history: dict[str, np.ndarray]) -> str:
@@ -155,7 +170,8 @@ def write_report(
 
     The page begins with the findings of :func:`diagnose`, with evidence, likely causes
     and remedies. Then come the panels of :func:`plot_history`, with the numbers of the
-    findings, the most useful values, and the names of all metrics. The page is readable
+    findings, the checks that ran and what others lacked, the most useful values, and
+    the names of all metrics. The page is readable
     on a phone, in dark mode, on paper, and without colour vision.
 
     **Guarantees**
@@ -194,17 +210,27 @@ def write_report(
     _atomic_file.write(target, page_of(history, title))
 
 
-def page_of(history: dict[str, np.ndarray], title: str) -> bytes:
-    """The page of a report; needs matplotlib."""
-    run, found = _curves.read(history), diagnose(history)
+def page_of(
+    history: dict[str, np.ndarray],
+    title: str,
+    findings: list[Finding] | None = None,
+) -> bytes:
+    """The page of a report; needs matplotlib.
+
+    Findings may be given, for a run of another library: then what helps is also said in
+    words.
+    """
+    words = findings is not None
+    run, found = _curves.read(history), findings or diagnose(history)
     steps, rows = _steps(history), len(history["step"])
     counted = _count(history)
     row = "row" if rows == 1 else "rows"
     subtitle = f"{steps} · {rows:,} {row} · {counted}".capitalize()
     parts = (
         _tiles(run, found),
-        html.findings(found, steps, counted),
+        html.findings(found, steps, counted, words),
         html.section("run", "The run", _figures(run, found, steps)),
+        _checks(history),
         html.section("numbers", "Numbers", _table(history)),
         html.section("metrics", "All metrics", html.keys(history)),
     )

@@ -69,6 +69,10 @@ nav { margin-top: 1rem; display: flex; flex-wrap: wrap; gap: .3rem 1.4rem;
 .calm { background: var(--card); border: 1px solid var(--rule);
   border-left: .25rem solid var(--accent); border-radius: .5rem;
   padding: 1.2rem 1.4rem; }
+.checks { font-size: .94rem; }
+.checks p { margin-top: .7rem; }
+.checks ul { padding-left: 1.15rem; }
+.advice ol + h4 { margin-top: .8rem; }
 figure { padding-top: 1.6rem; }
 figure + figure { margin-top: .9rem; border-top: 1px solid var(--rule); }
 figcaption { margin-bottom: .5rem; }

@@ -1,8 +1,11 @@
 """Every kind is found where it was put, and nothing is found in health."""
 
+import functools
 import inspect
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -654,3 +657,34 @@ def test_the_warm_up_ends_where_the_learning_rate_peaks():
     history["learning_rate"] = np.minimum(np.arange(100), 70)
     assert History(history).settled_row() == 70
     assert History(healthy(rows=20)).settled_row() == 20
+
+
+@full
+@pytest.mark.parametrize(
+    ("behind", "expected"), [(True, ["misplaced_clip"]), (False, [])]
+)
+def test_a_clip_behind_muon_is_seen(behind, expected):
+    """In a real run: the norm of an orthogonal update hardly changes."""
+    params = {
+        f"l{i}": 0.3 * jax.random.normal(jax.random.key(i), (16, 16)) for i in range(3)
+    }
+
+    def loss_fn(params, x):
+        out = functools.reduce(lambda x, w: jnp.tanh(x @ w), params.values(), x)
+        return jnp.mean((out - jnp.roll(x, 1, 1)) ** 2)
+
+    clip, muon = ost.clip_by_zscore(), optax.contrib.muon(0.01)
+    order = (muon, clip) if behind else (clip, muon)
+    tx = ost.record_history(optax.chain(ost.record("grad"), *order), length=150)
+
+    @jax.jit
+    def step(params, state, key):
+        x = jax.random.normal(key, (8, 16))
+        loss, grads = jax.value_and_grad(loss_fn)(params, x)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for i in range(150):
+        params, state = step(params, state, jax.random.key(100 + i))
+    assert kinds(ost.history(state)) == expected

@@ -112,7 +112,10 @@ def test_a_report_and_a_picture_are_written(diverged, healthy, tmp_path, capsys)
         capsys, "diagnose", diverged, healthy, "--report", report, "--plot", plot
     )
     assert code == 1
-    assert "The loss diverged" in report.read_text()
+    page = report.read_text()
+    assert "The loss diverged" in page
+    assert "go back to a checkpoint" in page  # In words, for any trainer.
+    assert "held-out loss: <code>overfitting</code>" in page
     assert "No finding" in (tmp_path / "r_2.html").read_text()
     assert plot.read_bytes()[1:4] == b"PNG"
     assert (tmp_path / "p_2.png").exists()
