@@ -251,6 +251,37 @@ def evaluations_in_rows_of_their_own():
     return rows
 
 
+def a_wobble_in_the_first_rows():
+    """Of a few values the noise is not known."""
+    history = healthy(noise=0.01)
+    history["loss"][4] += 0.9
+    return history
+
+
+def a_log_that_rounds():
+    """To one decimal place: the loss is 2.2 for the last half."""
+    history = healthy(noise=0.01)
+    return history | {"loss": np.round(history["loss"], 1)}
+
+
+def a_schedule_that_restarts():
+    """Twice, and the loss goes on as before."""
+    history = healthy()
+    rows = np.arange(ROWS) % 200
+    history["learning_rate"] = 3e-3 * (0.5 + 0.5 * np.cos(np.pi * rows / 200))
+    return history
+
+
+def harder_data():
+    """Training loss and held-out loss rise together."""
+    history = healthy(noise=0.02)
+    rise = 0.4 * np.maximum(0, np.arange(ROWS) - FAULT) / ROWS
+    history["loss"] = history["loss"] + rise
+    held_out = np.full(ROWS, np.nan)
+    held_out[20::20] = (history["loss"] + 0.1)[20::20]
+    return history | {"eval/loss": held_out}
+
+
 def loss_not_given_now_and_then():
     history = healthy()
     put(history, "loss", np.nan, FAULT, FAULT + 1)
@@ -308,6 +339,10 @@ HEALTHY = (
     one_row_in_ten,
     evaluations_in_rows_of_their_own,
     loss_not_given_now_and_then,
+    a_wobble_in_the_first_rows,
+    a_log_that_rounds,
+    a_schedule_that_restarts,
+    harder_data,
     old_counters,
     only_steps,
     other_metrics,
@@ -382,6 +417,15 @@ def test_neighbouring_steps_are_one_event_with_its_worst():
     )
     assert worst is not None
     assert 10 < float(worst[1]) < 11
+
+
+def test_a_few_high_losses_at_the_end_are_no_divergence_yet():
+    history = healthy()
+    history["loss"][-8:] += 3
+    assert kinds(history) == ["loss_spike"]
+    history = healthy()
+    history["loss"][-16:] += 3
+    assert kinds(history) == ["divergence"]
 
 
 def test_what_a_divergence_brings_with_it_is_left_out():
