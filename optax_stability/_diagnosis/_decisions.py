@@ -153,7 +153,9 @@ def _by_period(history: History, events: list[int]) -> str | None:
     steps = history.steps[events]
     gaps = np.unique(np.round(np.diff(steps)))
     for period in gaps[gaps >= limits.CLUSTER_PERIOD]:
-        width = max(2.0 / period, limits.CLUSTER_WIDTH / 5)
+        # Few events may be near each other by chance.
+        share = 5 if len(events) < 2 * limits.MIN_MEASUREMENTS else 2
+        width = max(2.0 / period, limits.CLUSTER_WIDTH / share)
         place, count = _densest((steps / period) % 1.0, width)
         passes = (steps[-1] - steps[0]) / period
         enough = count >= max(limits.CLUSTER_EVENTS, limits.CLUSTER_SHARE * len(steps))

@@ -18,8 +18,9 @@ def dominant_layer(history: History) -> Finding | None:
     squares = layers.values**2
     whole = np.sum(squares, axis=1)
     rows = np.flatnonzero((whole > 0) & np.isfinite(whole))
-    rows = rows[rows >= history.settled_row()]
-    if len(rows) < limits.WARMUP_VALUES:
+    # In a short history most rows belong to the early descent.
+    rows = rows[rows >= min(history.settled_row(), history.length // 4)]
+    if len(rows) < limits.DIVERGED_MEASUREMENTS:
         return None
     share = squares[rows] / whole[rows, None]
     usual = median(share)

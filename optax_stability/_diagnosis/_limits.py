@@ -133,6 +133,10 @@ RATE_DECAYED = 0.5
 # any other gap. Choice.
 LOST_GAPS = 3
 
+# Inf in the gradient norm of so many first rows, with a finite loss, is a dynamic loss
+# scale that looks for its level. Choice.
+LOSS_SCALE_ROWS = 2
+
 # --- First steps ----------------------------------------------------------------------
 # Steps that are ignored if the end of the warm-up is unknown. Choice: in
 # ``benchmarks/spike_detection.py`` the loss falls fast at steps 24–59.
@@ -154,9 +158,9 @@ STUCK_RESOLUTION = 200
 # Of fewer than eight evaluations the noise is not known. Choice (held-out losses of
 # healthy runs repeat within a hundredth).
 OVERFIT_SCALES, OVERFIT_SHARE, OVERFIT_SHARE_OF_FEW = 4.0, 0.02, 0.05
-# The share of the squared gradient norm that is nearly all of it; with fewer layers one
-# has to be the largest by far. Choice (healthy runs: up to 0.6).
-DOMINANT_SHARE, DOMINATED_LAYERS = 0.95, 6
+# The share of the squared gradient norm that is nearly all of it; of two layers one has
+# to be larger. Choice (healthy runs: up to 0.6).
+DOMINANT_SHARE, DOMINATED_LAYERS = 0.95, 3
 # A step is back at the beginning within this share of the steps before; a learning rate
 # has decayed below this share of its peak. Choice.
 BEGINNING_SHARE, DECAYED_SHARE = 0.05, 0.1

@@ -89,8 +89,9 @@ def _indicators(history: History) -> list[tuple[str, np.ndarray]]:
             found.append((each.key, _increases(each.values, history.steps)))
     norm, blank = gradient_norm(history), _blank(history)
     norms = [norm, *map(history.first, ("update/norm", "params/norm"))]
+    scaling = _looks_for_a_loss_scale(history, norm)
     found += [
-        (each.key, _newly_nonfinite(each.values, blank))
+        (each.key, _newly_nonfinite(each.values, blank) & ~scaling)
         for each in norms
         if each is not None
     ]
@@ -101,6 +102,17 @@ def _indicators(history: History) -> list[tuple[str, np.ndarray]]:
         values = history.columns.get(key)
         if values is not None and np.isnan(values).all():
             found.append((key, ~blank))
+    return found
+
+
+def _looks_for_a_loss_scale(history: History, norm: Series | None) -> np.ndarray:
+    """bool[T]: first rows whose norm overflows, while the loss is finite."""
+    found, loss = np.zeros(history.length, bool), loss_of(history)
+    if norm is None or loss is None or not np.isfinite(loss.values).all():
+        return found
+    first = limits.LOSS_SCALE_ROWS
+    if np.isfinite(norm.values[first : 2 * first + 1]).all():
+        found[:first] = True
     return found
 
 

@@ -18,15 +18,17 @@ from optax_stability._diagnosis._windows import finite, median
 def starts(history: History) -> list[int]:
     """The first row of each training; of one training, 0 alone.
 
-    A new one begins where the step falls back to the beginning, and where the learning
-    rate starts again after a decay while the loss jumps. A restart of the schedule
-    alone is no new training, and neither is a return to a checkpoint.
+    A new one begins where the step falls back to the beginning, or the learning rate
+    starts again after a decay, while the loss jumps. A schedule that restarts is no new
+    training alone, and neither is a return to a checkpoint, or a step that is counted
+    anew in each epoch.
     """
-    found = {0, *_step_begins_again(history.steps)}
+    found = {0}
     restarts = [_where_loss_jumps(history, row) for row in _rate_begins_again(history)]
-    jumps = [row for row in restarts if _loss_jumps(history, row)]
-    if len(jumps) * 2 >= len(restarts):
-        found |= set(restarts)
+    for rows in (_step_begins_again(history.steps), restarts):
+        jumps = [row for row in rows if _loss_jumps(history, row)]
+        if len(jumps) * 2 >= len(rows) or loss_of(history) is None:
+            found |= set(rows)
     return sorted(found)
 
 

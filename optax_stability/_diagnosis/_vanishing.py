@@ -31,7 +31,7 @@ def _far_below_past(
     median since the early descent. A gradient that falls together with the loss is
     healthy, so the norm must have fallen far more than the loss.
     """
-    start = history.settled_row()
+    start = _first_row(history)
     single = np.log(
         np.where(values == 0, _ZERO_NORM, np.where(values > 0, values, np.nan))
     )
@@ -45,6 +45,12 @@ def _far_below_past(
         fall = np.fmax.accumulate(loss_level) - loss_level
         limit -= np.nan_to_num(2 * fall)[:, None]
     return level <= limit, single <= limit
+
+
+def _first_row(history: History) -> int:
+    """Where the early descent has ended; in a short history, after a quarter of it."""
+    quarter = max(history.length // 4, limits.CENTRE)
+    return min(history.settled_row(), quarter)
 
 
 def _falls(history: History, values: np.ndarray) -> list[list[tuple[int, int]]]:
@@ -79,10 +85,11 @@ def vanishing_gradient(history: History) -> Finding | None:
         return None
     row, at = min(found)
     values = layers.values[:, at]
-    before = median(values[history.settled_row() : row])
+    start = _first_row(history)
+    before = median(values[start:row])
     evidence = (
         f"gradient norm {values[row]:.3g} at step {history.steps[row]}, {before:.3g} "
-        f"before (median since step {history.steps[history.settled_row()]}), limit "
+        f"before (median since step {history.steps[start]:.0f}), limit "
         f"÷{limits.VANISHED_FACTOR:.0f} for {limits.VANISHED_ROWS} steps; "
         f"{sum(layers.names[i] != '' for _, i in found)} layers affected"
     )

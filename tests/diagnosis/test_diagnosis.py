@@ -264,6 +264,20 @@ def a_log_that_rounds():
     return history | {"loss": np.round(history["loss"], 1)}
 
 
+def a_step_that_is_counted_in_each_epoch():
+    history = healthy(decays=False)
+    del history["learning_rate"]
+    return history | {"step": np.arange(ROWS) % 100, "epoch": np.arange(ROWS) // 100}
+
+
+def a_loss_scale_that_looks_for_its_level():
+    """The first gradients overflow in float16, and are left out."""
+    steps = np.arange(100)
+    norm = np.full(100, 0.5)
+    norm[:2] = np.inf
+    return {"step": steps, "loss": 2 + np.exp(-steps / 20), "grad/norm": norm}
+
+
 def a_schedule_that_restarts():
     """Twice, and the loss goes on as before."""
     history = healthy()
@@ -342,6 +356,8 @@ HEALTHY = (
     a_wobble_in_the_first_rows,
     a_log_that_rounds,
     a_schedule_that_restarts,
+    a_step_that_is_counted_in_each_epoch,
+    a_loss_scale_that_looks_for_its_level,
     harder_data,
     old_counters,
     only_steps,
