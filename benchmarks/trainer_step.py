@@ -34,6 +34,7 @@ from step_cost import summary
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "gpt"))
+import devices
 import training
 from config import Config
 from model import SIZES
@@ -98,7 +99,7 @@ def build(name: str, config: Config) -> Program:
 
     jitted = jax.jit(step, donate_argnums=0, static_argnums=2)
     start = time.perf_counter()
-    looks = {training.look(i) for i in range(BLOCK)}
+    looks = {devices.look(i, BLOCK) for i in range(BLOCK)}
     programs = {look: jitted.lower(leaves, windows, look).compile() for look in looks}
     seconds = time.perf_counter() - start
     return Program(programs, leaves, windows, parameters, seconds)
@@ -108,7 +109,7 @@ def run_block(program: Program) -> tuple[Program, float]:
     """Ten steps: the program as it is after them, and seconds per step."""
     state, start = program.state, time.perf_counter()
     for i in range(BLOCK):
-        state, _ = program.steps[training.look(i)](state, program.windows)
+        state, _ = program.steps[devices.look(i, BLOCK)](state, program.windows)
     jax.block_until_ready(state)
     seconds = (time.perf_counter() - start) / BLOCK
     return program._replace(state=state), seconds

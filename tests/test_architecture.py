@@ -30,6 +30,7 @@ ALLOWED = {
     "_recovery": {"_core"},
     "_diagnosis": set(),
     "_report": {"_core", "_diagnosis"},
+    "_doctor": {"_core", "_diagnosis", "_report"},
     "flax": {"_core", "_moments", "_gradients"},
     "orbax": {"_core", "_recovery"},
 }
@@ -61,7 +62,8 @@ def docstring_of(package):
 
 
 def test_every_file_is_in_a_package():
-    assert [path.name for path in LIBRARY.glob("*.py")] == ["__init__.py"]
+    names = {path.name for path in LIBRARY.glob("*.py")}
+    assert names == {"__init__.py", "__main__.py"}
     packages = {path.parent.name for path in LIBRARY.glob("*/__init__.py")}
     assert packages == set(ALLOWED)
 
@@ -112,7 +114,12 @@ def test_the_diagnosis_needs_numpy_alone():
 
 @pytest.mark.parametrize(
     ("library", "only"),
-    [("flax", "flax"), ("orbax", "orbax"), ("matplotlib", "_report")],
+    [
+        ("flax", "flax"),
+        ("orbax", "orbax"),
+        ("matplotlib", "_report"),
+        ("tensorboard", "_doctor"),
+    ],
 )
 def test_what_is_optional_is_imported_where_it_is_needed_alone(library, only):
     for package in ALLOWED:

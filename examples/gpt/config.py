@@ -15,7 +15,8 @@ from resuming import Resume, flag
 # Settings that may differ when a run resumes. They do not affect its training, except
 # for the checkpoint that a rewind returns to.
 FREE = {"resume", "out", "eval_every", "eval_batches", "log_every", "sample_tokens"}
-FREE |= {"checkpoint_every", "keep_checkpoints", "mesh", "processes", "verify_every"}
+FREE |= {"checkpoint_every", "keep_checkpoints", "mesh", "processes"}
+FREE |= {"verify_every", "on_finding"}
 # Settings that may never differ: they determine the structure of the state.
 FIXED = {"size", "tokenizer", "on_spike", "baseline", "clip_after_warmup", "inject"}
 FIXED |= {"clip_when_noisy", "histogram_every", "dtype"}
@@ -94,6 +95,8 @@ class Config:
     """Length of the text that the model writes at the end; 0 for none."""
     seed: int = 0
     """Decides the initial parameters, the order of the data and the sample."""
+    on_finding: str | None = None
+    """A command to run for each new finding, with it as JSON on its input."""
     out: Path = Path("runs/gpt")
     """Folder for log.jsonl, checkpoints, training.png, report.html and TensorBoard."""
 

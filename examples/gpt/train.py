@@ -28,6 +28,7 @@ from flax import nnx
 import optax_stability as ost
 
 sys.path.append(str(Path(__file__).parents[1]))  # for modules that the examples share
+import alerts
 import console
 import data
 import devices
@@ -141,7 +142,8 @@ class Run:
         """Trains on the next batch; the metrics may not be ready yet."""
         drawn = flagged.draw(self)
         factors = self._injector.factors(drawn.batch) if self._config.inject else {}
-        step = functools.partial(self._train_step, look=training.look(self.step))
+        look = devices.look(self.step, training.MEASURE_EVERY)
+        step = functools.partial(self._train_step, look=look)
         step = self._injector.flipping(step, drawn.batch)
         every = self._config.verify_every
         if every and drawn.batch % every == 0:
@@ -231,6 +233,8 @@ def run_training(
     with contextlib.ExitStack() as stack:
         folder = resuming.open_folder(config.out, about, same, config.keep_checkpoints)
         saved, newest, files = stack.enter_context(folder)
+        if devices.is_first():
+            files += alerts.on_finding(config.on_finding)
         shown = config.steps, config.log_every, corpus.unit, newest
         screen = console.Screen(*shown, quiet=not devices.is_first())
         writer = stack.enter_context(writers.Several(*files, screen))
@@ -272,10 +276,7 @@ def train(config: Config) -> Row:
     size = SIZES[config.size]
     corpus = data.load(config.data, size.context, config.tokenizer)
     vocabulary = max(size.vocabulary, corpus.vocabulary)
-
-    def create() -> tuple[GPT, nnx.Optimizer]:
-        return training.create(config, vocabulary)
-
+    create = functools.partial(training.create, config, vocabulary)
     return run_training(config, corpus, create, resuming.as_json(config))[1]
 
 

@@ -12,11 +12,7 @@ from flax.training.dynamic_scale import DynamicScale
 from model import GPT, SIZES, next_token_loss
 
 import optax_stability as ost
-from optax_stability.flax import (
-    microbatch_gradients,
-    penalize_gradient_norm,
-    update_dynamic_scale,
-)
+import optax_stability.flax as ost_flax
 
 Metrics = dict[str, jax.Array]
 
@@ -129,7 +125,9 @@ def _loss_fn(config: Config, wrt: Any, gradient_factor: jax.Array | None):
     """The loss of a microbatch; an injected factor multiplies its gradient."""
     loss_fn = next_token_loss
     if config.gradient_penalty:
-        loss_fn = penalize_gradient_norm(loss_fn, config.gradient_penalty, wrt=wrt)
+        loss_fn = ost_flax.penalize_gradient_norm(
+            loss_fn, config.gradient_penalty, wrt=wrt
+        )
     if gradient_factor is None:
         return loss_fn
 
@@ -158,11 +156,6 @@ def _measure(config: Config, model: GPT, optimizer: nnx.Optimizer, grads) -> Met
     return shown | {"clip/limit": jnp.where(clips, limit, jnp.inf)}
 
 
-def look(step: int) -> bool | None:
-    """Whether a step takes the costly measurements: on a CPU the program asks."""
-    return None if jax.default_backend() == "cpu" else step % MEASURE_EVERY == 0
-
-
 def train_step(
     graphdef: Any,
     config: Config,
@@ -180,13 +173,12 @@ def train_step(
       windows: int32[batch, context + 1].
       factors: factors of the injected faults, ``"gradient"`` and ``"surge"``; empty
         without faults.
-      look: whether to take the costly measurements in this step; None: every
-        ``MEASURE_EVERY`` steps, a condition that a GPU has to ask the host for.
+      look: whether to take the costly measurements; None: every ``MEASURE_EVERY``.
     """
     model, optimizer = nnx.merge(graphdef, state.arrays)
     learning_rate = make_schedule(config)(optimizer.step[...])
     parts, scale = config.microbatches, state.loss_scale
-    gradients = microbatch_gradients(
+    gradients = ost_flax.microbatch_gradients(
         _loss_fn(config, optimizer.wrt, factors.get("gradient")),
         parts,
         wrt=optimizer.wrt,
@@ -205,7 +197,7 @@ def train_step(
     }
     if scale is not None:
         metrics["loss_scale"] = scale.scale
-        scale = update_dynamic_scale(scale, moments.num_microbatches == parts)
+        scale = ost_flax.update_dynamic_scale(scale, moments.num_microbatches == parts)
     # The new state comes first, and in the order of the donated one: XLA reuses donated
     # buffers in order, and would have to copy in any other order.
     state = TrainState(nnx.state((model, optimizer)), scale)

@@ -1,9 +1,11 @@
 """Likely causes and remedies of each kind of finding."""
 
+import re
 from typing import NamedTuple
 
 from optax_stability._diagnosis._finding import Finding, Kind
 from optax_stability._diagnosis._series import History
+from optax_stability._diagnosis._words import WORDS
 
 
 class Advice(NamedTuple):
@@ -88,6 +90,32 @@ ADVICE = {
             "inspect the batch of this step",
         ),
     ),
+    "loss_stuck": Advice(
+        (
+            "the optimizer does not change the parameters that the loss depends on",
+            "every label is masked, so that the loss is a mean over nothing",
+            "the same value is logged again and again",
+        ),
+        (
+            "measure how far the weights move with "
+            "`record('update', ratio_to_params=True)`",
+            "count the labels that are not masked, in one batch",
+            "look at the norm of the gradient: `record('grad')`",
+        ),
+    ),
+    "learning_rate_zero": Advice(
+        (
+            "a schedule that starts, or ends, at 0, or whose number of steps is too "
+            "small",
+            "a schedule that advances once per epoch, or not at all",
+        ),
+        (
+            "print the schedule for the steps of the run: "
+            "`optax.warmup_cosine_decay_schedule` takes the number of all steps",
+            "count its steps in updates, not in microbatches, with "
+            "`accumulate_moments`",
+        ),
+    ),
     "learning_rate_too_high": Advice(
         (
             "each step overshoots: the gradient changes faster than Adam's moments can "
@@ -137,6 +165,17 @@ ADVICE = {
             "`scale_by_safe_adam(update_rms_max=1.0)`",
         ),
     ),
+    "overfitting": Advice(
+        (
+            "the model repeats its training data: too many passes over few examples",
+            "too little regularisation for the size of the data",
+        ),
+        (
+            "stop at the lowest held-out loss, and keep that checkpoint",
+            "raise the weight decay, for example `safe_adamw(weight_decay=0.1)`",
+            "train on more data, for fewer passes, or with dropout",
+        ),
+    ),
     "eps_dominated": Advice(
         (
             "gradients as small as ε: Adam then acts like SGD with tiny steps",
@@ -159,6 +198,27 @@ ADVICE = {
             "average more examples with `accumulate_moments`",
         ),
     ),
+    "skip_budget_spent": Advice(
+        (
+            "more spikes than `max_share` or the budget allow to skip",
+            "a heavy tail of losses: of one microbatch, and not of the whole batch",
+        ),
+        (
+            "pass the mean loss over all devices and microbatches to the guard",
+            "inspect the batches of the skipped steps",
+            "raise the share, for example `spike_guard(inner, max_share=0.01)`",
+        ),
+    ),
+    "clustered_skips": Advice(
+        (
+            "the same examples are abnormal in every pass over the data",
+            "a shard of the data is damaged, or from another source",
+        ),
+        (
+            "inspect the examples at this position, and leave them out",
+            "leave out only the bad microbatches with `microbatch_gradients`",
+        ),
+    ),
     "clipping_too_often": Advice(
         (
             "a fixed limit below the usual norm, so that every norm becomes the limit",
@@ -167,6 +227,28 @@ ADVICE = {
         (
             "let the limit follow the norm with `clip_by_zscore()`",
             "raise the limit of `clip_by_threshold(thresholds.constant(1.0))`",
+        ),
+    ),
+    "misplaced_clip": Advice(
+        (
+            "the clip stands behind an optimizer that normalises its update, such as "
+            "Muon: it sees nearly the same norm at every step, and never the gradient",
+        ),
+        (
+            "put the clip first: `optax.chain(clip_by_zscore(), optimizer)`",
+            "guard the whole chain with `spike_guard(inner)`",
+        ),
+    ),
+    "dominant_layer": Advice(
+        (
+            "one tensor with much larger gradients: the clip of the whole then acts on "
+            "it alone, and scales all others down with it",
+            "a parameter of another scale, or one that the loss reaches directly",
+        ),
+        (
+            "clip each layer relative to its own recent norms with "
+            "`clip_by_leaf_history()`",
+            "scale its gradient down before clipping, with `scale_gradients`",
         ),
     ),
     "bimodal_updates": Advice(
@@ -229,7 +311,37 @@ ADVICE = {
             "lengthen the warm-up of `optax.warmup_cosine_decay_schedule`",
         ),
     ),
+    "several_runs": Advice(
+        ("a file that is appended to by every start, or a job of several stages",),
+        (
+            "give each training a file of its own: `record_history` starts anew with "
+            "the state of the optimizer",
+        ),
+    ),
 }
+
+
+# Keys of the history whose presence shows that a remedy is in place already.
+_IN_PLACE = {
+    "skip/": ("`spike_guard(inner)`", "`skip_spikes(inner)`"),
+    "branch/": ("`branch_on_spike(inner)`",),
+    "clip/limit": ("`clip_by_zscore()`",),
+    "adam/eps_share": ("`safe_adamw`",),
+    "accumulate/": ("`accumulate_moments`",),
+    "microbatches/": ("bad microbatches with `microbatch_gradients`",),
+}
+
+
+def _not_in_place(history: History, remedies: tuple[str, ...]) -> tuple[str, ...]:
+    """The remedies, without those that the run already has."""
+    there = [
+        call
+        for key, calls in _IN_PLACE.items()
+        if any(re.search(rf"(^|/){key}", column) for column in history.columns)
+        for call in calls
+    ]
+    left = tuple(each for each in remedies if not any(call in each for call in there))
+    return left or ("what helps is in place: inspect the data of this step",)
 
 
 def finding(
@@ -239,8 +351,23 @@ def finding(
     metric: str,
     layer: str | None,
     evidence: str,
+    more: Advice | None = None,
 ) -> Finding:
-    """A finding, with the causes and remedies of its kind."""
-    return Finding(
-        kind, metric, int(history.steps[row]), layer, evidence, *ADVICE[kind]
-    )
+    """A finding, with the causes and remedies of its kind.
+
+    Args:
+      kind: the kind.
+      history: the history; what it shows to be in place is not advised.
+      row: the first abnormal row.
+      metric: the key that shows the problem.
+      layer: the layer that was affected first.
+      evidence: values and limits.
+      more: causes and remedies that are likelier than the usual ones of this kind.
+    """
+    causes, remedies = ADVICE[kind]
+    words = WORDS[kind]
+    if more is not None:
+        causes, remedies = more.causes + causes, more.remedies + remedies
+    step = int(history.steps[row])
+    remedies = _not_in_place(history, remedies)
+    return Finding(kind, metric, step, layer, evidence, causes, remedies, words)

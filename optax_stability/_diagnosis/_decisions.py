@@ -1,11 +1,13 @@
-"""Clipping and skipping that happen too often."""
+"""Clipping and skipping: too often, at the wrong place, or always at the same data."""
 
 import numpy as np
 
 from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
-from optax_stability._diagnosis._series import History, Series
+from optax_stability._diagnosis._normal import spread
+from optax_stability._diagnosis._series import History, Series, log_of
+from optax_stability._diagnosis._windows import stretches
 
 
 def _busiest_window(flags: np.ndarray, window: int) -> tuple[int, int]:
@@ -89,3 +91,114 @@ def _skipped(history: History) -> list[Series]:
         Series(each.key, np.diff(each.values, prepend=each.values[:1]) > 0)
         for each in history.find_all("skip/total")
     ]
+
+
+def skip_budget_spent(history: History) -> Finding | None:
+    """Spikes that were taken because no skip was left."""
+    for declined in history.find_all("skip/declined_total"):
+        rows = np.flatnonzero(np.diff(declined.values, prepend=0.0) > 0)
+        if history.steps[0] > 0:  # What was counted before is old.
+            rows = rows[rows > 0]
+        if not len(rows):
+            continue
+        row = int(rows[0])
+        skipped = history.columns.get(declined.key.replace("declined_", ""))
+        before = "" if skipped is None else f"; {np.nanmax(skipped):.0f} were skipped"
+        evidence = (
+            f"{len(rows)} steps with a finite spike were taken because no skip was "
+            f"left, the first at step {history.steps[row]:.0f}{before}"
+        )
+        return finding("skip_budget_spent", history, row, declined.key, None, evidence)
+    return None
+
+
+def clustered_skips(history: History) -> Finding | None:
+    """Skips at the same position in the data, pass after pass.
+
+    The position is the fraction of ``epoch`` if it was recorded; otherwise a period is
+    looked for in the steps of the skips.
+    """
+    for skipped in _skipped(history):
+        events = [start for start, _ in stretches(skipped.values, limits.CENTRE)]
+        if len(events) < limits.CLUSTER_EVENTS:
+            continue
+        found = _by_epoch(history, events) or _by_period(history, events)
+        if found:
+            return finding(
+                "clustered_skips", history, events[0], skipped.key, None, found
+            )
+    return None
+
+
+def _by_epoch(history: History, events: list[int]) -> str | None:
+    """Evidence that events are at one place of the epochs."""
+    epoch = history.first_unprefixed("epoch", "data/epoch")
+    if epoch is None:
+        return None
+    at = epoch.values[events]
+    at = at[np.isfinite(at)]
+    place, count = _densest(at % 1.0, limits.CLUSTER_WIDTH)
+    passes = len(np.unique(np.floor(at)))
+    enough = count >= max(limits.CLUSTER_EVENTS, limits.CLUSTER_SHARE * len(at))
+    if passes < limits.MIN_MEASUREMENTS or not enough:
+        return None
+    return (
+        f"{count} of {len(at)} rows of skips are within {limits.CLUSTER_WIDTH:.0%} of "
+        f"an epoch after {place:.0%} of it, in {passes} epochs"
+    )
+
+
+def _by_period(history: History, events: list[int]) -> str | None:
+    """Evidence that events come back after the same number of steps."""
+    steps = history.steps[events]
+    gaps = np.unique(np.round(np.diff(steps)))
+    for period in gaps[gaps >= limits.CLUSTER_PERIOD]:
+        # Few events may be near each other by chance.
+        share = 5 if len(events) < 2 * limits.MIN_MEASUREMENTS else 2
+        width = max(2.0 / period, limits.CLUSTER_WIDTH / share)
+        place, count = _densest((steps / period) % 1.0, width)
+        passes = (steps[-1] - steps[0]) / period
+        enough = count >= max(limits.CLUSTER_EVENTS, limits.CLUSTER_SHARE * len(steps))
+        if enough and passes >= limits.MIN_MEASUREMENTS:
+            return (
+                f"{count} of {len(steps)} rows of skips come back every {period:.0f} "
+                f"steps, {place * period:.0f} steps after a multiple of it"
+            )
+    return None
+
+
+def _densest(places: np.ndarray, width: float) -> tuple[float, int]:
+    """Start and number of the places in the fullest arc of a circle of length 1."""
+    ahead = (places[None, :] - places[:, None]) % 1.0
+    counts = np.sum(ahead <= width, axis=1)
+    at = int(np.argmax(counts)) if len(places) else 0
+    return (float(places[at]), int(counts[at])) if len(places) else (0.0, 0)
+
+
+def misplaced_clip(history: History) -> Finding | None:
+    """A clip that sees nearly the same norm at every step, unlike the gradient."""
+    clips = history.find_all("clip/norm")
+    gradient = history.first("grad/norm", "skip/norm")
+    if gradient is None:
+        return None
+    for clip in clips:
+        both = [
+            log_of(np.where(np.isfinite(each.values), each.values, np.nan))
+            for each in (clip, gradient)
+        ]
+        rows = np.flatnonzero(~np.isnan(both).any(axis=0))
+        rows = rows[rows >= history.settled_row()]
+        if len(rows) < limits.SAME_NORM_ROWS:
+            continue
+        same, varying = (float(np.median(spread(each[rows])[8:])) for each in both)
+        if same > limits.SAME_NORM or varying < limits.VARYING_NORM:
+            continue
+        evidence = (
+            f"the norm before the clip scatters by {same:.2%} from step to step, that "
+            f"of the gradient by {varying:.0%}: the clip sees a normalised update "
+            f"(norm {clip.values[rows[-1]]:.3g}), not the gradient "
+            f"({gradient.values[rows[-1]]:.3g})"
+        )
+        row = int(rows[0])
+        return finding("misplaced_clip", history, row, clip.key, None, evidence)
+    return None

@@ -10,18 +10,26 @@ Kind = Literal[
     "vanishing_then_surge",
     "exploding_gradient",
     "loss_spike",
+    "loss_stuck",
+    "learning_rate_zero",
     "learning_rate_too_high",
     "update_too_large",
     "growing_spectral_norm",
     "vanishing_gradient",
+    "overfitting",
     "eps_dominated",
     "frequent_skips",
+    "skip_budget_spent",
+    "clustered_skips",
     "clipping_too_often",
+    "misplaced_clip",
+    "dominant_layer",
     "bimodal_updates",
     "correlated_updates",
     "noise_too_high",
     "update_too_small",
     "plateau",
+    "several_runs",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -38,6 +46,7 @@ class Finding(NamedTuple):
       evidence: str – the measured values and their limits.
       causes: tuple of str – likely causes, likeliest first.
       remedies: tuple of str – what to do, with functions of this library or of optax.
+      elsewhere: tuple of str – what to do in any other framework, in words.
     """
 
     kind: Kind
@@ -47,6 +56,7 @@ class Finding(NamedTuple):
     evidence: str
     causes: tuple[str, ...]
     remedies: tuple[str, ...]
+    elsewhere: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Several lines: kind, step and layer; evidence; causes; remedies."""

@@ -5,21 +5,38 @@ measured in a benchmark of this library), *choice* (a round number of ours that 
 healthy runs of ``benchmarks/diagnosis.py`` do not reach; its JSON holds the margin).
 """
 
-# --- Normal values: the trend of the recent past --------------------------------------
-# Centre = median of 8, scale = 1.4826 × median of 32 residuals, from 24 values on.
-# Source: ``thresholds.detrended_mad``, whose defaults these are.
+# --- Normal values: what is normal so far ---------------------------------------------
+# Level = median of 8, noise from 32 values, both known well from 24 values on. Source:
+# ``thresholds.detrended_mad``, whose defaults these are.
 CENTRE, WINDOW, WARMUP_VALUES = 8, 32, 24
-# σ of a normal distribution over its median absolute deviation. Theory.
-SIGMA_PER_MAD = 1.4826
+# σ of a normal distribution over its median absolute deviation, and its upper quartile
+# over σ. Theory.
+SIGMA_PER_MAD, SIGMA_PER_QUARTILE = 1.4826, 0.6745
+# With three values, limits are this much wider than with 24. Theory: the quantile of a
+# t distribution with two degrees of freedom that a normal one reaches at 3.5 σ is four
+# times as far out; in early rows the loss also falls most unevenly.
+EARLY_WIDENING = 3.0
 
 # Loss, in its own unit: 7 scales and at least half a nat. Source: ``spike_guard``;
 # ``benchmarks/spike_detection.py`` has no false alarm in 26 clean runs.
 LOSS_SCALES, LOSS_FLOOR = 7.0, 0.5
+# Of a high loss also a tenth. A guess among 256,000 tokens costs 12.5 nats: a higher
+# loss is no mean over tokens, or is confidently wrong, and then a quarter. Theory for
+# 12.5, choice for the shares (healthy public logs in such a unit: up to a fifth).
+LOSS_SHARE, UNIT_SHARE, HIGHEST_LOSS = 0.1, 0.25, 12.5
 # Excess of the loss that confirms a jump of the gradient. Source: likewise.
 CONFIRM_SCALES, CONFIRM_FLOOR = 4.0, 0.3
 # A divergence has lasted for this many measurements; a shorter one is a spike. Choice:
 # twice the window of the centre, so that the median itself has moved.
 DIVERGED_MEASUREMENTS = 16
+# In a log of few rows, a rise at its end counts from a share of them on. Choice.
+DIVERGED_SHARE = 8
+# The least lasting rise of a loss that is too small for nats: three times the level, or
+# a fiftieth of the fall so far. Choice: the displayed loss of a healthy speech model
+# ends at 1.9 times its lowest level (0.03).
+RISE_FACTOR, RISE_OF_FALL = 3.0, 0.02
+# Of a level known from a few rows, half more. Choice.
+EARLY_SHARE = 0.5
 
 # Logarithm of the gradient norm: 5 scales (source: ``spike_guard``) and at least ×10.
 # The guard acts at ×5. Without confirmation by the loss, this limit gives false alarms
@@ -28,6 +45,9 @@ NORM_SCALES, NORM_FACTOR = 5.0, 10.0
 # Without confirmation by the loss, a jump counts if it lasts for this many rows, or if
 # it is enormous. Choice.
 NORM_ROWS, NORM_ENORMOUS = 3, 100.0
+# What lasts must also be so far above the median of all rows before, so that a norm
+# that comes back from a low is none. Choice.
+USUAL_FACTOR = 3.0
 # Used only to find the layer that was affected first, not to detect a jump. Choice.
 LOCATE_FACTOR = 3.0
 # Vanishing "by orders of magnitude" (Molybog et al. 2023, arXiv:2304.09871): by two
@@ -103,8 +123,19 @@ PLATEAU_NEGLIGIBLE = 1e-3
 # this share of its initial value, or if successive gradients still correlate this much.
 # Choice.
 PLATEAU_MIN_FALL, PLATEAU_CORRELATION = 0.1, 0.5
+# A loss that began above any guess, and is flat to this share from a level on that no
+# usual language model stays at. Choice.
+FAR_FLAT, FAR_LEVEL = 0.06, 3.5
 # Steps with a learning rate below this share of its peak are ignored. Choice.
 RATE_DECAYED = 0.5
+
+# A gap of what is measured now and then is a loss if it is this many times as long as
+# any other gap. Choice.
+LOST_GAPS = 3
+
+# Inf in the gradient norm of so many first rows, with a finite loss, is a dynamic loss
+# scale that looks for its level. Choice.
+LOSS_SCALE_ROWS = 2
 
 # --- First steps ----------------------------------------------------------------------
 # Steps that are ignored if the end of the warm-up is unknown. Choice: in
@@ -114,3 +145,31 @@ EARLY_STEPS = 50
 MIN_MEASUREMENTS = 3
 # Abnormal stretches at most this many rows apart are one event: the window.
 EVENT_GAP = WINDOW
+
+# --- Learning rate, held-out loss, layers, several trainings --------------------------
+# Rows of a log at learning rate 0, and their share: the first and the last row of a
+# schedule are often 0. Choice.
+ZERO_RATE_ROWS, ZERO_RATE_SHARE = 8, 0.25
+# Rows with exactly the same loss, and their share of all rows. Choice.
+STUCK_ROWS, STUCK_SHARE, STUCK_ALWAYS = 16, 0.4, 100
+# A repeated value is no accident of rounding if the log resolves much less. Choice.
+STUCK_RESOLUTION = 200
+# A rise of the held-out loss: in its own noise, and as a share of its lowest value.
+# Of fewer than eight evaluations the noise is not known. Choice (held-out losses of
+# healthy runs repeat within a hundredth).
+OVERFIT_SCALES, OVERFIT_SHARE, OVERFIT_SHARE_OF_FEW = 4.0, 0.02, 0.05
+# The share of the squared gradient norm that is nearly all of it; of two layers one has
+# to be larger. Choice (healthy runs: up to 0.6).
+DOMINANT_SHARE, DOMINATED_LAYERS = 0.95, 3
+# A step is back at the beginning within this share of the steps before; a learning rate
+# has decayed below this share of its peak. Choice.
+BEGINNING_SHARE, DECAYED_SHARE = 0.05, 0.1
+# A clip behind an optimizer that normalises sees a norm whose logarithm scatters less
+# than this, while that of the gradient scatters more. Choice (Muon: 0.001 to 0.01).
+SAME_NORM, VARYING_NORM, SAME_NORM_ROWS = 0.02, 0.08, 32
+# Skips at the same position of the data: events, in so many passes, within this share
+# of a pass. Choice: by chance, four of four events lie within 1/20 in 0.05 % of runs.
+CLUSTER_EVENTS, CLUSTER_WIDTH, CLUSTER_SHARE, CLUSTER_PERIOD = 4, 0.05, 0.8, 20
+# A training loss this close to zero, relative to its start, may have been learned by
+# heart. Choice.
+NEAR_ZERO = 0.05

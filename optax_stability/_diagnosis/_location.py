@@ -3,13 +3,8 @@
 import numpy as np
 
 from optax_stability._diagnosis import _limits as limits
-from optax_stability._diagnosis._series import History, Layers, Series
-from optax_stability._diagnosis._trend import trend
-
-
-def log_norm(values: np.ndarray) -> np.ndarray:
-    """Logarithm of norms; NaN where the norm is not positive."""
-    return np.log(np.where(values > 0, values, np.nan))
+from optax_stability._diagnosis._normal import normal
+from optax_stability._diagnosis._series import History, Layers, Series, log_of
 
 
 def gradient_norm(history: History) -> Series | None:
@@ -37,14 +32,15 @@ def first_affected(history: History, row: int) -> str | None:
     """
     layers = gradient_layers(history)
     start = max(0, row - 2 * (limits.WINDOW + limits.CENTRE))
-    values = log_norm(layers.values[start : row + 1])
+    values = log_of(layers.values[start : row + 1])
     if not values.size:
         return None
-    past = trend(values, limits.NORM_SCALES, np.log(limits.LOCATE_FACTOR))
-    recently = np.flatnonzero(past.above[-limits.CENTRE :].any(axis=1))
+    past = [normal(each) for each in values.T]
+    floor = np.log(limits.LOCATE_FACTOR)
+    above = np.stack([each.above(limits.NORM_SCALES, floor) for each in past], axis=1)
+    recently = np.flatnonzero(above[-limits.CENTRE :].any(axis=1))
     if not len(recently):
         return None
     at = max(len(values) - limits.CENTRE, 0) + int(recently[0])
-    return largest_layer(
-        np.where(past.above[at], past.excess[at] / past.scale[at], -np.inf), layers
-    )
+    scores = [each.excess[at] / each.noise[at] for each in past]
+    return largest_layer(np.where(above[at], scores, -np.inf), layers)

@@ -5,9 +5,10 @@ import numpy as np
 from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
-from optax_stability._diagnosis._location import first_affected
+from optax_stability._diagnosis._location import first_affected, gradient_norm
+from optax_stability._diagnosis._normal import Base, Normal, base, caution, levels
 from optax_stability._diagnosis._series import History, Series
-from optax_stability._diagnosis._trend import Trend, median, smooth, stretches, trend
+from optax_stability._diagnosis._windows import stretches
 
 
 def loss_of(history: History) -> Series | None:
@@ -15,45 +16,49 @@ def loss_of(history: History) -> Series | None:
     return history.first_unprefixed("loss") or history.first("skip/value")
 
 
-def loss_trend(loss: Series) -> Trend:
-    """The trend of the loss, with the limit of a spike."""
-    return trend(loss.values, limits.LOSS_SCALES, limits.LOSS_FLOOR)
+def loss_floor(level: np.ndarray) -> np.ndarray:
+    """The least rise that counts: in nats, or in another unit, by the level."""
+    level = np.abs(level)
+    share = np.where(level > limits.HIGHEST_LOSS, limits.UNIT_SHARE, limits.LOSS_SHARE)
+    return np.maximum(limits.LOSS_FLOOR, share * level)
 
 
 def loss_spike(history: History) -> Finding | None:
-    """A loss far above its trend."""
+    """A loss far above its recent level."""
     loss = loss_of(history)
     if loss is None:
         return None
-    past = loss_trend(loss)
-    events = stretches(past.above, limits.EVENT_GAP)
+    past = history.normal(loss.key)
+    limit = past.bound(limits.LOSS_SCALES, loss_floor(past.level))
+    above = past.excess > limit
+    events = stretches(above, limits.EVENT_GAP)
     if not events:
         return None
     row = events[0][0]
     evidence = (
-        f"loss {loss.values[row]:.3g} at step {history.steps[row]}, "
-        f"{past.centre[row]:.3g} before (median of {limits.CENTRE}): "
-        f"{past.excess[row]:+.2f}, limit {past.bound[row]:+.2f}; "
-        f"{_summary(history, past, events)}"
+        f"loss {loss.values[row]:.3g} at step {history.steps[row]:.0f}, "
+        f"{past.level[row]:.3g} before (median of {limits.CENTRE}): "
+        f"{past.excess[row]:+.2f}, limit {limit[row]:+.2f}; "
+        f"{_summary(history, past, above, len(events))}"
     )
     layer = first_affected(history, row)
     return finding("loss_spike", history, row, loss.key, layer, evidence)
 
 
-def _summary(history: History, past: Trend, events: list[tuple[int, int]]) -> str:
+def _summary(history: History, past: Normal, above: np.ndarray, events: int) -> str:
     """The number of steps and events, the worst step, and the number of skips."""
-    worst = int(np.argmax(np.where(past.above, past.excess, -np.inf)))
-    text = f"steps above the limit: {np.sum(past.above)}, events: {len(events)}, worst "
-    text += f"{past.excess[worst]:+.2f} at step {history.steps[worst]}"
+    worst = int(np.argmax(np.where(above, past.excess, -np.inf)))
+    text = f"steps above the limit: {np.sum(above)}, events: {events}, worst "
+    text += f"{past.excess[worst]:+.2f} at step {history.steps[worst]:.0f}"
     skipped = history.first("skip/skipped")
     if skipped is None:
         return text
-    share = np.sum(skipped.values[past.above] == 1)
+    share = np.sum(skipped.values[above] == 1)
     return f"{text}; {share} of these steps skipped"
 
 
 def divergence(history: History) -> Finding | None:
-    """A loss that rose above its minimum, and stays there or ends in NaN.
+    """A loss that rose above its lowest level so far, and stayed there or ended in NaN.
 
     Medians of a few values are compared, so that noise does not count as a rise.
     """
@@ -61,34 +66,40 @@ def divergence(history: History) -> Finding | None:
     if loss is None:
         return None
     rows = np.flatnonzero(np.isfinite(loss.values))
-    if len(rows) < limits.WARMUP_VALUES:
+    if len(rows) < limits.MIN_MEASUREMENTS + 1:
         return None
     values, died = loss.values[rows], _measurements_stopped(rows, history.length)
-    level = smooth(values)
-    level[: limits.MIN_MEASUREMENTS - 1] = np.inf
-    best = int(np.argmin(level))
-    limit = _rise_limit(values, level, best)
-
-    # The median lags by half its window; the single values do not.
-    above = (values if died else level) > level[best] + limit
-    above[: best + 1] = False
-    last_normal = int(np.flatnonzero(~above)[-1])
-    near = max(last_normal + 1 - limits.CENTRE, best + 1)
-    risen = near + np.flatnonzero(values[near:] > level[best] + limit)
-    least = limits.MIN_MEASUREMENTS - 1 if died else limits.DIVERGED_MEASUREMENTS
-    if len(values) - 1 - last_normal < least:
+    past = base(values, first_is_known=_norm_confirms_first(history, rows))
+    limit = _rise_limit(values, past)
+    single = values > past.level + limit
+    level = single if died else levels(values) > past.level + limit
+    found = _lasting(level, single, died)
+    if found is None:
         return None
-    row = int(rows[risen[0]])
-    end = "in the last finite step" if died else "at the end"
+    start, stop = found
+    row = int(rows[start])
     evidence = (
-        f"lowest loss {level[best]:.3g} (median of {limits.CENTRE}) before step "
-        f"{history.steps[row]}, highest {values[near:].max():.3g} after; "
-        f"{values[-1] - level[best]:+.3g} relative to the lowest {end}, limit "
-        f"{limit:+.2f}; above the limit at {len(risen)} of the last "
-        f"{len(values) - risen[0]} steps"
+        f"lowest loss {past.level[start]:.3g} (median of {limits.CENTRE}) before step "
+        f"{history.steps[row]:.0f}, highest {values[start:stop].max():.3g} after; "
+        f"{_end(history, rows, values - past.level[start], stop, died)}, limit "
+        f"{limit[start]:+.2f}; above the limit at {single[start:stop].sum()} of "
+        f"{stop - start} measurements"
     )
     layer = first_affected(history, row)
     return finding("divergence", history, row, loss.key, layer, evidence)
+
+
+def _norm_confirms_first(history: History, rows: np.ndarray) -> bool:
+    """Whether the gradient exploded right after the first loss, which was normal then.
+
+    A single first value without that may be anything.
+    """
+    norm = gradient_norm(history)
+    if norm is None:
+        return False
+    first, *later = norm.values[rows[: limits.MIN_MEASUREMENTS + 1]]
+    later = [each for each in later if each > 0]
+    return bool(first > 0 and later and max(later) >= limits.NORM_FACTOR * first)
 
 
 def _measurements_stopped(rows: np.ndarray, length: int) -> bool:
@@ -96,15 +107,59 @@ def _measurements_stopped(rows: np.ndarray, length: int) -> bool:
     return length - rows[-1] > np.diff(rows).max()
 
 
-def _rise_limit(values: np.ndarray, level: np.ndarray, best: int) -> float:
-    """The rise that exceeds the noise before the best level."""
-    until = max(best + 1, limits.CENTRE)
-    around = slice(max(until - limits.WINDOW, limits.MIN_MEASUREMENTS - 1), until)
-    noise = float(median(np.abs(values[around] - level[around])))
-    return max(limits.LOSS_SCALES * limits.SIGMA_PER_MAD * noise, limits.LOSS_FLOOR)
+def _rise_limit(values: np.ndarray, past: Base) -> np.ndarray:
+    """The rise above the lowest level that exceeds the noise at that level.
+
+    A small loss is in another unit than nats: then it has to rise to a multiple.
+    """
+    level = np.abs(past.level)
+    fall = np.maximum(np.maximum.accumulate(values) - past.level, 0.0)
+    small = np.maximum(limits.RISE_FACTOR * level, limits.RISE_OF_FALL * fall)
+    floor = np.where(small < limits.LOSS_FLOOR, small, loss_floor(level))
+    # A level that was known from a few values: half of it more, at least.
+    careful = caution(past.known)
+    floor = np.maximum(floor, limits.EARLY_SHARE * careful * level)
+    noise = np.nan_to_num(past.noise)
+    return np.maximum(limits.LOSS_SCALES * noise, floor)
 
 
-def loss_confirms(loss: Series) -> np.ndarray:
+def _lasting(
+    level: np.ndarray, single: np.ndarray, died: bool
+) -> tuple[int, int] | None:
+    """(start, stop) of the first rise that lasts; of single values, not of medians."""
+    count = len(level)
+    at_end = np.clip(
+        count // limits.DIVERGED_SHARE,
+        limits.MIN_MEASUREMENTS,
+        limits.DIVERGED_MEASUREMENTS,
+    )
+    for start, stop in stretches(level, limits.CENTRE):
+        # The median lags by half its window; the single values do not.
+        near = max(start + 1 - limits.CENTRE, 0)
+        first = near + int(single[near : start + 1].argmax())
+        first = first if single[first] else start
+        ends = stop == count
+        least = limits.MIN_MEASUREMENTS - 1 if died and ends else at_end
+        if stop - first >= (least if ends else limits.DIVERGED_MEASUREMENTS):
+            return first, stop
+    return None
+
+
+def _end(
+    history: History, rows: np.ndarray, rise: np.ndarray, stop: int, died: bool
+) -> str:
+    """How the rise ended, if it did."""
+    if stop < len(rows):
+        return (
+            f"back within the limit from step {history.steps[rows[stop]]:.0f} on, "
+            f"after {stop} measurements"
+        )
+    end = "in the last finite step" if died else "at the end"
+    return f"{rise[-1]:+.3g} relative to the lowest {end}"
+
+
+def loss_confirms(history: History, loss: Series) -> np.ndarray:
     """bool[T]: the loss is high enough to confirm a jump of the gradient."""
-    past = trend(loss.values, limits.CONFIRM_SCALES, limits.CONFIRM_FLOOR)
-    return past.above | np.isposinf(loss.values)
+    past = history.normal(loss.key)
+    above = past.above(limits.CONFIRM_SCALES, limits.CONFIRM_FLOOR)
+    return above | np.isposinf(loss.values)

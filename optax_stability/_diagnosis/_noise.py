@@ -6,7 +6,7 @@ from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._series import History
-from optax_stability._diagnosis._trend import sustained
+from optax_stability._diagnosis._windows import sustained
 
 
 def noise_too_high(history: History) -> Finding | None:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from optax_stability._diagnosis import _limits as limits
-from optax_stability._diagnosis._advice import finding
+from optax_stability._diagnosis._advice import Advice, finding
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._location import (
     gradient_layers,
@@ -12,12 +12,29 @@ from optax_stability._diagnosis._location import (
 )
 from optax_stability._diagnosis._loss import loss_of
 from optax_stability._diagnosis._series import History, Series
-from optax_stability._diagnosis._trend import stretches
+from optax_stability._diagnosis._windows import stretches
 
 _COUNTERS = (
     "skip/nonfinite_total",
     "clip/nonfinite_total",
     "accumulate/rejected_total",
+)
+
+
+# Columns that no fault of the numbers makes NaN: where all that exist are NaN, nothing
+# was measured.
+_ALWAYS_KNOWN = ("learning_rate", "epoch", "skip/skipped", "skip/total")
+# What an accumulator leaves behind that holds a NaN.
+_ACCUMULATOR = Advice(
+    (
+        "an accumulator of gradients holds a NaN: what is added to it stays NaN, and "
+        "every later window is not finite, though the parameters are intact",
+    ),
+    (
+        "accumulate with `accumulate_moments`, which leaves out microbatches that are "
+        "not finite, in place of `optax.MultiSteps` or a sum of your own",
+        "set the accumulator to zero, not to itself times zero, after each update",
+    ),
 )
 
 
@@ -28,9 +45,37 @@ def nonfinite(history: History) -> Finding | None:
         return None
     key, flags = min(signs, key=lambda each: int(each[1].argmax()))
     row = int(flags.argmax())
-    evidence = f"{key} = {history.columns[key][row]:.3g}; {_recovery_of(history, row)}"
+    count = np.sum(np.any([flags for _, flags in signs], axis=0))
+    evidence = (
+        f"{key} = {history.columns[key][row]:.3g}; {_recovery_of(history, row, key)}; "
+        f"rows with NaN or Inf: {count}"
+    )
     layer = _nonfinite_layer(history, row)
-    return finding("nonfinite", history, row, key, layer, evidence)
+    poisoned = _ACCUMULATOR if _accumulator_holds_it(history, row) else None
+    return finding("nonfinite", history, row, key, layer, evidence, poisoned)
+
+
+def _accumulator_holds_it(history: History, row: int) -> bool:
+    """Whether no later gradient is finite, though the parameters are intact.
+
+    They are if the loss stays finite, or if every such step was skipped.
+    """
+    norm, loss = _norm_with_nan(history), loss_of(history)
+    skipped = history.first("skip/skipped")
+    if norm is None or history.length - row < limits.VANISHED_ROWS:
+        return False
+    if np.isfinite(norm.values[row:]).any() or not np.isfinite(norm.values[:row]).any():
+        return False
+    if loss is not None and loss.key == "loss":
+        return bool(np.isfinite(loss.values[row:]).mean() > 0.9)
+    return skipped is not None and bool(np.all(skipped.values[row:] == 1))
+
+
+def _norm_with_nan(history: History) -> Series | None:
+    """The gradient norm, also if it was never finite."""
+    if "grad/norm" in history.columns:
+        return Series("grad/norm", history.columns["grad/norm"])
+    return gradient_norm(history)
 
 
 def _indicators(history: History) -> list[tuple[str, np.ndarray]]:
@@ -42,15 +87,41 @@ def _indicators(history: History) -> list[tuple[str, np.ndarray]]:
     for name in _COUNTERS:
         for each in history.find_all(name):
             found.append((each.key, _increases(each.values, history.steps)))
-    norm = gradient_norm(history)
+    norm, blank = gradient_norm(history), _blank(history)
     norms = [norm, *map(history.first, ("update/norm", "params/norm"))]
+    scaling = _looks_for_a_loss_scale(history, norm)
     found += [
-        (each.key, _newly_nonfinite(each.values)) for each in norms if each is not None
+        (each.key, _newly_nonfinite(each.values, blank) & ~scaling)
+        for each in norms
+        if each is not None
     ]
     loss = loss_of(history)
     if loss is not None:
-        found.append((loss.key, _nonfinite_loss(loss, norm)))
+        found.append((loss.key, _nonfinite_loss(loss, norm, blank)))
+    for key in ("grad/norm", "loss"):
+        values = history.columns.get(key)
+        if values is not None and np.isnan(values).all():
+            found.append((key, ~blank))
     return found
+
+
+def _looks_for_a_loss_scale(history: History, norm: Series | None) -> np.ndarray:
+    """bool[T]: first rows whose norm overflows, while the loss is finite."""
+    found, loss = np.zeros(history.length, bool), loss_of(history)
+    if norm is None or loss is None or not np.isfinite(loss.values).all():
+        return found
+    first = limits.LOSS_SCALE_ROWS
+    if np.isfinite(norm.values[first : 2 * first + 1]).all():
+        found[:first] = True
+    return found
+
+
+def _blank(history: History) -> np.ndarray:
+    """bool[T]: rows in which not even what is always known was written."""
+    known = [history.columns[key] for key in _ALWAYS_KNOWN if key in history.columns]
+    if not known:
+        return np.zeros(history.length, bool)
+    return np.all(np.isnan(known), axis=0)
 
 
 def _increases(total: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -61,37 +132,60 @@ def _increases(total: np.ndarray, steps: np.ndarray) -> np.ndarray:
     return total > before
 
 
-def _newly_nonfinite(values: np.ndarray) -> np.ndarray:
-    """bool[T]: Inf, or NaN in a metric that was measured at every step until then."""
+def _newly_nonfinite(values: np.ndarray, blank: np.ndarray) -> np.ndarray:
+    """bool[T]: Inf, or NaN in a metric that was measured until then.
+
+    A metric was measured in three rows before, or in all rows before if it never comes
+    back, or every few rows for much longer than the gap.
+    """
     missing, broken = np.isnan(values), np.isinf(values)
     for start, stop in stretches(missing):
         before = missing[max(0, start - limits.MIN_MEASUREMENTS) : start]
-        if len(before) == limits.MIN_MEASUREMENTS and not before.any():
+        enough = len(before) == limits.MIN_MEASUREMENTS or stop == len(values)
+        if len(before) and enough and not before.any():
             broken[start:stop] = True
-    return broken
+    return (broken | _lost(missing)) & ~blank
 
 
-def _nonfinite_loss(loss: Series, norm: Series | None) -> np.ndarray:
+def _lost(missing: np.ndarray) -> np.ndarray:
+    """bool[T]: gaps much longer than all others, in what is measured now and then."""
+    gaps = stretches(missing)
+    lengths = sorted(stop - start for start, stop in gaps)
+    usual = lengths[-2] if len(lengths) > 1 else 0
+    lost = np.zeros(len(missing), bool)
+    for start, stop in gaps:
+        known = np.sum(~missing[:start])
+        long = stop - start >= max(2 * limits.VANISHED_ROWS, limits.LOST_GAPS * usual)
+        at_every_row = known == start > 0 and stop == len(missing)
+        if long and (known >= limits.MIN_MEASUREMENTS or at_every_row):
+            lost[start + usual : stop] = True
+    return lost
+
+
+def _nonfinite_loss(loss: Series, norm: Series | None, blank: np.ndarray) -> np.ndarray:
     """The same for the loss, where NaN may also mean that no loss was passed."""
-    broken = _newly_nonfinite(loss.values)
+    broken = _newly_nonfinite(loss.values, blank)
     if norm is None:
         return broken
-    return broken & (np.isinf(loss.values) | ~np.isfinite(norm.values))
+    lost = _lost(np.isnan(loss.values)) & ~blank
+    return broken & (np.isinf(loss.values) | ~np.isfinite(norm.values) | lost)
 
 
-def _recovery_of(history: History, row: int) -> str:
-    """Whether loss or gradient norm became finite again."""
-    for series in (loss_of(history), gradient_norm(history)):
-        if series is None:
-            continue
-        rest = np.isfinite(series.values[row + 1 :])
-        if not len(rest):
-            return "the history ends here"
-        if not rest.any():
-            return f"{series.key} is not finite in any of the {len(rest)} later steps"
-        again = history.steps[row + 1 + int(rest.argmax())]
-        return f"{series.key} is finite again at step {again}"
-    return "neither loss nor gradient norm was recorded"
+def _recovery_of(history: History, row: int, key: str) -> str:
+    """Whether what broke became finite again; a share is that of the gradient."""
+    own = key if key in ("loss", "skip/value") else None
+    norm = _norm_with_nan(history)
+    if own is None and norm is not None:
+        own = norm.key
+    if own is None:
+        return "neither loss nor gradient norm was recorded"
+    rest = np.isfinite(history.columns[own][row + 1 :])
+    if not len(rest):
+        return "the history ends here"
+    if not rest.any():
+        return f"{own} is not finite in any of the {len(rest)} later steps"
+    again = history.steps[row + 1 + int(rest.argmax())]
+    return f"{own} is finite again at step {again:.0f}"
 
 
 def _nonfinite_layer(history: History, row: int) -> str | None:

@@ -8,7 +8,7 @@ from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._location import gradient_norm
 from optax_stability._diagnosis._loss import loss_of
 from optax_stability._diagnosis._series import History, is_embedding, is_vector
-from optax_stability._diagnosis._trend import smooth, stretches, sustained
+from optax_stability._diagnosis._windows import smooth, stretches, sustained
 
 
 def underflow(history: History) -> Finding | None:

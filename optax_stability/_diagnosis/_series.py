@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from optax_stability._diagnosis import _limits as limits
+from optax_stability._diagnosis._normal import Normal, normal
 
 # Metrics that ``record`` measures every few steps, and repeats in between.
 _SPARSE = (
@@ -60,6 +61,11 @@ class Layers(NamedTuple):
         )
 
 
+def log_of(values: np.ndarray) -> np.ndarray:
+    """Logarithm of norms; NaN where the norm is not positive."""
+    return np.log(np.where(values > 0, values, np.nan))
+
+
 def is_embedding(layer: str) -> bool:
     """Whether a layer is an embedding, by its name: most rows have no gradient."""
     return bool(_EMBEDDING.search(layer))
@@ -86,6 +92,7 @@ class History:
         self.columns = _checked(history)
         self.steps = np.asarray(history["step"])
         self.length = len(self.steps)
+        self._normal: dict[tuple[str, bool], Normal] = {}
 
     def without_probes(self) -> "History":
         """Without the rows in which ``branch_on_spike`` probed its snapshot."""
@@ -95,6 +102,32 @@ class History:
         if not probed.any():
             return self
         return History({key: each[~probed] for key, each in self.columns.items()})
+
+    def without_evaluations(self) -> "History":
+        """Without rows that hold an evaluation alone, which goes to the row before."""
+        held_out = self.columns.get("eval/loss")
+        if held_out is None:
+            return self
+        measured = [
+            ~np.isnan(self.columns[key])
+            for name in ("loss", "skip/value", "grad/norm", "skip/norm", "clip/norm")
+            for key in self.keys(name)
+        ]
+        training = np.any(measured, axis=0) | np.isnan(held_out)
+        if not measured or training.all() or not training.any():
+            return self
+        rows = np.flatnonzero(training)
+        apart = np.flatnonzero(~training)
+        before = np.maximum(np.searchsorted(rows, apart) - 1, 0)
+        columns = {key: each[rows] for key, each in self.columns.items()}
+        columns["eval/loss"][before] = held_out[apart]
+        return History(columns)
+
+    def part(self, start: int, stop: int) -> "History":
+        """The rows from ``start`` to ``stop``."""
+        if (start, stop) == (0, self.length):
+            return self
+        return History({key: each[start:stop] for key, each in self.columns.items()})
 
     def keys(self, name: str) -> list[str]:
         """The key ``name``; if it is missing, all keys ``<prefix>/<name>``."""
@@ -151,6 +184,14 @@ class History:
         columns = [self.columns[each] for each in together if each in self.columns]
         return changed(np.stack(columns, axis=1)) & known
 
+    def normal(self, key: str, *, log: bool = False) -> Normal:
+        """What is normal for a curve, or for its logarithm where it is positive."""
+        if (key, log) not in self._normal:
+            values = self.columns[key]
+            values = log_of(values) if log else values
+            self._normal[key, log] = normal(values)
+        return self._normal[key, log]
+
     def forward_filled(self, key: str) -> np.ndarray:
         """A metric with missing values replaced by the last known one."""
         values = self.columns[key]
@@ -204,6 +245,11 @@ def _checked(history: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         )
     columns = {}
     for key, values in history.items():
+        if not isinstance(key, str):
+            raise TypeError(
+                f"history has the key {key!r} of type {type(key).__name__}; name each "
+                "metric by a str, or remove this key."
+            )
         try:
             columns[key] = np.asarray(values, np.float64)
         except (TypeError, ValueError) as error:
@@ -222,5 +268,11 @@ def _checked(history: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise ValueError(
             f"history['step'] = {history['step']!r} contains NaN or Inf; pass a finite "
             "step number for each row."
+        )
+    forward = np.sign(np.diff(columns["step"]))
+    if forward.sum() < 0:
+        raise ValueError(
+            f"history['step'] runs backwards, from {columns['step'][0]:g} to "
+            f"{columns['step'][-1]:g}; sort the rows by step, the oldest first."
         )
     return columns

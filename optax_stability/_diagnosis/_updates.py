@@ -8,7 +8,7 @@ from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._series import History, is_embedding, is_vector
-from optax_stability._diagnosis._trend import sustained
+from optax_stability._diagnosis._windows import sustained
 
 # (key, name of the layer, or "" for all parameters together)
 Curves = list[tuple[str, str]]

@@ -13,11 +13,10 @@ from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._location import (
     gradient_layers,
     gradient_norm,
-    log_norm,
 )
 from optax_stability._diagnosis._loss import loss_of
-from optax_stability._diagnosis._series import History, Layers, depth, is_vector
-from optax_stability._diagnosis._trend import median, smooth, stretches
+from optax_stability._diagnosis._series import History, Layers, depth, is_vector, log_of
+from optax_stability._diagnosis._windows import median, smooth, stretches
 
 # Replaces a norm of 0 in logarithms; below every positive float32.
 _ZERO_NORM = 1e-50
@@ -32,7 +31,7 @@ def _far_below_past(
     median since the early descent. A gradient that falls together with the loss is
     healthy, so the norm must have fallen far more than the loss.
     """
-    start = history.settled_row()
+    start = _first_row(history)
     single = np.log(
         np.where(values == 0, _ZERO_NORM, np.where(values > 0, values, np.nan))
     )
@@ -41,11 +40,17 @@ def _far_below_past(
     limit = np.fmax.accumulate(level) - np.log(limits.VANISHED_FACTOR)
     loss = loss_of(history)
     if loss is not None:
-        loss_level = smooth(log_norm(loss.values))
+        loss_level = smooth(log_of(loss.values))
         loss_level[:start] = np.nan
         fall = np.fmax.accumulate(loss_level) - loss_level
         limit -= np.nan_to_num(2 * fall)[:, None]
     return level <= limit, single <= limit
+
+
+def _first_row(history: History) -> int:
+    """Where the early descent has ended; in a short history, after a quarter of it."""
+    quarter = max(history.length // 4, limits.CENTRE)
+    return min(history.settled_row(), quarter)
 
 
 def _falls(history: History, values: np.ndarray) -> list[list[tuple[int, int]]]:
@@ -80,10 +85,11 @@ def vanishing_gradient(history: History) -> Finding | None:
         return None
     row, at = min(found)
     values = layers.values[:, at]
-    before = median(values[history.settled_row() : row])
+    start = _first_row(history)
+    before = median(values[start:row])
     evidence = (
         f"gradient norm {values[row]:.3g} at step {history.steps[row]}, {before:.3g} "
-        f"before (median since step {history.steps[history.settled_row()]}), limit "
+        f"before (median since step {history.steps[start]:.0f}), limit "
         f"÷{limits.VANISHED_FACTOR:.0f} for {limits.VANISHED_ROWS} steps; "
         f"{sum(layers.names[i] != '' for _, i in found)} layers affected"
     )

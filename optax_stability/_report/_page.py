@@ -3,6 +3,7 @@
 import html
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -16,18 +17,26 @@ TITLES = {
     "vanishing_then_surge": "A layer's gradient vanished, then surged",
     "exploding_gradient": "The gradient exploded",
     "loss_spike": "The loss spiked",
+    "loss_stuck": "The loss is exactly the same",
+    "learning_rate_zero": "The learning rate is 0",
     "learning_rate_too_high": "The learning rate is too high",
     "update_too_large": "Updates are too large for the weights",
     "growing_spectral_norm": "A weight matrix grows faster and faster",
     "vanishing_gradient": "A gradient vanished",
+    "overfitting": "The model overfits",
     "eps_dominated": "ε outweighs the gradient in Adam",
     "frequent_skips": "Steps are skipped too often",
+    "skip_budget_spent": "No skip is left",
+    "clustered_skips": "Skips come at the same place of the data",
     "clipping_too_often": "Nearly every step is clipped",
+    "misplaced_clip": "The clip stands at the wrong place",
+    "dominant_layer": "One tensor is nearly all of the gradient",
     "bimodal_updates": "All entries of the update have the same size",
     "correlated_updates": "Successive updates have the same direction",
     "noise_too_high": "The gradient is mostly noise",
     "update_too_small": "Updates are too small for the weights",
     "plateau": "The loss does not fall",
+    "several_runs": "Several trainings in one history",
 }
 # The metrics of the table, each shown if it was measured.
 SCALARS = {
@@ -82,8 +91,15 @@ def _items(tag: str, values: Iterable[str]) -> str:
     return f"<{tag}>{''.join(f'<li>{text(each)}</li>' for each in values)}</{tag}>"
 
 
-def card(number: int, finding: Finding) -> str:
-    """One finding as a card."""
+def card(number: int, finding: Finding, words: bool) -> str:
+    """One finding as a card; with ``words``, for those who use another library."""
+    helps = f"<div><h4>What helps</h4>{_items('ol', finding.remedies)}</div>"
+    if words:
+        helps = (
+            f"<div><h4>What helps</h4>{_items('ol', finding.elsewhere)}"
+            f"<h4>With optax and optax_stability</h4>"
+            f"{_items('ul', finding.remedies)}</div>"
+        )
     where = f" · first in {code(finding.layer)}" if finding.layer else ""
     return f"""<li><article class="finding" id="finding-{number}" \
 aria-labelledby="finding-{number}-title">
@@ -93,23 +109,38 @@ aria-labelledby="finding-{number}-title">
 <p class="evidence">{text(finding.evidence)}</p>
 <div class="advice">
 <div><h4>Likely causes</h4>{_items("ul", finding.causes)}</div>
-<div><h4>What helps</h4>{_items("ol", finding.remedies)}</div>
+{helps}
 </div></article></li>"""
 
 
-def findings(found: list[Finding], steps: str, metrics: int) -> str:
+def findings(found: list[Finding], steps: str, metrics: str, words: bool) -> str:
     """All findings; if there are none, what was examined."""
     if found:
-        cards = "\n".join(card(i, each) for i, each in enumerate(found, 1))
+        cards = "\n".join(card(i, each, words) for i, each in enumerate(found, 1))
         body = f'<ol class="findings">\n{cards}\n</ol>'
     else:
-        what = f"{metrics:,} metric{'' if metrics == 1 else 's'}"
         body = (
-            f'<p class="calm"><strong>No finding:</strong> in {steps}, over {what}, '
+            f'<p class="calm"><strong>No finding:</strong> in {steps}, over {metrics}, '
             "no limit of the diagnosis is exceeded. The diagnosis reads only recorded "
             "metrics, and finds only the kinds of problems that it has rules for.</p>"
         )
     return section("findings", "Findings", body)
+
+
+def checks(ran: list[str], lacking: dict[str, list[str]], unknown: list[str]) -> str:
+    """The checks that ran, those that could not, and what the history cannot tell."""
+    done = ", ".join(code(each) for each in ran) or "none"
+    parts = [f"<p>{len(ran)} ran: {done}.</p>"]
+    if lacking:
+        missing = "".join(
+            f"<li>{html.escape(what)}: {', '.join(map(code, kinds))}</li>"
+            for what, kinds in lacking.items()
+        )
+        count = sum(map(len, lacking.values()))
+        parts.append(f"<p>{count} could not run, for lack of:</p><ul>{missing}</ul>")
+    if unknown:
+        parts.append(f"<p>Cannot be told:</p>{_items('ul', unknown)}")
+    return section("checks", "Checks", f'<div class="checks">{"".join(parts)}</div>')
 
 
 def section(name: str, title: str, body: str) -> str:
@@ -120,7 +151,43 @@ def section(name: str, title: str, body: str) -> str:
     )
 
 
-def figure(title: str, note: str, description: str, svg: str) -> str:
+def with_titles(svg: str, texts: list[str]) -> str:
+    """Gives the group ``hover-<i>`` of an SVG the text that is shown on hover."""
+    for i, each in enumerate(texts):
+        group = f'<g id="hover-{i}">'
+        svg = svg.replace(group, f"{group}<title>{html.escape(each)}</title>", 1)
+    return svg
+
+
+def _swatch(entry: dict[str, Any]) -> str:
+    """The mark of a legend, as an SVG, which dark mode inverts like the chart."""
+    colour, glyph = entry["colour"], entry["glyph"]
+    if glyph:
+        # Areas are bordered: a light one does not show on a light page.
+        border = ' stroke="#8a949e" stroke-width=".4"' if glyph == "■" else ""
+        mark = (
+            f'<text x="9" y="9.5" text-anchor="middle" font-size="11" fill="{colour}"'
+            f"{border}>{glyph}</text>"
+        )
+    else:
+        dash = ' stroke-dasharray="4 2"' if entry["dashed"] else ""
+        width = 1 if entry["faint"] else 2
+        mark = (
+            f'<line x1="0" x2="18" y1="6" y2="6" stroke="{colour}" '
+            f'stroke-width="{width}"{dash}/>'
+        )
+    return f'<svg class="swatch" viewBox="0 0 18 12" aria-hidden="true">{mark}</svg>'
+
+
+def legend(entries: list[dict[str, Any]]) -> str:
+    """The legend of a chart, which wraps on a narrow page."""
+    items = "".join(
+        f"<li>{_swatch(each)}{html.escape(each['label'])}</li>" for each in entries
+    )
+    return f'<ul class="legend">{items}</ul>' if items else ""
+
+
+def figure(title: str, note: str, description: str, svg: str, below: str = "") -> str:
     """An SVG inside the page, with a description for screen readers.
 
     Metadata, sizes and ids of groups are removed: the ids are the same in every SVG.
@@ -142,7 +209,7 @@ def figure(title: str, note: str, description: str, svg: str) -> str:
 <div class="scroll" tabindex="0" role="region" aria-label="{html.escape(title)}, chart">
 <svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" \
 {opening[0]} role="img" aria-label="{label}">{inner}</svg>
-</div></figure>"""
+</div>{below}</figure>"""
 
 
 def tiles(values: list[tuple[str, str, str]]) -> str:
@@ -203,7 +270,8 @@ def page(title: str, subtitle: str, parts: Iterable[str]) -> str:
 <h1>{html.escape(title)}</h1>
 <p class="soft">{html.escape(subtitle)}</p>
 <nav aria-label="Contents"><a href="#findings">Findings</a><a href="#run">The run</a>\
-<a href="#numbers">Numbers</a><a href="#metrics">All metrics</a></nav>
+<a href="#checks">Checks</a><a href="#numbers">Numbers</a>\
+<a href="#metrics">All metrics</a></nav>
 </header>
 {body}
 <footer>Written by optax_stability. Charts are reduced to the resolution of a page; \

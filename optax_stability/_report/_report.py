@@ -14,8 +14,10 @@ import os
 import numpy as np
 
 from optax_stability._core import _atomic_file
+from optax_stability._diagnosis._coverage import cannot_be_told, coverage
 from optax_stability._diagnosis._diagnose import diagnose
 from optax_stability._diagnosis._finding import Finding
+from optax_stability._diagnosis._series import History
 from optax_stability._report import _page as html
 from optax_stability._report import _plotting
 from optax_stability._report._drawing import _curves
@@ -38,6 +40,41 @@ def _steps(history: dict[str, np.ndarray]) -> str:
     return f"step {first:,.0f}" if first == last else f"steps {first:,.0f}–{last:,.0f}"
 
 
+def _checks(history: dict[str, np.ndarray]) -> str:
+    """What was looked at, and what could not be."""
+    checked = History(history).without_probes().without_evaluations()
+    with np.errstate(all="ignore"):
+        checks, unknown = coverage(checked), cannot_be_told(checked)
+    lacking: dict[str, list[str]] = {}
+    for each in checks:
+        if each.lacks:
+            lacking.setdefault(each.lacks, []).append(each.kind)
+    return html.checks(
+        [each.kind for each in checks if not each.lacks], lacking, unknown
+    )
+
+
+def _count(history: dict[str, np.ndarray]) -> str:
+    """Metrics and layers of a history: a metric of many layers counts once."""
+    layers = _layer_names(history)
+    metrics = {
+        next(
+            (key[: -len(each) - 1] for each in layers if key.endswith("/" + each)), key
+        )
+        for key in map(str, history)
+        if key != "step"
+    }
+    text = f"{len(metrics):,} metric{'' if len(metrics) == 1 else 's'}"
+    number = f"{len(layers):,} layer{'' if len(layers) == 1 else 's'}"
+    return f"{text}, {number}" if layers else text
+
+
+def _layer_names(history: dict[str, np.ndarray]) -> list[str]:
+    """The layers of the first metric that has some, the longest names first."""
+    names = History(history).layers("grad/norm", "clip/norm", "update/rms").names
+    return sorted(names, key=len, reverse=True)
+
+
 def _figures(run: Run, findings: list[Finding], steps: str) -> str:
     from optax_stability._report._drawing import _figures, _panels
 
@@ -46,11 +83,20 @@ def _figures(run: Run, findings: list[Finding], steps: str) -> str:
         drawn = _figures.render(
             run, [panel], findings, "svg", titled=False, salt=panel.name
         )
-        description = f"Over {steps}: {'; '.join(drawn.legend)}."
-        svg = drawn.content.decode()
-        parts.append(html.figure(panel.title, panel.note, description, svg))
+        labels = "; ".join(entry.label for entry in drawn.legend)
+        description = f"Over {steps}: {labels}."
+        svg = html.with_titles(drawn.content.decode(), _hover_texts(run, panel.name))
+        legend = html.legend([entry._asdict() for entry in drawn.legend])
+        parts.append(html.figure(panel.title, panel.note, description, svg, legend))
     empty = '<p class="soft">None of the metrics that can be plotted was recorded.</p>'
     return "\n".join(parts) or empty
+
+
+def _hover_texts(run: Run, panel: str) -> list[str]:
+    """What a panel tells of each of its rows on hover."""
+    from optax_stability._report._drawing import _heat_map
+
+    return _heat_map.hover_texts(run.train) if panel == "layers" else []
 
 
 def _last(values: np.ndarray | None) -> str:
@@ -64,10 +110,11 @@ def _tiles(run: Run, findings: list[Finding]) -> str:
     found = [("Findings", str(len(findings)), "see below" if findings else "none")]
     loss = _curves.loss_of(train)
     if loss is not None:
-        known = _curves.finite(loss)
-        known = known[~np.isnan(known)]
-        least = _number(known.min()) if len(known) else "–"
-        found.append(("Loss", _last(loss), f"last; smallest {least}"))
+        level = _curves.last_level(loss)
+        shown = "–" if np.isnan(level) else _number(level)
+        least = _curves.lowest_level(loss)
+        least = "–" if np.isnan(least) else _number(least)
+        found.append(("Loss", shown, f"running median; lowest {least}"))
     if np.isfinite(run.held_out).any():
         best = f"last; smallest {_number(np.nanmin(run.held_out))}"
         found.append(("Held-out loss", _last(run.held_out), best))
@@ -123,7 +170,8 @@ def write_report(
 
     The page begins with the findings of :func:`diagnose`, with evidence, likely causes
     and remedies. Then come the panels of :func:`plot_history`, with the numbers of the
-    findings, the most useful values, and the names of all metrics. The page is readable
+    findings, the checks that ran and what others lacked, the most useful values, and
+    the names of all metrics. The page is readable
     on a phone, in dark mode, on paper, and without colour vision.
 
     **Guarantees**
@@ -159,15 +207,31 @@ def write_report(
     """
     target = _plotting.check_path(path, (".html", ".htm"))
     _plotting.check_matplotlib("write_report")
-    run, found = _curves.read(history), diagnose(history)
+    _atomic_file.write(target, page_of(history, title))
+
+
+def page_of(
+    history: dict[str, np.ndarray],
+    title: str,
+    findings: list[Finding] | None = None,
+) -> bytes:
+    """The page of a report; needs matplotlib.
+
+    Findings may be given, for a run of another library: then what helps is also said in
+    words.
+    """
+    words = findings is not None
+    run, found = _curves.read(history), findings or diagnose(history)
     steps, rows = _steps(history), len(history["step"])
-    subtitle = f"{steps} · {rows:,} rows · {len(history) - 1:,} metrics".capitalize()
+    counted = _count(history)
+    row = "row" if rows == 1 else "rows"
+    subtitle = f"{steps} · {rows:,} {row} · {counted}".capitalize()
     parts = (
         _tiles(run, found),
-        html.findings(found, steps, len(history) - 1),
+        html.findings(found, steps, counted, words),
         html.section("run", "The run", _figures(run, found, steps)),
+        _checks(history),
         html.section("numbers", "Numbers", _table(history)),
         html.section("metrics", "All metrics", html.keys(history)),
     )
-    page = html.page(title, subtitle, parts)
-    _atomic_file.write(target, page.encode("utf-8", "replace"))
+    return html.page(title, subtitle, parts).encode("utf-8", "replace")

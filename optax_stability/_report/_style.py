@@ -69,12 +69,21 @@ nav { margin-top: 1rem; display: flex; flex-wrap: wrap; gap: .3rem 1.4rem;
 .calm { background: var(--card); border: 1px solid var(--rule);
   border-left: .25rem solid var(--accent); border-radius: .5rem;
   padding: 1.2rem 1.4rem; }
+.checks { font-size: .94rem; }
+.checks p { margin-top: .7rem; }
+.checks ul { padding-left: 1.15rem; }
+.advice ol + h4 { margin-top: .8rem; }
 figure { padding-top: 1.6rem; }
 figure + figure { margin-top: .9rem; border-top: 1px solid var(--rule); }
 figcaption { margin-bottom: .5rem; }
 figcaption p { font-size: .92rem; max-width: 46rem; }
 .scroll { overflow-x: auto; }
-svg { display: block; width: 100%; min-width: 42rem; height: auto; }
+svg { display: block; width: 100%; height: auto; }
+.scroll svg { min-width: 38rem; }
+svg.swatch { display: inline-block; width: 1.15rem; height: .8rem; margin-right: .4rem;
+  vertical-align: -.05em; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.2rem;
+  margin: .4rem 0 0; font-size: .85rem; }
 svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue",
   Arial, sans-serif !important; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
@@ -107,6 +116,6 @@ footer { margin-top: 3.5rem; font-size: .85rem; color: var(--soft); }
   .finding, .calm { border-color: #9aa5b1; }
   .number { background: none; color: #000; border: 1pt solid #000; }
   .scroll { overflow: visible; }
-  svg { min-width: 0; }
+  .scroll svg { min-width: 0; }
 }
 """.strip()

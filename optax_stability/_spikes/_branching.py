@@ -47,6 +47,7 @@ def branch_on_spike(
     confirm: Threshold | None = ABOVE_THE_SCATTER,
     max_consecutive: int = 5,
     budget: int = 16,
+    max_share: float | None = None,
     axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Continues on a branch after a spike, and drops it if the old data return.
@@ -127,6 +128,8 @@ def branch_on_spike(
         None the norm alone decides.
       max_consecutive: finite spikes skipped in a row where no branch can be opened.
       budget: finite spikes that may be skipped before normal steps have to earn more.
+      max_share: largest share of finite steps that are skipped, as in
+        :func:`skip_spikes`; failed probes are not skips.
       axis_name: under ``shard_map``, as in :func:`skip_spikes`.
 
     Returns:
@@ -160,13 +163,14 @@ def branch_on_spike(
     guard = _guarded_step.make_guard(
         grad_norm, value, confirm, max_consecutive, budget, axis_name
     )
+    bucket = _skip_state.make_bucket(budget, max_share)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
         inner_state, detector = inner.init(params), guard.detector.init()
         saved_state = inner_state if keep == "all" else ()
         snapshot = _exchange.init_snapshot(params, detector, saved_state, keep_in)
-        skip = _skip_state.init_state(guard.detector.init(), inner_state, budget)
+        skip = _skip_state.init_state(guard.detector.init(), inner_state, bucket)
         return init_state(snapshot, skip, rollback_budget)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -177,7 +181,7 @@ def branch_on_spike(
             )
         skip, snapshot = state.skip, state.kept
         assessment = _guarded_step.assess(guard, updates, skip.detector, extra_args)
-        verdict = _skip_state.decide(assessment.reading, skip, max_consecutive, budget)
+        verdict = _skip_state.decide(assessment.reading, skip, max_consecutive, bucket)
         transition, reasons = next_transition(
             state, assessment.reading, verdict, guard.detector, max_length
         )
@@ -196,7 +200,7 @@ def branch_on_spike(
         counts = optax.tree.where(
             transition.probe_fails,
             _skip_state.update_after_failed_probe(counts, assessment.reading),
-            _skip_state.update_state(counts, assessment, verdict, budget, ()),
+            _skip_state.update_state(counts, assessment, verdict, bucket, ()),
         )
         counts, snapshot = _exchange.exchange_detectors(
             transition, skip.detector, counts, snapshot

@@ -3,12 +3,14 @@
 *Cost*: a few dozen scalars.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from optax_stability._core import _validate
 from optax_stability._core._numerics import increment
 from optax_stability._spikes._detection import KINDS, DetectorState, Reading
 from optax_stability._spikes._guarded_step import Assessment
@@ -25,7 +27,9 @@ class SkipSpikesState(NamedTuple):
       total: int32[] – steps skipped.
       consecutive: int32[] – steps skipped in a row, for any reason.
       spikes_in_row: int32[] – finite spikes skipped since a step was taken.
-      credit: int32[] – skips of finite spikes saved up, in units of 1/``budget``.
+      credit: int32[] – skips of finite spikes saved up, in normal steps.
+      left: int32[] – finite spikes that may be skipped before more are earned.
+      declined_total: int32[] – finite spikes taken because none was left.
       accepted_total: int32[] – finite spikes taken after ``max_consecutive`` skips.
       last_step: int32[] – last step skipped, counted from 0; −1 if none was.
       kind_total: int32[4] – steps found abnormal by NaN, Inf, norm, loss, skipped or
@@ -45,6 +49,8 @@ class SkipSpikesState(NamedTuple):
     consecutive: jax.Array
     spikes_in_row: jax.Array
     credit: jax.Array
+    left: jax.Array
+    declined_total: jax.Array
     accepted_total: jax.Array
     last_step: jax.Array
     kind_total: jax.Array
@@ -68,6 +74,8 @@ class SkipSpikesState(NamedTuple):
             "skip/total": self.total,
             "skip/nonfinite_total": self.kind_total[0] + self.kind_total[1],
             "skip/accepted_total": self.accepted_total,
+            "skip/declined_total": self.declined_total,
+            "skip/left": self.left,
             "skip/consecutive": self.consecutive,
             "skip/last_step": self.last_step,
             "skip/norm": self.norm,
@@ -78,6 +86,38 @@ class SkipSpikesState(NamedTuple):
         }
 
 
+class Bucket(NamedTuple):
+    """How many finite spikes may be skipped; counted in normal steps.
+
+    Attributes:
+      price: normal steps that earn one skip.
+      capacity: normal steps that are saved up at most.
+      start: normal steps that are saved up at first.
+    """
+
+    price: int | jax.Array
+    capacity: int | jax.Array
+    start: int
+
+
+def make_bucket(budget: int, max_share: float | None) -> Bucket:
+    """A full bucket that refills quickly, or an empty one that bounds the share.
+
+    With a share the number of skips is at most that share of the steps so far, because
+    every skip has been earned before. ``budget`` was checked before.
+    """
+    if max_share is None:
+        return Bucket(budget, budget * budget, budget * budget)
+    _validate.check_interval(
+        "max_share", max_share, "[1e-05, 0.5]", "0.001 skips one step in 1,000"
+    )
+    if _validate.is_concrete(max_share):
+        price = math.ceil(1 / max_share)
+    else:
+        price = jnp.ceil(1 / max_share).astype(jnp.int32)
+    return Bucket(price, budget * price, 0)
+
+
 class Verdict(NamedTuple):
     """Whether a step is skipped, or accepted as the new normal; else it is taken."""
 
@@ -86,22 +126,22 @@ class Verdict(NamedTuple):
 
 
 def decide(
-    reading: Reading, state: SkipSpikesState, max_consecutive: int, budget: int
+    reading: Reading, state: SkipSpikesState, max_consecutive: int, bucket: Bucket
 ) -> Verdict:
     """The rule of ``skip_spikes``."""
     full = state.spikes_in_row >= max_consecutive
-    affordable = state.credit >= budget
+    affordable = state.credit >= bucket.price
     return Verdict(
         skip=reading.nonfinite | (reading.spike & ~full & affordable),
         accept=reading.spike & full,
     )
 
 
-def _next_credit(reading: Reading, verdict: Verdict, credit, budget):
-    """A skipped spike costs ``budget`` units, a normal step earns one."""
-    spent = jnp.where(verdict.skip & reading.spike, budget, 0)
+def _next_credit(reading: Reading, verdict: Verdict, credit, bucket: Bucket):
+    """A skipped spike costs its price, a normal step earns one."""
+    spent = jnp.where(verdict.skip & reading.spike, bucket.price, 0)
     earned = jnp.where(reading.spike | reading.nonfinite, 0, 1)
-    return jnp.minimum(credit - spent + earned, budget * budget)
+    return jnp.minimum(credit - spent + earned, bucket.capacity)
 
 
 def _next_row(reading: Reading, verdict: Verdict, spikes_in_row):
@@ -116,16 +156,18 @@ def count(total, event):
 
 
 def init_state(
-    detector: DetectorState, inner_state: Any, budget: int
+    detector: DetectorState, inner_state: Any, bucket: Bucket
 ) -> SkipSpikesState:
-    """The state before the first step: nothing skipped, the full budget."""
+    """The state before the first step: nothing skipped, the bucket as it starts."""
     return SkipSpikesState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), bool),
         total=jnp.zeros((), jnp.int32),
         consecutive=jnp.zeros((), jnp.int32),
         spikes_in_row=jnp.zeros((), jnp.int32),
-        credit=jnp.full((), budget * budget, jnp.int32),
+        credit=jnp.full((), bucket.start, jnp.int32),
+        left=jnp.full((), bucket.start // bucket.price, jnp.int32),
+        declined_total=jnp.zeros((), jnp.int32),
         accepted_total=jnp.zeros((), jnp.int32),
         last_step=jnp.full((), _NEVER, jnp.int32),
         kind_total=jnp.zeros((len(KINDS),), jnp.int32),
@@ -160,11 +202,13 @@ def update_state(
     state: SkipSpikesState,
     assessment: Assessment,
     verdict: Verdict,
-    budget: int,
+    bucket: Bucket,
     inner_state: Any,
 ) -> SkipSpikesState:
     """The state after a step; a skipped step is counted but not learned."""
     reading, skip = assessment.reading, verdict.skip
+    credit = _next_credit(reading, verdict, state.credit, bucket)
+    declined = reading.spike & ~reading.nonfinite & ~skip & ~verdict.accept
     learned = optax.tree.where(verdict.accept, assessment.rebased, assessment.learned)
     return SkipSpikesState(
         step=increment(state.step),
@@ -172,7 +216,9 @@ def update_state(
         total=count(state.total, skip),
         consecutive=jnp.where(skip, increment(state.consecutive), 0),
         spikes_in_row=_next_row(reading, verdict, state.spikes_in_row),
-        credit=_next_credit(reading, verdict, state.credit, budget),
+        credit=credit,
+        left=credit // bucket.price,
+        declined_total=count(state.declined_total, declined),
         accepted_total=count(state.accepted_total, verdict.accept),
         last_step=jnp.where(skip, state.step, state.last_step),
         kind_total=count(state.kind_total, reading.kinds),

@@ -25,7 +25,12 @@ from optax_stability._spikes._detection import (
     FAR_ABOVE_THE_TREND,
     HALF_A_NAT_ABOVE,
 )
-from optax_stability._spikes._skip_state import decide, init_state, update_state
+from optax_stability._spikes._skip_state import (
+    decide,
+    init_state,
+    make_bucket,
+    update_state,
+)
 from optax_stability.thresholds import Threshold
 
 
@@ -37,6 +42,7 @@ def skip_spikes(
     confirm: Threshold | None = None,
     max_consecutive: int = 5,
     budget: int = 16,
+    max_share: float | None = None,
     axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Skips steps whose gradient norm or loss is far above the recent past.
@@ -69,6 +75,9 @@ def skip_spikes(
     * On a normal step the gradient reaches ``inner`` unchanged, bit for bit.
     * Training never freezes: of finite steps at most ``max_consecutive`` in a row are
       skipped, and of any T at most ``budget`` + T/(``budget`` + 1).
+    * With ``max_share``, of the first T finite steps at most ``max_share``·T are
+      skipped, for every T, and of any T in a row at most ``budget`` + ``max_share``·T:
+      on any stream, whatever the data, the losses or the limits.
     * All devices make the same decision.
 
     **Edge cases**
@@ -86,6 +95,13 @@ def skip_spikes(
       ``clip_by_threshold(thresholds.constant(1.0))`` around or before.
     * A jump of the norm with a normal loss is a case for clipping: with ``confirm`` the
       step is not skipped, but scaled to the limit.
+    * ``max_share`` has its price. The first spike can be skipped after 1/``max_share``
+      normal steps, 1,000 for a share of 0.001; earlier ones are taken, scaled to the
+      limit of the norm. A long corruption is skipped as far as there are skips left
+      (``skip/left``); ``skip/declined_total`` counts the spikes that were taken because
+      there was none. It is for losses with a heavy tail, such as that of one microbatch
+      of one device, where a few steps in a thousand look like spikes and are not.
+      Figures: ``python benchmarks/real_logs.py``.
     * To accumulate gradients, put :func:`accumulate_moments` around: it averages the
       loss as well. ``optax.MultiSteps`` keeps a NaN microbatch in its accumulator, so
       that every later mean is skipped.
@@ -103,6 +119,9 @@ def skip_spikes(
       max_consecutive: finite spikes skipped in a row before one is taken, ≥ 1.
       budget: finite spikes that may be skipped before normal steps have to earn more,
         from 1 to 10,000.
+      max_share: largest share of finite steps that are skipped, from 1e-5 to 0.5. The
+        bucket is empty at first, and a normal step gives ``max_share`` of a skip, in
+        place of 1/``budget``. With None the bucket starts full.
       axis_name: under ``shard_map``, the mesh axes that shard gradient and batch: norms
         are summed, as in :func:`clip_by_threshold`, and the loss is averaged over them.
         Leave it None under ``jit``.
@@ -112,7 +131,8 @@ def skip_spikes(
       loss as the extra argument ``value=`` (or ``loss=``), which it needs if ``value``
       or ``confirm`` is given, and passes all extra arguments on. Metrics:
       ``skip/skipped`` (this step), ``skip/total``, ``skip/nonfinite_total``,
-      ``skip/accepted_total`` (spikes taken as the new normal), ``skip/consecutive``,
+      ``skip/accepted_total`` (spikes taken as the new normal), ``skip/declined_total``
+      (spikes taken because no skip was left), ``skip/left``, ``skip/consecutive``,
       ``skip/last_step``, ``skip/norm``, ``skip/norm_limit``, ``skip/value``,
       ``skip/value_limit``; and ``skip/<kind>_total``, ``skip/<kind>_last_step`` with
       the kinds nan, inf, norm, value. Steps are counted from 0; −1 means never.
@@ -140,14 +160,15 @@ def skip_spikes(
     guard = _guarded_step.make_guard(
         grad_norm, value, confirm, max_consecutive, budget, axis_name
     )
+    bucket = make_bucket(budget, max_share)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        return init_state(guard.detector.init(), inner.init(params), budget)
+        return init_state(guard.detector.init(), inner.init(params), bucket)
 
     def update_fn(updates, state, params=None, **extra_args):
         assessment = _guarded_step.assess(guard, updates, state.detector, extra_args)
-        verdict = decide(assessment.reading, state, max_consecutive, budget)
+        verdict = decide(assessment.reading, state, max_consecutive, bucket)
         take = ~verdict.skip
         updates, step = _guarded_step.prepare_step(
             guard, inner, take, assessment, updates, params, extra_args
@@ -155,7 +176,7 @@ def skip_spikes(
         updates, _, inner_state = apply_if(
             take, step, updates, state.inner_state, select_if
         )
-        return updates, update_state(state, assessment, verdict, budget, inner_state)
+        return updates, update_state(state, assessment, verdict, bucket, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -168,6 +189,7 @@ def spike_guard(
     confirm: Threshold | None = ABOVE_THE_SCATTER,
     max_consecutive: int = 5,
     budget: int = 16,
+    max_share: float | None = None,
     axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Skips steps with an abnormal loss, or norm and loss together: recommended.
@@ -200,6 +222,8 @@ def spike_guard(
       max_consecutive: finite spikes skipped in a row before one is taken, ≥ 1.
       budget: finite spikes that may be skipped before normal steps have to earn more,
         from 1 to 10,000.
+      max_share: largest share of finite steps that are skipped, as in
+        :func:`skip_spikes`.
       axis_name: under ``shard_map``, as in :func:`skip_spikes`.
 
     Returns:
@@ -222,5 +246,6 @@ def spike_guard(
         confirm=confirm,
         max_consecutive=max_consecutive,
         budget=budget,
+        max_share=max_share,
         axis_name=axis_name,
     )

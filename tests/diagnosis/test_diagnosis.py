@@ -1,11 +1,37 @@
 """Every kind is found where it was put, and nothing is found in health."""
 
+import functools
 import inspect
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from histories import (
+    EVERY,
+    FAULT,
+    FAULTS,
+    LAYERS,
+    MLP,
+    QKV,
+    ROWS,
+    divergence,
+    divergence_to_the_death,
+    eps_dominated,
+    exploding_gradient,
+    frequent_skips,
+    healthy,
+    held,
+    loss_spike,
+    noise_too_high,
+    nonfinite_for_good,
+    nonfinite_once,
+    put,
+    scaled,
+    wobbling,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import full
@@ -16,341 +42,7 @@ from optax_stability._diagnosis._advice import ADVICE
 from optax_stability._diagnosis._diagnose import diagnose
 from optax_stability._diagnosis._finding import KINDS, Finding
 from optax_stability._diagnosis._series import History, depth
-from optax_stability._diagnosis._trend import median, stretches, trend
-
-LAYERS = ("tokens/embedding", "blocks/0/qkv/kernel", "blocks/1/mlp/kernel", "head/bias")
-QKV, MLP = LAYERS[1:3]
-ROWS, EVERY, FAULT = 400, 4, 200
-
-
-def held(values, every=EVERY):
-    """As ``record`` has it: measured now and then, repeated in between."""
-    return values[np.arange(len(values)) // every * every]
-
-
-def healthy(seed=0, rows=ROWS, first=0, noise=0.1, decays=True, **levels):
-    """A run as those of benchmarks/diagnosis.py look: descent, warm-up, decay."""
-    rng = np.random.default_rng(seed)
-    t = first + np.arange(rows)
-
-    def around(level, spread):
-        return level * np.exp(spread * rng.standard_normal(rows))
-
-    end = first + rows if decays else np.inf
-    rate = 3e-3 * np.minimum(1, (t + 1) / 30) * (0.55 + 0.45 * np.cos(np.pi * t / end))
-    descent = np.exp(-t / 30)
-    history = {
-        "step": t,
-        "loss": 2.2 + 3.3 * descent + noise * rng.standard_normal(rows),
-        "learning_rate": rate,
-        "grad/norm": around(0.5 + 3 * descent, 0.25),
-        "update/param_ratio": held(around(rate, 0.1)),
-        "update/bimodality": held(around(0.37 + 0.6 * descent, 0.05)),
-        "update/correlation": held(around(0.8, 0.05)),
-        "grad/zero_fraction": held(np.abs(rng.normal(0, 1e-4, rows))),
-        "grad/nonfinite": np.zeros(rows),
-        "adam/correlation": held(around(0.3 + 0.69 * descent, 0.1)),
-        "adam/eps_share": held(around(1e-3, 0.1)),
-        "adam/zero_fraction": held(around(1e-3, 0.1)),
-        "clip/norm": np.zeros(rows),
-        "clip/limit": np.full(rows, 5.0),
-        "skip/skipped": np.zeros(rows),
-        "skip/nonfinite_total": np.zeros(rows),
-        "noise_scale/low": around(10.0, 0.3),
-        "noise_scale/batch_size": np.full(rows, 8.0),
-    }
-    history["clip/norm"] = history["grad/norm"]
-    growth = 1 - np.exp(-t / 100)
-    for i, layer in enumerate(LAYERS):
-        history |= {
-            f"grad/norm/{layer}": around(0.2 + descent, 0.3),
-            f"grad/nonfinite/{layer}": np.zeros(rows),
-            f"grad/zero_fraction/{layer}": held(np.full(rows, 0.8 * (i == 0))),
-            f"update/param_ratio/{layer}": held(around(3 * rate, 0.2)),
-            f"update/bimodality/{layer}": held(around(0.37 + 0.6 * descent, 0.1)),
-            f"adam/correlation/{layer}": held(rng.normal(0.0, 0.3, rows)),
-            f"adam/eps_share/{layer}": held(around(1e-3, 0.1)),
-            f"params/spectral_norm/{layer}": held(around(1 + 3 * growth, 0.01), 8),
-        }
-    return history | levels
-
-
-def scaled(history, key, factor, start=FAULT, stop=None):
-    history[key] = history[key].copy()
-    history[key][start:stop] *= factor
-
-
-def put(history, key, value, start=FAULT, stop=None):
-    history[key] = history[key].copy()
-    history[key][start:stop] = value
-
-
-def wobbling(level, rows=ROWS, seed=5):
-    """Measured every few steps, and never twice the same."""
-    return held(level * (1 + 1e-3 * np.random.default_rng(seed).standard_normal(rows)))
-
-
-# --- One fault each: (kind, first step, layer, history). ------------------------------
-
-
-def loss_spike():
-    history = healthy()
-    scaled(history, "loss", 2.5, stop=FAULT + 3)
-    put(history, f"grad/norm/{QKV}", 30.0, FAULT - 1, FAULT + 2)
-    put(history, f"grad/norm/{MLP}", 300.0, FAULT, FAULT + 2)
-    return "loss_spike", FAULT, QKV, history
-
-
-def divergence():
-    history = healthy()
-    history["loss"][FAULT:] += np.linspace(0.7, 3, ROWS - FAULT)
-    scaled(history, "grad/norm", 50, FAULT + 5)
-    return "divergence", FAULT, None, history
-
-
-def divergence_to_the_death():
-    history = healthy()
-    for key in ("loss", "grad/norm"):
-        put(history, key, np.nan, FAULT + 3)
-    put(history, "loss", 9.0, FAULT, FAULT + 3)
-    return "divergence", FAULT, None, history
-
-
-def nonfinite_once():
-    history = healthy()
-    put(history, "grad/norm", np.nan, stop=FAULT + 1)
-    put(history, "grad/nonfinite", 0.01, stop=FAULT + 1)
-    put(history, f"grad/nonfinite/{MLP}", 0.2, stop=FAULT + 1)
-    return "nonfinite", FAULT, MLP, history
-
-
-def nonfinite_for_good():
-    history = healthy()
-    for key in history:
-        if key.startswith(("loss", "grad/norm", "update")):
-            put(history, key, np.nan)
-        if key.startswith("grad/nonfinite"):
-            put(history, key, 1.0)
-    return "nonfinite", FAULT, None, history
-
-
-def nonfinite_by_a_counter():
-    history = healthy()
-    put(history, "skip/nonfinite_total", 1)
-    return "nonfinite", FAULT, None, history
-
-
-def infinite_loss():
-    history = {"step": np.arange(3), "loss": np.array([np.inf, 1, 1])}
-    return "nonfinite", 0, None, history
-
-
-def underflow():
-    history = healthy()
-    for layer in LAYERS[1:3]:
-        history[f"grad/zero_fraction/{layer}"] = wobbling(0.6)
-    put(history, f"grad/zero_fraction/{QKV}", 0.0, 0, FAULT)
-    put(history, f"grad/zero_fraction/{MLP}", 0.0, 0, FAULT - 8)
-    return "underflow", FAULT, MLP, history
-
-
-def underflow_without_layers():
-    history = healthy()
-    for key in list(history):
-        if key.startswith("grad/zero_fraction/"):
-            del history[key]
-    history["grad/zero_fraction"] = wobbling(0.9)
-    put(history, "grad/zero_fraction", 0.5, 0, FAULT)
-    return "underflow", FAULT, None, history
-
-
-def underflow_of_everything():
-    history = healthy()
-    put(history, "grad/norm", 0.0)
-    return "underflow", FAULT, None, history
-
-
-def vanishing_then_surge():
-    history = healthy()
-    scaled(history, f"grad/norm/{LAYERS[0]}", 1e-4, FAULT, FAULT + 40)
-    return "vanishing_then_surge", FAULT, LAYERS[0], history
-
-
-def exploding_gradient():
-    history = healthy()
-    scaled(history, "grad/norm", 40, FAULT, FAULT + 4)
-    scaled(history, f"grad/norm/{MLP}", 60, FAULT - 2, FAULT + 4)
-    scaled(history, f"grad/norm/{QKV}", 600, FAULT, FAULT + 4)
-    return "exploding_gradient", FAULT, MLP, history
-
-
-def exploding_with_the_loss():
-    """A jump of one step, which the loss confirms without being a spike itself."""
-    history = healthy(noise=0.02)
-    scaled(history, "grad/norm", 40, FAULT, FAULT + 1)
-    history["loss"][FAULT + 1] += 0.45
-    return "exploding_gradient", FAULT, None, history
-
-
-def learning_rate_too_high():
-    history = healthy()
-    history["adam/correlation"] = wobbling(-0.2)
-    return "learning_rate_too_high", 32, None, history
-
-
-def update_too_large():
-    history = healthy(decays=False)
-    history[f"update/param_ratio/{MLP}"] = wobbling(0.5)
-    put(history, f"update/param_ratio/{MLP}", 0.01, 0, FAULT)
-    return "update_too_large", FAULT, MLP, history
-
-
-def update_too_large_as_a_whole():
-    history = healthy(decays=False)
-    history["update/param_ratio"] = wobbling(0.2)
-    return "update_too_large", 50, None, history
-
-
-def growing_spectral_norm():
-    history = healthy()
-    grown = np.exp(np.maximum(0, np.arange(ROWS) - 100) / 60)
-    history[f"params/spectral_norm/{QKV}"] = held(grown, 8)
-    return "growing_spectral_norm", None, QKV, history
-
-
-def vanishing_gradient():
-    history = healthy()
-    scaled(history, f"grad/norm/{MLP}", 1e-4)
-    return "vanishing_gradient", FAULT, MLP, history
-
-
-def vanishing_slowly():
-    history = healthy()
-    fall = np.exp(-np.maximum(0, np.arange(ROWS) - 100) / 30)
-    history["grad/norm"] = history["grad/norm"] * fall
-    return "vanishing_gradient", None, None, history
-
-
-def eps_dominated():
-    history = healthy()
-    history[f"adam/eps_share/{QKV}"] = wobbling(0.7)
-    put(history, f"adam/eps_share/{QKV}", 0.01, 0, FAULT)
-    return "eps_dominated", FAULT, QKV, history
-
-
-def frequent_skips():
-    history = healthy()
-    put(history, "skip/skipped", np.arange(ROWS - FAULT) % 5 == 0)
-    return "frequent_skips", FAULT, None, history
-
-
-def frequent_skips_by_total():
-    history = healthy()
-    history["skip/total"] = np.cumsum(
-        (np.arange(ROWS) % 5 == 0) * (history["step"] >= FAULT)
-    )
-    del history["skip/skipped"]
-    return "frequent_skips", FAULT, None, history
-
-
-def clipping_too_often():
-    history = healthy()
-    put(history, "clip/limit", 0.01)
-    return "clipping_too_often", None, None, history
-
-
-def clipping_too_often_by_fraction():
-    history = healthy()
-    del history["clip/norm"]
-    clipped = np.cumsum(history["step"] >= FAULT)
-    history["clip/fraction"] = clipped / (history["step"] + 1)
-    return "clipping_too_often", None, None, history
-
-
-def bimodal_updates():
-    history = healthy()
-    history["update/bimodality"] = wobbling(0.8)
-    put(
-        history, "update/bimodality", 0.4 + 0.01 * (np.arange(FAULT) // 4 % 2), 0, FAULT
-    )
-    put(history, f"update/bimodality/{MLP}", history["update/bimodality"][FAULT:])
-    return "bimodal_updates", FAULT, MLP, history
-
-
-def correlated_updates():
-    history = healthy()
-    history["adam/correlation"] = wobbling(0.97)
-    put(history, "adam/correlation", 0.4, 0, FAULT)
-    return "correlated_updates", FAULT, None, history
-
-
-def correlated_updates_without_adam():
-    history = healthy()
-    for key in list(history):
-        if key.startswith("adam/correlation"):
-            del history[key]
-    history["update/correlation"] = wobbling(0.998)
-    put(history, "update/correlation", 0.9, 0, FAULT)
-    return "correlated_updates", FAULT, None, history
-
-
-def noise_too_high():
-    history = healthy()
-    scaled(history, "noise_scale/low", 1000)
-    return "noise_too_high", FAULT, None, history
-
-
-def update_too_small():
-    history = healthy(decays=False)
-    history["update/param_ratio"] = wobbling(1e-8)
-    return "update_too_small", 50, None, history
-
-
-def plateau():
-    history = healthy(decays=False)
-    history["loss"] = 5.5 + 0.02 * np.random.default_rng(1).standard_normal(ROWS)
-    return "plateau", 50, None, history
-
-
-def plateau_half_way():
-    history = healthy(decays=False, first=5000)
-    history["adam/correlation"] = wobbling(0.7)
-    return "plateau", 5000, None, history
-
-
-FAULTS = (
-    loss_spike,
-    divergence,
-    divergence_to_the_death,
-    nonfinite_once,
-    nonfinite_for_good,
-    nonfinite_by_a_counter,
-    infinite_loss,
-    underflow,
-    underflow_without_layers,
-    underflow_of_everything,
-    vanishing_then_surge,
-    exploding_gradient,
-    exploding_with_the_loss,
-    learning_rate_too_high,
-    update_too_large,
-    update_too_large_as_a_whole,
-    growing_spectral_norm,
-    vanishing_gradient,
-    vanishing_slowly,
-    eps_dominated,
-    frequent_skips,
-    frequent_skips_by_total,
-    clipping_too_often,
-    clipping_too_often_by_fraction,
-    bimodal_updates,
-    correlated_updates,
-    correlated_updates_without_adam,
-    noise_too_high,
-    update_too_small,
-    plateau,
-    plateau_half_way,
-)
+from optax_stability._diagnosis._windows import median, stretches
 
 
 def kinds(history):
@@ -555,6 +247,62 @@ def a_low_first_value():
     return history
 
 
+def evaluations_in_rows_of_their_own():
+    """They have no loss of the training, and no norm."""
+    rows = healthy(rows=2 * ROWS)
+    alone = np.arange(2 * ROWS) % 20 == 19
+    rows["eval/loss"] = np.where(alone, 2.3 + 3 * np.exp(-np.arange(800) / 60), np.nan)
+    for key in rows:
+        if key not in ("step", "eval/loss"):
+            rows[key] = np.where(alone, np.nan, rows[key])
+    return rows
+
+
+def a_wobble_in_the_first_rows():
+    """Of a few values the noise is not known."""
+    history = healthy(noise=0.01)
+    history["loss"][4] += 0.9
+    return history
+
+
+def a_log_that_rounds():
+    """To one decimal place: the loss is 2.2 for the last half."""
+    history = healthy(noise=0.01)
+    return history | {"loss": np.round(history["loss"], 1)}
+
+
+def a_step_that_is_counted_in_each_epoch():
+    history = healthy(decays=False)
+    del history["learning_rate"]
+    return history | {"step": np.arange(ROWS) % 100, "epoch": np.arange(ROWS) // 100}
+
+
+def a_loss_scale_that_looks_for_its_level():
+    """The first gradients overflow in float16, and are left out."""
+    steps = np.arange(100)
+    norm = np.full(100, 0.5)
+    norm[:2] = np.inf
+    return {"step": steps, "loss": 2 + np.exp(-steps / 20), "grad/norm": norm}
+
+
+def a_schedule_that_restarts():
+    """Twice, and the loss goes on as before."""
+    history = healthy()
+    rows = np.arange(ROWS) % 200
+    history["learning_rate"] = 3e-3 * (0.5 + 0.5 * np.cos(np.pi * rows / 200))
+    return history
+
+
+def harder_data():
+    """Training loss and held-out loss rise together."""
+    history = healthy(noise=0.02)
+    rise = 0.4 * np.maximum(0, np.arange(ROWS) - FAULT) / ROWS
+    history["loss"] = history["loss"] + rise
+    held_out = np.full(ROWS, np.nan)
+    held_out[20::20] = (history["loss"] + 0.1)[20::20]
+    return history | {"eval/loss": held_out}
+
+
 def loss_not_given_now_and_then():
     history = healthy()
     put(history, "loss", np.nan, FAULT, FAULT + 1)
@@ -611,7 +359,14 @@ HEALTHY = (
     sparse_loss,
     a_low_first_value,
     one_row_in_ten,
+    evaluations_in_rows_of_their_own,
     loss_not_given_now_and_then,
+    a_wobble_in_the_first_rows,
+    a_log_that_rounds,
+    a_schedule_that_restarts,
+    a_step_that_is_counted_in_each_epoch,
+    a_loss_scale_that_looks_for_its_level,
+    harder_data,
     old_counters,
     only_steps,
     other_metrics,
@@ -686,6 +441,15 @@ def test_neighbouring_steps_are_one_event_with_its_worst():
     )
     assert worst is not None
     assert 10 < float(worst[1]) < 11
+
+
+def test_a_few_high_losses_at_the_end_are_no_divergence_yet():
+    history = healthy()
+    history["loss"][-8:] += 3
+    assert kinds(history) == ["loss_spike"]
+    history = healthy()
+    history["loss"][-16:] += 3
+    assert kinds(history) == ["divergence"]
 
 
 def test_what_a_divergence_brings_with_it_is_left_out():
@@ -932,27 +696,6 @@ def test_the_history_is_not_changed():
 # --- Parts. ---------------------------------------------------------------------------
 
 
-@full
-def test_the_trend_is_that_of_the_threshold():
-    values = np.exp(np.random.default_rng(0).standard_normal(120)).astype(np.float32)
-    values[70:75], values[90:94] = 500.0, np.nan
-    rule = ost.thresholds.detrended_mad(7.0, floor=0.5, log=False)
-    state, expected = rule.init(), []
-    for value in values:
-        limit, state = rule.update(value, state)
-        expected.append(limit)
-    found = trend(values.astype(np.float64), 7.0, 0.5)
-    limit = found.centre + found.bound
-    np.testing.assert_allclose(limit[1:], expected[1:], rtol=1e-5)
-
-
-def test_an_abnormal_value_moves_the_trend_by_its_bound_only():
-    found = trend(np.append(np.zeros(40), np.full(6, 100.0)), 7.0, 0.5)
-    # Of the last eight values, four are 0 and four at the bound, 0.5; then one is 0.75.
-    np.testing.assert_allclose(found.centre[40:], [0, 0, 0, 0, 0.25, 0.5])
-    np.testing.assert_allclose(found.bound[40:], 0.5)
-
-
 @pytest.mark.parametrize("axis", [0, 1])
 def test_the_median_leaves_out_nan(axis):
     values = np.random.default_rng(0).standard_normal((7, 6))
@@ -989,3 +732,34 @@ def test_the_warm_up_ends_where_the_learning_rate_peaks():
     history["learning_rate"] = np.minimum(np.arange(100), 70)
     assert History(history).settled_row() == 70
     assert History(healthy(rows=20)).settled_row() == 20
+
+
+@full
+@pytest.mark.parametrize(
+    ("behind", "expected"), [(True, ["misplaced_clip"]), (False, [])]
+)
+def test_a_clip_behind_muon_is_seen(behind, expected):
+    """In a real run: the norm of an orthogonal update hardly changes."""
+    params = {
+        f"l{i}": 0.3 * jax.random.normal(jax.random.key(i), (16, 16)) for i in range(3)
+    }
+
+    def loss_fn(params, x):
+        out = functools.reduce(lambda x, w: jnp.tanh(x @ w), params.values(), x)
+        return jnp.mean((out - jnp.roll(x, 1, 1)) ** 2)
+
+    clip, muon = ost.clip_by_zscore(), optax.contrib.muon(0.01)
+    order = (muon, clip) if behind else (clip, muon)
+    tx = ost.record_history(optax.chain(ost.record("grad"), *order), length=150)
+
+    @jax.jit
+    def step(params, state, key):
+        x = jax.random.normal(key, (8, 16))
+        loss, grads = jax.value_and_grad(loss_fn)(params, x)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for i in range(150):
+        params, state = step(params, state, jax.random.key(100 + i))
+    assert kinds(ost.history(state)) == expected

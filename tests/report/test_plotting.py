@@ -92,6 +92,11 @@ def texts(svg):
     return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
 
 
+def numbers(svg):
+    """The numbers of findings, which are bold and white, from the left."""
+    return re.findall(r"<text[^>]*700; font-size: 7px[^>]*>([\d ]+)</text>", svg)
+
+
 def finding(step, kind="loss_spike"):
     return Finding(kind, "loss", step, None, "evidence", ("cause",), ("remedy",))
 
@@ -239,9 +244,8 @@ def test_names_are_not_taken_for_mathematics():
 
 def test_findings_are_numbered_in_their_order():
     svg = picture(only("loss"), [finding(180), finding(20), finding(100)])
-    numbers = [text for text in texts(svg) if text in ("1", "2", "3")]
     # From the left: step 20 is the second finding, 100 the third, 180 the first.
-    assert numbers[:3] == ["2", "3", "1"]
+    assert numbers(svg) == ["2", "3", "1"]
 
 
 def test_findings_too_near_to_tell_apart_share_a_number():
@@ -396,3 +400,58 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
 def test_bad_arguments_are_named(history, path, error, message):
     with pytest.raises(error, match=message):
         plot_history(history, path)
+
+
+# --- What a reader sees. --------------------------------------------------------------
+
+
+def ticks(svg):
+    """The numbers along the axes, as text."""
+    return [text for text in texts(svg) if re.fullmatch(r"−?[\d.,]+", text)]
+
+
+def test_ticks_are_round_and_have_the_same_decimal_places():
+    history = {"step": np.arange(300), "loss": np.linspace(5.555, 5.475, 300)}
+    found = ticks(picture(history))
+    assert {"0", "50", "100", "150", "200", "250", "300"} <= set(found)
+    levels = [text for text in found if "." in text]
+    assert levels == ["5.48", "5.50", "5.52", "5.54"]
+
+
+def test_a_short_run_shows_what_its_legend_names():
+    shown = texts(picture({"step": np.arange(12), "loss": np.linspace(3, 2, 12)}))
+    assert any(text.startswith("training, each step, last 2") for text in shown)
+    assert not any("median" in text for text in shown)
+    shown = texts(picture({"step": np.arange(90), "loss": np.linspace(3, 2, 90)}))
+    assert any(text.startswith("running median, last 2.0") for text in shown)
+
+
+def test_an_evaluation_is_inside_the_axis():
+    """A held-out loss that is higher than the training loss ever is later."""
+    history = {"step": np.arange(1000), "loss": np.full(1000, 1.0)}
+    history["eval/loss"] = np.full(1000, np.nan)
+    history["eval/loss"][99::100] = np.linspace(2, 9, 10)
+    assert "8" in ticks(picture(history))
+
+
+def test_of_too_many_layers_kernels_are_named():
+    layers = [f"blocks/{i}/{kind}" for i in range(30) for kind in ("kernel", "bias")]
+    history = {f"grad/norm/{layer}": np.ones(9) for layer in layers}
+    shown = texts(picture({"step": np.arange(9)} | history))
+    assert "blocks/7/kernel" in shown
+    assert not any("bias" in text for text in shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("blocks/1/mlp/kernel", "blocks/1/mlp/kernel"),
+        (
+            "model/layers/11/self_attention/query_key_value/kernel",
+            "model/…/query_key_value/kernel",
+        ),
+        ("a" * 50, "a" * 16 + "…" + "a" * 16),
+    ],
+)
+def test_long_names_keep_what_they_name(name, short):
+    assert _heat_map._shorten(name) == short

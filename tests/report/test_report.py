@@ -10,7 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_plotting import SPECIAL, branching_run, finding, only, run_of, titles
+from test_plotting import (
+    LAYER_KEYS,
+    SPECIAL,
+    branching_run,
+    finding,
+    numbers,
+    only,
+    run_of,
+    titles,
+)
 from tiers import full, quick_only
 
 from optax_stability._core import _atomic_file
@@ -139,6 +148,8 @@ def test_everything_is_escaped(report, monkeypatch):
 
 def test_names_that_are_no_unicode_are_written(report):
     assert "x/?" in report({"step": np.arange(3), "x/\udcff": np.ones(3)})
+    layer = {"step": np.arange(3), "grad/norm/\udc80": np.ones(3)}
+    assert "grad/norm/?" in report(layer)
 
 
 def test_panels_are_those_of_the_picture(report):
@@ -198,8 +209,7 @@ def test_findings_have_the_same_numbers_in_page_and_picture(
     ]
     plot_history(only("loss"), tmp_path / "run.svg")
     for drawn in (page[page.index("<svg") :], (tmp_path / "run.svg").read_text()):
-        numbers = re.findall(r"<text[^>]*>([12])</text>", drawn)
-        assert numbers[:2] == ["2", "1"]
+        assert numbers(drawn) == ["2", "1"]
 
 
 def test_a_skipped_step_does_not_count_as_clipped():
@@ -309,3 +319,42 @@ def test_what_was_taken_back_is_on_the_page(report):
     assert "1 failed probe<" in page
     assert "branches rolled back so far" in page
     assert "Rolled back" not in report(run_of())
+
+
+def test_the_loss_on_top_is_the_running_median(report):
+    """One noisy batch at the end says nothing of the run."""
+    history = only("loss", "eval/loss")
+    history["loss"][-1] = 9.0
+    page = report(history)
+    tile = re.search(r"<dt>Loss</dt><dd>([^<]*)<small>([^<]*)", page)
+    assert tile is not None
+    assert 2 < float(tile[1]) < 2.2
+    assert tile[2].startswith("running median; lowest 2.")
+    assert "<dt>Held-out loss</dt><dd>2.50<small>" in page
+
+
+def test_the_legend_is_text_that_wraps(report):
+    page = report(run_of())
+    (legend, *_) = re.findall(r'<ul class="legend">(.*?)</ul>', page)
+    first, second, third = re.findall(r"</svg>([^<]*)</li>", legend)
+    assert first == "training, each step"
+    assert re.fullmatch(r"running median, last 2\.\d\d", second)
+    assert third == "held out, last 2.50"
+    assert "flex-wrap: wrap" in page
+
+
+def test_a_metric_of_many_layers_counts_once(report):
+    page = report(only("loss", "grad/norm", *LAYER_KEYS))
+    assert "200 rows · 2 metrics, 3 layers" in page
+    assert "1 row · 1 metric" in report({"step": [0], "loss": [1.0]})
+
+
+def test_a_row_of_the_heat_map_tells_more_on_hover(report):
+    history = only(*LAYER_KEYS)
+    history[LAYER_KEYS[1]][150:] = np.nan
+    page = report(history)
+    titles = re.findall(r"<title>(blocks[^<]*)</title>", page)
+    assert len(titles) == 2
+    assert "blocks/0/qkv/kernel: median " in titles[0]
+    assert "largest" in titles[0]
+    assert "not finite in 50 rows from step 150" in titles[0]

@@ -1061,6 +1061,8 @@ def test_the_metrics_of_several_steps():
         "skip/total": [0, 1, 2, 3, 4, 4, 4],
         "skip/nonfinite_total": [0, 1, 2, 2, 2, 2, 2],
         "skip/accepted_total": [0, 0, 0, 0, 0, 1, 1],
+        "skip/declined_total": [0] * 7,
+        "skip/left": [16, 16, 16, 15, 14, 14, 14],
         "skip/consecutive": [0, 1, 2, 3, 4, 0, 0],
         "skip/last_step": [-1, 1, 2, 3, 4, 4, 4],
         "skip/nan_total": [0, 1, 1, 1, 1, 1, 1],
@@ -1082,6 +1084,7 @@ def test_the_metrics_of_several_steps():
 
 def test_before_the_first_step_nothing_was_skipped():
     found = ost.metrics(skipping(IDENTITY).init(PARAMS))
+    assert found.pop("skip/left") == 16
     for key, value in found.items():
         assert value.item() == (NEVER if key.endswith("last_step") else 0), key
 

@@ -33,6 +33,7 @@ STYLE = {
 }
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SMALLEST = 1e-100  # smaller values underflow in the arithmetic of axes
+_ROUND = [1, 2, 5, 10]  # ticks are multiples of these, times a power of ten
 _NEAREST = 0.022  # least distance of two readable numbers, in widths of the axes
 
 
@@ -66,7 +67,7 @@ def apply_style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=RULE, lw=0.7)
     axes.tick_params(length=3, width=0.7)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=_ROUND))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
 
 
@@ -90,8 +91,19 @@ def set_linear_scale(axes: Axes, span: tuple[float, float] | None) -> None:
     low, high = span or (0.0, 1.0)
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     axes.set_ylim(low - room if low else 0.0, high + room)
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=_ROUND))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _even(axes, y)))
+
+
+def _even(axes: Axes, value: float) -> str:
+    """A tick with as many decimal places as its neighbours need."""
+    ticks = axes.yaxis.get_majorticklocs()
+    if max(abs(ticks), default=0.0) >= 1e6:
+        return short(value, trim=True)
+    for places in range(5):
+        if np.allclose(ticks, np.round(ticks, places), rtol=0, atol=1e-7):
+            return f"{value:,.{places}f}".replace("-", "−")
+    return short(value, trim=True)
 
 
 def set_log_scale(axes: Axes, values: np.ndarray) -> None:

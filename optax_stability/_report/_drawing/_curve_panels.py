@@ -37,7 +37,14 @@ def _curve(axes: Axes, run: Run, values: np.ndarray, **style) -> None:
 
 
 def _curve_with_median(axes: Axes, run: Run, values: np.ndarray, name: str) -> None:
-    """Draws each step as a thin line, and the running median over it."""
+    """Draws each step as a thin line, and the running median over it.
+
+    In a short run the median would be the curve itself, and hide it.
+    """
+    if len(_measured(run, values)[1]) < 2 * _curves.SMOOTH:
+        label = f"{name}, each step{_last_value(values)}"
+        _curve(axes, run, values, color=BLUE, lw=1.4, marker="o", ms=3, label=label)
+        return
     _curve(axes, run, values, color=BLUE, alpha=0.4, lw=0.7, label=f"{name}, each step")
     steps, shown = _measured(run, values)
     rows, level = _curves.running_median(shown)
@@ -52,18 +59,28 @@ def draw_loss(axes: Axes, run: Run) -> None:
     every = run.held_out
     if loss is not None:
         _curve_with_median(axes, run, loss, "training")
-        every = np.concatenate([finite(loss), every])
+        every = finite(loss)
     if np.isfinite(run.held_out).any():
         rows = _curves.marker_rows(np.isfinite(run.held_out), run.held_out)
         steps, values = run.held_out_steps[rows], run.held_out[rows]
         label = f"held out{_last_value(run.held_out)}"
         style = {"color": ORANGE, "mec": "white", "ms": 6, "label": label}
         axes.plot(steps, values, "o", zorder=3, **style)
-    _axes.set_linear_scale(axes, _curves.inner_range(every))
+    _axes.set_linear_scale(axes, _loss_range(every, run.held_out))
     if loss is not None:
         _axes.mark_off_scale(axes, run.train.columns["step"], finite(loss))
         _axes.mark_nonfinite(axes, run.train.columns["step"], loss)
     _draw_branches(axes, run)
+
+
+def _loss_range(loss: np.ndarray, held_out: np.ndarray) -> tuple[float, float] | None:
+    """The range of the axis: all but outliers, and every evaluation but the first."""
+    shown = _curves.inner_range(loss)
+    later = held_out[1:] if len(held_out) > 1 else held_out
+    later = later[np.isfinite(later)]
+    if shown is None or not len(later):
+        return shown
+    return min(shown[0], float(later.min())), max(shown[1], float(later.max()))
 
 
 def _draw_branches(axes: Axes, run: Run) -> None:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from optax_stability._diagnosis._series import History
-from optax_stability._diagnosis._trend import median
+from optax_stability._diagnosis._windows import median
 
 # Pixels of a line; each shows two points.
 PIXELS = 800
 # The running median covers a fortieth of the run.
-_SMOOTH = 40
+SMOOTH = 40
 # Larger values overflow in the arithmetic of axes; no finite float32 is larger.
 _LARGEST = 1e100
 # NaN is a non-finite value, not a missing one, after this many measured rows.
@@ -154,11 +154,27 @@ def marker_rows(flags: np.ndarray, height: np.ndarray) -> np.ndarray:
 
 def running_median(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(rows, level): centred running median, robust against single spikes."""
-    half = len(values) // (2 * _SMOOTH)
+    half = len(values) // (2 * SMOOTH)
     rows = np.arange(0, len(values), 1 + len(values) // PIXELS)
     padded = np.pad(values, half, constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
     return rows, median(windows[rows], axis=1)
+
+
+def last_level(values: np.ndarray) -> float:
+    """The running median at the end; NaN without a value."""
+    known = finite(values)
+    known = known[~np.isnan(known)]
+    if not len(known):
+        return np.nan
+    return float(running_median(known)[1][-1])
+
+
+def lowest_level(values: np.ndarray) -> float:
+    """The lowest running median; NaN without a value."""
+    known = finite(values)
+    known = known[~np.isnan(known)]
+    return float(running_median(known)[1].min()) if len(known) else np.nan
 
 
 def inner_range(values: np.ndarray) -> tuple[float, float] | None:

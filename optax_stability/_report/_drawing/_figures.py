@@ -9,11 +9,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from optax_stability._diagnosis._finding import Finding
-from optax_stability._report._drawing import _axes
+from optax_stability._report._drawing import _axes, _legend
 from optax_stability._report._drawing._curves import Run
 from optax_stability._report._drawing._panels import Panel
 
 _WIDTH, _LEFT, _RIGHT = 10.0, 0.72, 2.15
+# Without a legend beside the axes, and without names of layers.
+_NARROW = 0.15
 _TITLE, _NUMBERS, _BETWEEN, _BOTTOM = 0.22, 0.24, 0.14, 0.42
 
 
@@ -37,11 +39,16 @@ def _blank() -> Figure:
 
 def compose(
     run: Run, panels: Sequence[Panel], findings: list[Finding], *, titled: bool
-) -> Figure:
-    """One figure with all panels; the numbers of findings are above the first."""
+) -> tuple[Figure, list[_legend.Entry]]:
+    """One figure with all panels; the numbers of findings are above the first.
+
+    Without titles the legends are left to the page, and returned.
+    """
     if not panels:
-        return _blank()
-    above = [each.head + (_TITLE + 0.13 if titled else 0.1) for each in panels]
+        return _blank(), []
+    entries: list[_legend.Entry] = []
+    head = [each.head if titled else 0.0 for each in panels]
+    above = [each + (_TITLE + 0.13 if titled else 0.1) for each in head]
     above[0] += _NUMBERS if findings else 0.0
     heights = [each.height(run) for each in panels]
     total = sum(above) + sum(heights) + _BETWEEN * (len(panels) - 1) + _BOTTOM
@@ -49,18 +56,21 @@ def compose(
     top = total
     for i, panel in enumerate(panels):
         top -= above[i]
+        right = _RIGHT if titled or panel.names_beside else _NARROW
         axes = figure.add_axes(
             (
                 _LEFT / _WIDTH,
                 (top - heights[i]) / total,
-                (_WIDTH - _LEFT - _RIGHT) / _WIDTH,
+                (_WIDTH - _LEFT - right) / _WIDTH,
                 heights[i] / total,
             )
         )
         _axes.apply_style(axes)
         panel.draw(axes, run)
         axes.set_xlim(_span(run))
-        if axes.get_legend() is None:
+        if not titled:
+            entries += _legend.take(axes)
+        elif axes.get_legend() is None:
             _axes.add_legend(axes)
         else:
             _axes.raise_legend(axes, numbered=bool(findings) and i == 0)
@@ -74,28 +84,19 @@ def compose(
         else:
             axes.set_xlabel("step")
         top -= heights[i] + _BETWEEN
-    return figure
+    return figure, entries
 
 
 class Picture(NamedTuple):
-    """A rendered figure, and its legend texts.
+    """A rendered figure, and its legend.
 
     Attributes:
       content: content of a file.
-      legend: the texts of all legends, with last values and counts.
+      legend: the legends that were left to the page, with last values and counts.
     """
 
     content: bytes
-    legend: list[str]
-
-
-def _legend(figure: Figure) -> list[str]:
-    return [
-        text.get_text().replace("\n", " ")
-        for axes in figure.axes
-        if (legend := axes.get_legend()) is not None
-        for text in legend.get_texts()
-    ]
+    legend: list[_legend.Entry]
 
 
 def render(
@@ -118,14 +119,14 @@ def render(
       salt: makes the ids in an SVG differ from those in another SVG of the same page.
 
     Returns:
-      The content of a file, and its legend texts.
+      The content of a file, and its legend if it has no titles.
     """
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     style = _axes.STYLE | {"svg.hashsalt": salt}
     with matplotlib.style.context(["default", style]):
-        figure = compose(run, panels, findings, titled=titled)
+        figure, legend = compose(run, panels, findings, titled=titled)
         file = io.BytesIO()
         transparent = kind == "svg" and not titled
         options = {"transparent": transparent, "metadata": dates.get(kind)}
         figure.savefig(file, format=kind, dpi=150, **options)
-        return Picture(file.getvalue(), _legend(figure))
+        return Picture(file.getvalue(), legend)

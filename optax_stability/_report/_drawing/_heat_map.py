@@ -10,13 +10,15 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
-from optax_stability._diagnosis._series import History
-from optax_stability._diagnosis._trend import median
+from optax_stability._diagnosis._series import History, is_vector
+from optax_stability._diagnosis._windows import median
 from optax_stability._report._drawing import _axes, _curves
 
 _COLUMNS, _ROWS, _LABELS = 720, 360, 40
+# Of more layers, several share a row, and have no text of their own.
+_HOVERED = _ROWS
 # The colours range from ÷100 to ×100, in steps of an eighth of a decade.
 _DECADES, _SHADES = 2.0, 33
 _NONFINITE = (0.0, 0.0, 0.0)
@@ -126,10 +128,21 @@ def _shown_groups(taken: np.ndarray) -> np.ndarray:
     return np.where(recent, last, -1)
 
 
-def _shorten(name: str, most: int = 30) -> str:
-    """The name; if it is too long, with its middle replaced by an ellipsis."""
+def _shorten(name: str, most: int = 34) -> str:
+    """The name; if it is too long, without whole parts in the middle, or cut there.
+
+    What is no Unicode is replaced: it cannot be drawn.
+    """
+    name = name.encode("utf-8", "replace").decode()
+    if len(name) <= most:
+        return name
+    first, *middle = name.split("/")
+    for start in range(1, len(middle)):
+        shorter = "/".join([first, "…", *middle[start:]])
+        if len(shorter) <= most:
+            return shorter
     half = (most - 1) // 2
-    return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
+    return f"{name[:half]}…{name[-half:]}"
 
 
 def has_layers(history: History) -> bool:
@@ -162,7 +175,8 @@ def draw(axes: Axes, history: History) -> None:
         aspect="auto",
         interpolation="none",
     )
-    rows = np.arange(0, number, -(-number // _LABELS))
+    _add_hover_rows(axes, found)
+    rows = _labelled_rows(found.names)
     names = [_shorten(found.names[row]) for row in rows]
     axes.set_yticks(rows, names, fontsize=6.5 if number > 12 else 7.5, parse_math=False)
     axes.yaxis.tick_right()
@@ -173,6 +187,57 @@ def draw(axes: Axes, history: History) -> None:
     flags = np.asarray(found.nonfinite.any(axis=0))
     _axes.mark_at_edge(axes, middles, flags, 1, style)
     _add_legend(axes, bool(found.nonfinite.any()))
+
+
+def _labelled_rows(names: list[str]) -> np.ndarray:
+    """Rows with a name beside them: of too many, kernels before biases and scales."""
+    rows = np.arange(len(names))
+    if len(rows) <= _LABELS:
+        return rows
+    kernels = np.array([row for row in rows if not is_vector(names[row])], int)
+    rows = kernels if len(kernels) else rows
+    return rows[:: -(-len(rows) // _LABELS)]
+
+
+def _add_hover_rows(axes: Axes, found: Cells) -> None:
+    """An invisible area over each row, which the page gives a text."""
+    if len(found.names) > _HOVERED:
+        return
+    first, last = found.edges
+    for i in range(len(found.names)):
+        area = Rectangle((first, i - 0.5), last - first, 1, alpha=0, gid=f"hover-{i}")
+        axes.add_patch(area)
+
+
+def hover_texts(history: History) -> list[str]:
+    """Of each row of the map: usual, smallest and largest norm, and what broke when."""
+    layers, steps = history.layers("grad/norm", "clip/norm"), history.columns["step"]
+    if not has_layers(history) or len(layers.names) > _HOVERED:
+        return []
+    return [
+        _hover_text(name, steps, values)
+        for name, values in zip(layers.names, layers.values.T, strict=True)
+    ]
+
+
+def _hover_text(name: str, steps: np.ndarray, values: np.ndarray) -> str:
+    known = np.flatnonzero(np.isfinite(values))
+    text = name
+    if len(known):
+        low, high = known[[values[known].argmin(), values[known].argmax()]]
+        usual = _axes.short(float(median(values[known])))
+        text += (
+            f": median {usual}, smallest {_axes.short(float(values[low]))} at step "
+            f"{steps[low]:,.0f}, largest {_axes.short(float(values[high]))} at step "
+            f"{steps[high]:,.0f}"
+        )
+    broken = np.flatnonzero(_curves.is_nonfinite(values))
+    if len(broken):
+        rows = _axes.plural(len(broken), "row")
+        text += (
+            f"; not finite in {len(broken):,} {rows} from step {steps[broken[0]]:,.0f}"
+        )
+    return text
 
 
 def _add_legend(axes: Axes, nonfinite: bool) -> None:

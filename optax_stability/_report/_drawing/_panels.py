@@ -23,6 +23,7 @@ class Panel(NamedTuple):
       height: gives the height in inches for a run.
       head: extra space above the axes, in inches.
       draw: draws the panel.
+      names_beside: whether names stand to the right of the axes.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Panel(NamedTuple):
     height: Callable[[Run], float]
     head: float
     draw: Callable[[Axes, Run], None]
+    names_beside: bool = False
 
 
 PANELS = (
@@ -65,6 +67,7 @@ PANELS = (
         lambda run: _heat_map.height(run.train),
         0.3,
         lambda axes, run: _heat_map.draw(axes, run.train),
+        names_beside=True,
     ),
     Panel(
         "noise",
