@@ -148,12 +148,9 @@ def _measure(config: Config, model: GPT, optimizer: nnx.Optimizer, grads) -> Met
     measured = no_skips | ost.metrics(optimizer.opt_state, params=params)
     limit = measured["clip/limit"]  # 0 before a clip is switched on
     clips = (limit > 0) & measured.get("when_noisy/active", True)
-    shown = {
-        key: x
-        for key, x in measured.items()
-        if key in SHOWN.split() or key.startswith("grad/histogram")
-    }
-    return shown | {"clip/limit": jnp.where(clips, limit, jnp.inf)}
+    shown = [key for key in measured if key in SHOWN.split() or "histogram" in key]
+    limit = jnp.where(clips, limit, jnp.inf)
+    return {key: measured[key] for key in shown} | {"clip/limit": limit}
 
 
 def train_step(
