@@ -125,7 +125,11 @@ def _metrics(state: SafeAdamState) -> dict[str, jax.Array]:
     bound, eps = update_bound(state.b1, state.b2), state.eps * state.rms_unit
     largest = jnp.square(_ratio(bound, scale))
     squares, shares, nonzero = leafwise_sums(
-        lambda mu, rms: _terms(mu, rms, largest, eps), mus, rmss, outputs=3
+        lambda mu, rms: _terms(mu, rms, largest, eps),
+        mus,
+        rmss,
+        outputs=3,
+        batches_on_cpu=True,
     )
     sizes = jnp.array([mu.size for mu in mus], jnp.float32)
     totals = jnp.stack([squares * jnp.square(scale), shares, sizes - nonzero])

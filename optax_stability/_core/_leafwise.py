@@ -88,6 +88,7 @@ def leafwise_sums(
     *columns: list,
     outputs: int,
     layered: Layered | None = None,
+    batches_on_cpu: bool = False,
 ) -> tuple[jax.Array, ...]:
     """Sums of element-wise ``terms`` over every part: [n_parts] for each term.
 
@@ -96,6 +97,8 @@ def leafwise_sums(
       columns: as in :func:`leafwise`.
       outputs: number of terms.
       layered: as in :func:`leafwise`.
+      batches_on_cpu: whether small leaves are copied into batches on a CPU too, where
+        that saves time to compile, but none to run.
     """
     layered = (False,) * len(columns[0]) if layered is None else layered
 
@@ -104,6 +107,16 @@ def leafwise_sums(
             return _sum_parts(*terms(*batch))
 
         return leafwise(measure, *columns, outputs=outputs, layered=layered)
+
+    def one_by_one(*columns):
+        sums = [
+            tuple(
+                jnp.sum(x, axis=tuple(range(int(split), x.ndim))) for x in terms(*row)
+            )
+            for *row, split in zip(*columns, layered, strict=True)
+        ]
+        by_term = list(zip(*sums, strict=True)) or [()] * outputs
+        return tuple(map(concatenate, by_term))
 
     def rows_first(*columns):
         rows = [
@@ -117,7 +130,10 @@ def leafwise_sums(
         return leafwise(_sum_parts, *sums, outputs=outputs, layered=layered)
 
     return by_platform(
-        *columns, cpu=in_one_stage, tpu=in_one_stage, accelerator=rows_first
+        *columns,
+        cpu=in_one_stage if batches_on_cpu else one_by_one,
+        tpu=in_one_stage,
+        accelerator=rows_first,
     )
 
 

@@ -66,14 +66,14 @@ def _measure_in_two_passes(leaves: list, scope: _Scope):
     def sums_at(scales):
         # One scale per leaf, although all scales are equal: if two leaves of the same
         # shape shared a scale, XLA would write the scale to a buffer of that shape.
-        def squares(batch, scale):
-            scale = scale.reshape(-1, *[1] * (batch.ndim - 1))
-            return (jnp.square(batch.astype(jnp.float32) * scale),)
-
-        (sums,) = leafwise_sums(
-            squares, leaves, scales, outputs=1, layered=scope.layered
-        )
-        return scope.join(sums, leaves)
+        sums = [
+            jnp.sum(
+                jnp.square(leaf.astype(jnp.float32) * scale),
+                axis=tuple(range(int(split), leaf.ndim)),
+            )
+            for leaf, scale, split in zip(leaves, scales, scope.layered, strict=True)
+        ]
+        return scope.join(concatenate(sums), leaves)
 
     def measure(carry):
         _, scales, norms = carry

@@ -96,7 +96,7 @@ def measure_entries(parts: Parts, scale) -> Entries:
 
     (largest,) = leafwise(largest_of, parts.leaves, outputs=1, layered=parts.layered)
     nonzero, fourth = leafwise_sums(
-        terms, parts.leaves, outputs=2, layered=parts.layered
+        terms, parts.leaves, outputs=2, layered=parts.layered, batches_on_cpu=True
     )
     return Entries(
         largest=_mesh_axes.largest(largest, parts.axis_name),
@@ -132,7 +132,11 @@ def count_nonfinite(parts: Parts, norms) -> jax.Array:
 
     def count(_):
         (found,) = leafwise_sums(
-            nonfinite, parts.leaves, outputs=1, layered=parts.layered
+            nonfinite,
+            parts.leaves,
+            outputs=1,
+            layered=parts.layered,
+            batches_on_cpu=True,
         )
         return parts.sum_shards(found)
 

@@ -16,7 +16,7 @@ from optax_stability.thresholds._threshold import Threshold, is_learnable, repr_
 # Least standard deviation, as a share of the mean; see zscore.
 _MIN_RELATIVE_STD = 1e-6
 # Longer windows are sorted; up to this length all pairs are compared.
-_LONG = 256
+_LONG = 64
 
 
 class WindowState(NamedTuple):
