@@ -29,13 +29,20 @@ def _check_arguments(arguments: list[str]) -> None:
             raise InputError(f"{flag}: is empty; give a value, or leave {flag} out")
 
 
+def _print_unless_it_was_said(kind, error, trace) -> None:
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
+
+
 def run_command(work: Callable[[], object]) -> None:
     """Runs a command; an error that the user can correct is printed as one line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # "?" for what it cannot show.
-    # Orbax logs a traceback for every save that fails; the trainer says it in a line.
+    # Orbax logs a traceback for every save that fails, and TensorStore prints one for
+    # every array; the trainer says it in a line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.excepthook = _print_unless_it_was_said
     try:
         _check_arguments(sys.argv)
         work()

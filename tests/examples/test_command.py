@@ -1,12 +1,21 @@
 """What every command of the examples does with errors, flags and output."""
 
 import io
+import logging
 import subprocess
 import sys
 
 import pytest
 from command import FailedError, run_command
 from input_error import InputError
+
+
+@pytest.fixture(autouse=True)
+def settings_are_put_back(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    level = logging.getLogger("absl").level
+    yield
+    logging.getLogger("absl").setLevel(level)
 
 
 def run(monkeypatch, work, *arguments):
