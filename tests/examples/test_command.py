@@ -12,10 +12,12 @@ from input_error import InputError
 
 @pytest.fixture(autouse=True)
 def settings_are_put_back(monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    level = logging.getLogger("absl").level
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [each.level for each in loggers]
     yield
-    logging.getLogger("absl").setLevel(level)
+    for each, level in zip(loggers, levels, strict=True):
+        each.setLevel(level)
 
 
 def run(monkeypatch, work, *arguments):
