@@ -139,7 +139,8 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
         all of one length. Known names: ``loss`` (or ``skip/value``), ``learning_rate``
         (which shows warm-up and decay), the metrics of ``record`` under ``grad``,
         ``update`` and ``params``, and those of this library's states, each also as
-        ``<key>/<leaf name>``.
+        ``<key>/<leaf name>``; ``recheck/step`` and ``recheck/verdict``, 1 or 0, if the
+        batch of a skipped step was evaluated again and was abnormal or normal.
 
     Returns:
       The findings, the most severe first; an empty list for a healthy run.
