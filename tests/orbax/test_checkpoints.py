@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_stability.orbax import Checkpoints, select_checkpoints
+from optax_stability.orbax import Checkpoints, _checkpoints, select_checkpoints
 
 STATE = {"w": np.arange(16, dtype=np.float32), "n": np.array(7, np.int32)}
 
@@ -348,3 +348,20 @@ def test_a_run_can_end_after_a_save_that_failed(tmp_path, caplog):
         saved.save(LARGE, progress(1))
     assert len(told) == 1
     assert folders(tmp_path) == []
+
+
+def test_without_room_for_checksums_the_checkpoint_is_kept(tmp_path, monkeypatch):
+    def fail(folder):
+        raise OSError(28, "No space left on device")
+
+    told = []
+    with Checkpoints(tmp_path, keep=1, report=told.append) as saved:
+        saved.save(STATE, progress(1))
+        saved.wait()
+        monkeypatch.setattr(_checkpoints, "write_checksums", fail)
+        saved.save(STATE, progress(2))
+        assert saved.wait() is None
+        assert saved.newest() == saved.available()[0]
+        chex.assert_trees_all_equal(saved.load(saved.available()[0], like=STATE), STATE)
+    assert folders(tmp_path) == [2]
+    assert told == []
