@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiers import quick_only
 
 from optax_stability.orbax import Checkpoints, _checkpoints, select_checkpoints
 
@@ -217,6 +218,7 @@ DAMAGES = [cut_short, flip_a_bit, empty, type(Path()).unlink]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@quick_only("cut_short")
 def test_damage_in_any_file_is_found_and_the_one_before_is_taken(tmp_path, damage):
     folder = tmp_path / "checkpoints"
     save_steps(folder, [1, 2])
