@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from input_error import InputError
 
@@ -29,13 +30,21 @@ def _check_arguments(arguments: list[str]) -> None:
             raise InputError(f"{flag}: is empty; give a value, or leave {flag} out")
 
 
+def _print_unless_it_was_said(error: Any) -> None:
+    if str(error.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(error)
+
+
 def run_command(work: Callable[[], object]) -> None:
     """Runs a command; an error that the user can correct is printed as one line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # "?" for what it cannot show.
-    # Orbax logs a traceback for every save that fails; the trainer says it in a line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Of a save that fails, Orbax logs tracebacks, and TensorStore prints one for every
+    # array; the trainer says it in a line.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _print_unless_it_was_said
     try:
         _check_arguments(sys.argv)
         work()

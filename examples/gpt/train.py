@@ -133,10 +133,8 @@ class Run:
     def _to_evaluate(self, state: TrainState) -> GPT:
         return training.to_evaluate(self._config, *self._merge(state))
 
-    def _windows(self, drawn: Drawn) -> jax.Array:
-        windows = self._batches(drawn.position)
-        windows = self._injector.corrupt(windows, drawn.batch)
-        return devices.place(windows, self._by_rows)
+    def _windows(self, drawn: Drawn) -> np.ndarray:
+        return self._injector.corrupt(self._batches(drawn.position), drawn.batch)
 
     def advance(self) -> tuple[Drawn, Metrics]:
         """Trains on the next batch; the metrics may not be ready yet."""
@@ -149,26 +147,26 @@ class Run:
         if every and drawn.batch % every == 0:
             step = verified(step, self._structure, self._say)
         with jax.set_mesh(self._mesh):
-            self._leaves, metrics = step(self._leaves, self._windows(drawn), factors)
+            windows = devices.place(self._windows(drawn), self._by_rows)
+            self._leaves, metrics = step(self._leaves, windows, factors)
         return drawn, metrics
 
-    def _losses_of(self, windows: jax.Array) -> np.ndarray:
+    def _losses_of(self, windows: np.ndarray) -> np.ndarray:
+        placed = devices.place(windows, self._by_rows)
         with jax.set_mesh(self._mesh):
-            return jax.device_get(self._losses(self.state, windows))
+            return jax.device_get(self._losses(self.state, placed))
 
     def examine(self, drawn: Drawn) -> list[Window]:
         """The windows of a batch, with their losses under the current parameters."""
         windows = self._windows(drawn)
-        texts = map(self._corpus.decode, np.asarray(windows).tolist())
+        texts = map(self._corpus.decode, windows.tolist())
         origins = map(self._corpus.origin, self._batches.starts(drawn.position))
         losses = self._losses_of(windows).tolist()
         return list(map(Window, losses, map(console.printable, texts), origins))
 
     def evaluate(self) -> Row:
         """Evaluates the model on the held-out part."""
-        windows = [devices.place(each, self._by_rows) for each in self._held_out]
-        losses = list(map(self._losses_of, windows))
-        loss = float(np.mean(losses))
+        loss = float(np.mean(list(map(self._losses_of, self._held_out))))
         bits = loss / math.log(2)
         measured = {"eval/loss": loss, "eval/bits": bits}
         if self._corpus.bytes_per_token is not None:

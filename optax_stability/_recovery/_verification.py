@@ -8,7 +8,8 @@ fault.
 
 *Where*: in the training loop, in place of the call of the step, every so many steps.
 
-*Cost*: a verified step takes the time of two, and memory for three states.
+*Cost*: a verified step takes the time of two, of two copies of its arguments and of
+one pass over its results, and memory for three states.
 """
 
 from collections.abc import Callable

@@ -64,7 +64,8 @@ class Checkpoints:
       whether the last one is on disk.
 
     **Edge cases**: a process that is killed after a checkpoint is complete, and before
-    its checksums are, leaves one without: it is read as a whole to see that it can be.
+    its checksums are, leaves one without, and so does a disk that is full just then: it
+    is read as a whole to see that it can be.
 
     Args:
       folder: holds one folder per checkpoint.
@@ -150,8 +151,11 @@ class Checkpoints:
     def _finish(self, batch: int) -> None:
         """Waits for Orbax, and then writes the checksums."""
         self._orbax.wait_until_finished()
-        if jax.process_index() == 0:
-            write_checksums(self.folder / str(batch))
+        folder = self.folder / str(batch)
+        if jax.process_index() == 0 and folder.is_dir():
+            # Without room for them the checkpoint is complete, and others were deleted.
+            with contextlib.suppress(OSError):
+                write_checksums(folder)
 
     def poll(self) -> None:
         """Reports a failure as soon as it is known, without waiting; call it often."""

@@ -1,12 +1,23 @@
 """What every command of the examples does with errors, flags and output."""
 
 import io
+import logging
 import subprocess
 import sys
 
 import pytest
 from command import FailedError, run_command
 from input_error import InputError
+
+
+@pytest.fixture(autouse=True)
+def settings_are_put_back(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [each.level for each in loggers]
+    yield
+    for each, level in zip(loggers, levels, strict=True):
+        each.setLevel(level)
 
 
 def run(monkeypatch, work, *arguments):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import chex
 import console
+import data
 import jax
 import jax.numpy as jnp
 import model
@@ -582,3 +583,23 @@ def test_microbatches_do_not_change_the_course_of_training(tmp_path, text, capsy
 def test_microbatches_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(InputError, match="--microbatches: 3 does not divide"):
         check(train.Config(batch_size=8, microbatches=3))
+
+
+@pytest.mark.usefixtures("small")
+@full
+def test_parameters_that_are_not_finite_are_never_the_best(tmp_path, text):
+    config = train.Config(data=text, out=tmp_path, **QUICK)
+    corpus = data.load(text, model.SIZES["tiny"].context)
+    create = functools.partial(training.create, config, 256)
+    run = train.Run(config, corpus, create, (), say=print)
+    assert math.isfinite(run.evaluate()["eval/loss"])
+    (drawn, _) = run.advance()
+    windows = run.examine(drawn)
+    assert len(windows) == 8
+    assert {each.origin.rsplit(" ", 1)[0] for each in windows} == {f"{text}, byte"}
+    # The row of a byte that the text does not have.
+    gpt, optimizer = run.model(), run.optimizer()
+    table = gpt.tokens.embedding
+    table[...] = table[...].at[0].set(jnp.nan)
+    run.state = run.state._replace(arrays=nnx.state((gpt, optimizer)))
+    assert math.isnan(run.evaluate()["eval/loss"])

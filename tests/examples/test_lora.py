@@ -18,6 +18,7 @@ from data import Windows, load
 from flax import nnx
 from input_error import InputError
 from tiers import full
+from trainer import DivergedError
 
 import optax_stability as ost
 from optax_stability.orbax import Checkpoints
@@ -300,3 +301,18 @@ def test_bad_input_gets_one_clear_line(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: --base: no checkpoints in {tmp_path}; ")
     assert (printed.err.count("\n"), printed.out) == (1, "")
+
+
+@full
+def test_a_run_that_ends_in_nan_is_not_merged(folder, monkeypatch):
+    monkeypatch.setattr(train.Run, "evaluate", lambda run: {"eval/loss": math.nan})
+    flags = lora.Flags(
+        base=folder / "base",
+        data=folder / "second.txt",
+        steps=3,
+        sample_tokens=0,
+        out=folder / "nan",
+    )
+    with pytest.raises(DivergedError, match="not finite"):
+        lora.finetune(flags)
+    assert not (folder / "nan" / "merged").exists()

@@ -131,7 +131,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, text):
 
 def test_a_run_that_ends_in_nan_is_no_success(tmp_path, text):
     del text
-    flags = ("--baseline", "--inject", "nan@2", "--steps", 30, "--eval-every", 30)
+    flags = ("--baseline", "--inject", "nan@12", "--steps", 30, "--eval-every", 30)
     for _ in range(2):  # Also when it is asked again.
         done = train(tmp_path, *flags)
         assert done.returncode == 1
@@ -140,7 +140,7 @@ def test_a_run_that_ends_in_nan_is_no_success(tmp_path, text):
         )
         assert "nonfinite at step" in done.stdout
         steps = [x for x in done.stdout.splitlines() if x.startswith("step  30  loss")]
-        assert all("not finite for 29 steps" in line for line in steps)
+        assert all("not finite for 19 steps" in line for line in steps)
 
 
 def test_trouble_that_lasts_ends_the_run(tmp_path, text):
@@ -230,8 +230,9 @@ def test_a_full_disk_is_one_line_and_the_next_start_goes_on(tmp_path, text):
     )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
-    assert notes[0].startswith("note: checkpoint 0 could not be saved: File too large")
+    notes = [x for x in done.stderr.splitlines() if x.startswith("note: checkpoint")]
+    assert all(" could not be saved: File too large; those be" in x for x in notes)
+    assert notes
     assert done.stderr.splitlines()[-1].startswith("error: step 8 could not be saved")
     train_well(tmp_path, "--steps", 8)
     losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]

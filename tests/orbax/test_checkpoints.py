@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiers import quick_only
 
-from optax_stability.orbax import Checkpoints, select_checkpoints
+from optax_stability.orbax import Checkpoints, _checkpoints, select_checkpoints
 
 STATE = {"w": np.arange(16, dtype=np.float32), "n": np.array(7, np.int32)}
 
@@ -217,6 +218,7 @@ DAMAGES = [cut_short, flip_a_bit, empty, type(Path()).unlink]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@quick_only("cut_short")
 def test_damage_in_any_file_is_found_and_the_one_before_is_taken(tmp_path, damage):
     folder = tmp_path / "checkpoints"
     save_steps(folder, [1, 2])
@@ -348,3 +350,20 @@ def test_a_run_can_end_after_a_save_that_failed(tmp_path, caplog):
         saved.save(LARGE, progress(1))
     assert len(told) == 1
     assert folders(tmp_path) == []
+
+
+def test_without_room_for_checksums_the_checkpoint_is_kept(tmp_path, monkeypatch):
+    def fail(folder):
+        raise OSError(28, "No space left on device")
+
+    told = []
+    with Checkpoints(tmp_path, keep=1, report=told.append) as saved:
+        saved.save(STATE, progress(1))
+        saved.wait()
+        monkeypatch.setattr(_checkpoints, "write_checksums", fail)
+        saved.save(STATE, progress(2))
+        assert saved.wait() is None
+        assert saved.newest() == saved.available()[0]
+        chex.assert_trees_all_equal(saved.load(saved.available()[0], like=STATE), STATE)
+    assert folders(tmp_path) == [2]
+    assert told == []
