@@ -48,8 +48,8 @@ class Side(NamedTuple):
 # The reactions to a spike, and plain optax, which does not react.
 SIDES = {
     "skip": Side("optax_stability", "#0062a8"),
-    "branch": Side("ours, branch", "#009e73", 1.4, "s"),
-    "rewind": Side("ours, rewind", "#56606a", 2.0, "^"),
+    "branch": Side("branch", "#009e73", 1.4, "s"),
+    "rewind": Side("rewind", "#56606a", 2.0, "^"),
     "plain": Side("plain optax", "#d55e00", 2.6, "X"),
 }
 
