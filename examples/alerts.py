@@ -30,6 +30,8 @@ class OnFinding(Writer):
 
     def write(self, step: int, row: Row) -> None:
         """Keeps the row; diagnoses all of them when there are enough new ones."""
+        if "loss" not in row and "eval/loss" not in row:
+            return  # A rewind, say: no step of training.
         self._rows.append((step, dict(row)))
         broken = not math.isfinite(row.get("loss", 0.0))
         if broken or len(self._rows) % EVERY == 0:

@@ -34,18 +34,24 @@ Rows = list[dict[str, float]]
 
 
 class Side(NamedTuple):
-    """Name and colour of one of the runs."""
+    """Name of one of the runs, and how its curve looks.
+
+    Colours are those of the reports, told apart without colour vision; a curve that
+    others cover is wider, so that it shows on either side of them.
+    """
 
     name: str
     color: str
+    width: float = 1.0
+    marker: str = "o"
 
 
 # The reactions to a spike, and plain optax, which does not react.
 SIDES = {
-    "skip": Side("optax_stability", "tab:blue"),
-    "branch": Side("… branch", "tab:green"),
-    "rewind": Side("… rewind", "tab:orange"),
-    "plain": Side("plain optax", "tab:red"),
+    "skip": Side("optax_stability", "#0062a8"),
+    "branch": Side("branch", "#009e73", 1.4, "s"),
+    "rewind": Side("rewind", "#56606a", 2.0, "^"),
+    "plain": Side("plain optax", "#d55e00", 2.6, "X"),
 }
 
 
@@ -116,7 +122,7 @@ def show(runs: dict[str, Rows]) -> None:
 
 def _draw_run(losses: Axes, held_out: Axes, side: str, rows: Rows) -> None:
     """Draws one run over its batches, and marks rewinds and where it became NaN."""
-    (name, color), width = SIDES[side], 1
+    name, color, width, marker = SIDES[side]
     # A rewind has no loss, which interrupts the curve. Probes are left out: their loss
     # was measured on the kept parameters.
     steps = [row for row in rows if "loss" in row or "rewind/to" in row]
@@ -132,7 +138,7 @@ def _draw_run(losses: Axes, held_out: Axes, side: str, rows: Rows) -> None:
         losses.annotate(label, point, (6, 6), textcoords="offset points", color=color)
     measured = [row for row in rows if "eval/loss" in row]
     points = _column(measured, "batch"), _column(measured, "eval/loss")
-    held_out.plot(*points, color=color, lw=width, marker="o")
+    held_out.plot(*points, color=color, lw=width, marker=marker, ms=5 + width)
     across = losses.get_xaxis_transform()
     for row in rows:
         if "rewind/to" in row:

@@ -156,6 +156,8 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
       of events and the worst. Consequences of another finding are omitted.
     * What was normal is known from the rows before alone, the first three on, and is
       measured in rows: a row may stand for one step or for fifty.
+    * Several trainings in one history are diagnosed each for itself; a finding is that
+      of the first training that has it.
     * A non-finite step does not disturb the statistics of later steps.
     * A value that is repeated between measurements counts once.
     * The findings are sorted by severity, in the order of the table.

@@ -270,7 +270,7 @@ def _checked(history: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             "step number for each row."
         )
     forward = np.sign(np.diff(columns["step"]))
-    if forward.sum() < 0:
+    if len(forward) > limits.MIN_MEASUREMENTS and forward.sum() < 0:
         raise ValueError(
             f"history['step'] runs backwards, from {columns['step'][0]:g} to "
             f"{columns['step'][-1]:g}; sort the rows by step, the oldest first."

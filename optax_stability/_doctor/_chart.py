@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from optax_stability._diagnosis._windows import median
+
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _HEIGHT = 6
 
@@ -16,7 +18,7 @@ def chart(name: str, history: dict[str, np.ndarray], key: str, width: int) -> st
         return ""
     finite = values[np.isfinite(values)]
     positive = finite[finite > 0]
-    wide = len(positive) == len(finite) and finite.max() > 50 * max(finite.min(), 1e-30)
+    wide = len(positive) == len(finite) and finite.max() / 50 > finite.min()
     log = key == "grad/norm" or wide
     shown = np.where(np.isfinite(values) & (~log | (values > 0)), values, np.nan)
     if not np.isfinite(shown).any():
@@ -25,10 +27,12 @@ def chart(name: str, history: dict[str, np.ndarray], key: str, width: int) -> st
     width = max(min(width - 12, len(shown)), 1)
     parts = np.array_split(shown, width)
     # The value of a column is the one furthest from the median of all.
-    centre = np.nanmedian(shown)
+    centre = float(median(shown))
     column = np.array([_furthest(part, centre) for part in parts])
-    low, high = np.nanmin(column), np.nanmax(column)
-    scaled = (column - low) / ((high - low) or 1.0) * (_HEIGHT * 8 - 1) + 1
+    low, high = float(np.nanmin(column)), float(np.nanmax(column))
+    # Halves: the largest numbers differ by more than the largest number.
+    span = high / 2 - low / 2 or 1.0
+    scaled = (column / 2 - low / 2) / span * (_HEIGHT * 8 - 1) + 1
     lines = []
     for row in range(_HEIGHT - 1, -1, -1):
         fill = np.clip(np.nan_to_num(scaled, nan=0.0) - 8 * row, 0, 8).astype(int)
@@ -44,4 +48,5 @@ def chart(name: str, history: dict[str, np.ndarray], key: str, width: int) -> st
 
 def _furthest(part: np.ndarray, centre: float) -> float:
     known = part[np.isfinite(part)]
-    return known[np.argmax(np.abs(known - centre))] if len(known) else np.nan
+    far = np.abs(known / 2 - centre / 2)
+    return known[np.argmax(far)] if len(known) else np.nan

@@ -3,7 +3,8 @@
 *Rule*, for the difference d of loss (or of log norm) at steps that both runs have::
 
   level   median of the last 8 d
-  noise   σ of d around its trend, over √8, times √(π/2) for a median
+  noise   σ of d around its trend until then, or that of two independent runs, if it is
+          less; over √8, times √(π/2) for a median
   parted  |level| > 4 noise and 0.5 % of the loss (10 % of the norm), from there on
 
 Runs that saw the same batches share much of their noise, which d does not have.
@@ -90,14 +91,16 @@ def _parting(
 ) -> Parting:
     if not len(steps):
         return Parting(key, None, np.nan, np.nan, 0)
+    both = run, other
     if key == "grad/norm":
-        difference = log_of(run) - log_of(other)
+        both = log_of(run), log_of(other)
+        difference = both[0] - both[1]
         floor = np.full(len(steps), np.log1p(_NORM_SHARE))
     else:
         difference = run - other
         floor = _LOSS_SHARE * np.abs(levels(other))
     difference = np.nan_to_num(difference)
-    noise = _noise_so_far(difference)
+    noise = np.fmin(_noise_so_far(difference), _noise_of_both(*both))
     level = levels(difference)
     level[:2] = difference[:2]
     apart = np.abs(level) > np.maximum(_ERRORS * _ERROR_OF_MEDIAN * noise, floor)
@@ -111,10 +114,23 @@ def _parting(
         single = np.abs(difference) > np.maximum(_ERRORS * noise, floor)
         first = near.start + int(single[near].argmax()) if single[near].any() else start
         at = min(start + limits.CENTRE // 2, stop - 1)
-        both = float(levels(run)[at]), float(levels(other)[at])
-        return Parting(key, int(steps[first]), *both, len(steps))
-    both = float(levels(run)[-1]), float(levels(other)[-1])
-    return Parting(key, None, *both, len(steps))
+        pair = float(levels(run)[at]), float(levels(other)[at])
+        return Parting(key, int(steps[first]), *pair, len(steps))
+    pair = float(levels(run)[-1]), float(levels(other)[-1])
+    return Parting(key, None, *pair, len(steps))
+
+
+def _noise_of_both(run: np.ndarray, other: np.ndarray) -> float:
+    """σ of the difference of independent runs: of a run that left, at its calmest."""
+    quartile = np.nanquantile(_known(spread(np.nan_to_num(run))), 0.25)
+    usual = np.nanmedian(_known(spread(np.nan_to_num(other))))
+    return float(np.hypot(quartile, usual))
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    """The values that are known; ∞ if there are none."""
+    values = values[np.isfinite(values)]
+    return values if len(values) else np.array([np.inf])
 
 
 def _noise_so_far(difference: np.ndarray) -> np.ndarray:

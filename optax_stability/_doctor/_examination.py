@@ -54,6 +54,12 @@ def examine(log: Log, baseline: Log | None = None) -> Examination:
     Raises:
       UnreadableError: its numbers are not those of a training log.
     """
+    # A log may hold any numbers: overflow only affects comparisons.
+    with np.errstate(all="ignore"):
+        return _examine(log, baseline)
+
+
+def _examine(log: Log, baseline: Log | None) -> Examination:
     try:
         findings = diagnose(log.history)
     except (TypeError, ValueError) as error:
@@ -67,8 +73,7 @@ def examine(log: Log, baseline: Log | None = None) -> Examination:
         for each in findings
     ]
     checked = History(log.history).without_probes().without_evaluations()
-    with np.errstate(all="ignore"):
-        checks, unknown = coverage(checked), cannot_be_told(checked)
+    checks, unknown = coverage(checked), cannot_be_told(checked)
     partings = []
     if baseline is not None:
         partings = _comparison.compare(log.history, baseline.history)

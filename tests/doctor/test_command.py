@@ -8,12 +8,21 @@ import time
 import log_samples as samples
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import optax_stability as ost
 from optax_stability._diagnosis._finding import KINDS
-from optax_stability._doctor import _comparison, _scores
-from optax_stability._doctor._command import main
+from optax_stability._doctor import _chart, _comparison, _csv, _scores
+from optax_stability._doctor._columns import log_of
+from optax_stability._doctor._command import as_json, main
+from optax_stability._doctor._examination import examine
+from optax_stability._doctor._log import UnreadableError
+from optax_stability._doctor._terminal import Style, show
 from optax_stability._doctor._trainers import spelled
+
+VALUES = ["nan", "inf", "-inf", "0", "-1", "1e-320", "1e308", "1e400", "2.3", "x", ""]
+COLUMNS = ["step", "loss", "grad_norm", "lr", "eval_loss", "skip/skipped", "clip/norm"]
 
 
 def rows(loss, norm=None):
@@ -244,3 +253,22 @@ def test_all_samples_of_logs_can_be_examined(tmp_path, capsys):
         (tmp_path / name).write_text(text())
         code, out, err = run(capsys, "diagnose", tmp_path / name)
         assert code == 0, (name, out, err)
+
+
+@settings(derandomize=True, max_examples=80, deadline=None)
+@given(st.data(), st.sampled_from([1, 2, 3, 30, 130]))
+def test_no_log_raises_anything_but_that_it_cannot_be_read(data, count):
+    """Whatever numbers it holds; and every warning would be an error here."""
+    pool = st.lists(st.sampled_from(VALUES), min_size=1, max_size=4)
+    cells = {name: np.resize(data.draw(pool, label=name), count) for name in COLUMNS}
+    lines = [",".join(COLUMNS), *map(",".join, zip(*cells.values(), strict=True))]
+    rows = _csv.tables("\n".join(lines))[""]
+    try:
+        log = log_of("a log", rows, {})
+        examined = examine(log, log)
+    except UnreadableError:
+        return
+    assert show(examined, Style(colour=False, width=80))
+    json.dumps(as_json(examined))
+    for key in ("loss", "grad/norm"):
+        _chart.chart(key, log.history, key, 80)

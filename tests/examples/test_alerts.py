@@ -25,6 +25,17 @@ def test_a_healthy_run_tells_nothing(tmp_path):
     assert not told.exists()
 
 
+def test_a_row_without_a_measurement_is_no_nan(tmp_path):
+    told = tmp_path / "told"
+    with alerts.OnFinding(f'cat >> "{told}"') as writer:
+        for step, row in rows(100):
+            writer.write(step, row)
+            if step == 60:
+                writer.write(step, {"rewind/to": 50, "batch": 70})
+                writer.write(step, {"eval/loss": 2.1})
+    assert not told.exists()
+
+
 def test_a_finding_is_told_at_once_and_once(tmp_path):
     told = tmp_path / "told"
     command = f'cat >> "{told}"; echo "$FINDING_KIND $FINDING_STEP" >> "{told}"'
