@@ -287,6 +287,7 @@ NOT_FACTORIES = {
     "critical_batch_range",
     "diagnose",
     "eval_params",
+    "find_damage",
     "flush",
     "from_optax_adam_state",
     "has_updated",
@@ -298,8 +299,11 @@ NOT_FACTORIES = {
     "noise_scale",
     "penalize_gradient_norm",
     "plot_history",
+    "read_log",
     "scale_learning_rate",
     "to_optax_adam_state",
+    "verify_step",
+    "write_checksums",
     "write_report",
 }
 
