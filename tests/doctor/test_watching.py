@@ -10,7 +10,7 @@ import urllib.request
 
 import numpy as np
 import pytest
-from test_command import diverging, falling, rows
+from test_doctor_command import diverging, falling, rows
 
 from optax_stability._doctor import _serving, _watching
 from optax_stability._doctor._command import main
