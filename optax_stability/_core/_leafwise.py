@@ -121,9 +121,9 @@ def leafwise_sums(
     def rows_first(*columns):
         rows = [
             tuple(jnp.sum(x, axis=-1) for x in terms(*row))
-            if _has_rows(row[0], split)
+            if _has_rows(row[0])
             else terms(*row)
-            for *row, split in zip(*columns, layered, strict=True)
+            for row in zip(*columns, strict=True)
         ]
         sums = [list(column) for column in zip(*rows, strict=True)]
         sums = sums or [[]] * outputs
@@ -137,6 +137,6 @@ def leafwise_sums(
     )
 
 
-def _has_rows(leaf, layered: bool) -> bool:
+def _has_rows(leaf) -> bool:
     """Whether the leaf is large, and has rows to sum up first."""
-    return leaf.size > _SMALL and leaf.ndim > 1 + int(layered)
+    return leaf.size > _SMALL and leaf.ndim > 1

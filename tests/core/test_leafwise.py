@@ -1,9 +1,11 @@
 """Numbers of leaves that are measured in batches."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from optax_stability._core._leafwise import leafwise
+from optax_stability._core._leafwise import leafwise, leafwise_sums
 
 
 def sums(x, y):
@@ -19,3 +21,37 @@ def test_numbers_come_back_in_the_order_of_the_leaves():
     )
     np.testing.assert_array_equal(total, [2, 6, 9, 12, 10])
     np.testing.assert_array_equal(squares, [2, 12, 27, 48, 50])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "default"])
+@pytest.mark.parametrize("batches_on_cpu", [False, True])
+def test_sums_are_those_of_every_part_on_every_platform(
+    monkeypatch, platform, batches_on_cpu
+):
+    """Of large and small leaves, of layers, and of leaves without rows."""
+
+    def take(*args, **forms):
+        return forms[platform](*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", take)
+    shapes = [(70, 80), (), (5,), (3, 40, 50), (5,), (4, 2000), (6, 2), (9000,)]
+    layered = [False, False, False, True, False, True, True, False]
+    rng = np.random.default_rng(0)
+    a, b = ([rng.integers(0, 9, shape).astype("f4") for shape in shapes] for _ in "ab")
+    found = leafwise_sums(
+        lambda x, y: (x * y, x - y),
+        list(map(jnp.asarray, a)),
+        list(map(jnp.asarray, b)),
+        outputs=2,
+        layered=tuple(layered),
+        batches_on_cpu=batches_on_cpu,
+    )
+    for sums, term in zip(found, (np.multiply, np.subtract), strict=True):
+        expected = [
+            np.atleast_1d(term(x, y).sum(axis=tuple(range(int(split), x.ndim))))
+            for x, y, split in zip(a, b, layered, strict=True)
+        ]
+        # Sums of small integers are exact in any order.
+        np.testing.assert_array_equal(
+            sums, np.concatenate(list(map(np.atleast_1d, expected)))
+        )

@@ -247,3 +247,15 @@ def test_a_leaf_times_one_is_itself_bit_for_bit():
     leaf = jax.random.normal(jax.random.key(0), (50,), jnp.bfloat16)
     scaled = _numerics.scale(leaf, jnp.float32(1.0))
     np.testing.assert_array_equal(scaled, leaf)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("factor", "x"), [(2.0**32, 1e-25), (2.0**-66, 3e38), (2.0**-62, 8e37)]
+)
+def test_what_is_squared_is_scaled_first(shape, factor, x):
+    """XLA makes factor²·x² of it, for scalars at least, unless the factor is hidden."""
+    squared = jax.jit(lambda x: _numerics.square_at(factor, x))
+    found = squared(jnp.full(shape, x, jnp.float32))
+    exact = (factor * float(np.float32(x))) ** 2
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
