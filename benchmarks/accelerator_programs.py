@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from hlo_counts import COLLECTIVES
 from jax.sharding import NamedSharding, PartitionSpec
 from reporting import Report, finish, markdown, parser
 from targets import TARGETS, Compiled, Target, compile_for, on_one_device
@@ -203,21 +204,22 @@ def trainer_programs(target: Target, config: Config) -> dict[str, Row]:
     return found
 
 
-def mesh_program(target: Target, config: Config) -> Row:
-    """The ordinary step on four chips, 2 by 2, and what they send each other.
+def mesh_program(
+    target: Target, step: Callable, shapes: tuple, matrices: set[tuple[int, ...]]
+) -> Row:
+    """A step on four chips, 2 by 2: the largest array of each kind that they send.
 
     Every matrix is split along its first axis, every batch along both axes of the mesh.
     """
     mesh = target.mesh((2, 2), ("data", "fsdp"))
-    step, (leaves, windows) = trainer_step(config, False)
+    leaves, windows = shapes
 
     def place(leaf, *spec):
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def spec_of(leaf):
-        split = leaf.ndim == 2 and leaf.shape[0] % 2 == 0
-        return ("fsdp",) if split else ()
+        return ("fsdp",) if leaf.shape in matrices else ()
 
     arguments = (
         [place(leaf, *spec_of(leaf)) for leaf in leaves],
@@ -225,12 +227,16 @@ def mesh_program(target: Target, config: Config) -> Row:
     )
     with jax.set_mesh(mesh):
         compiled = compile_for(target, step, arguments, (0,))
-    sent = hlo_counts.collectives(compiled.program.as_text())
-    largest = max(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return hlo_counts.collectives(compiled.program.as_text())
+
+
+def mesh_programs(target: Target, config: Config) -> dict[str, Row]:
+    """The plain and the ordinary step on a mesh."""
+    leaves = jax.tree.leaves(parameters(config.size))
+    matrices = {leaf.shape for leaf in leaves if leaf.ndim == 2}
     return {
-        "seconds": round(compiled.seconds, 1),
-        "all_to_all": "all-to-all" in sent,
-        "largest": {kind: round(size / largest, 3) for kind, size in sent.items()},
+        PLAIN: mesh_program(target, *plain_step(config), matrices),
+        ORDINARY: mesh_program(target, *trainer_step(config, False), matrices),
     }
 
 
@@ -280,7 +286,7 @@ def make_report(*, quick: bool, check: bool) -> Report:
             found["step"][title] = trainer_programs(target, CONFIGS[size])
     if not (quick or check):
         found["mesh"] = {
-            f"{name}, {size}": mesh_program(TARGETS[name], CONFIGS[size])
+            f"{name}, {size}": mesh_programs(TARGETS[name], CONFIGS[size])
             for name in ("TPU v5e", "TPU v6e")
             for size in sizes
         }
@@ -318,14 +324,11 @@ def tables(report: Report) -> dict[str, str]:
             found[f"{kind}: {title}"] = table(rows)
     if "mesh" in report:
         lines = [
-            [
-                title,
-                "yes" if row["all_to_all"] else "no",
-                ", ".join(f"{k} {v:.3f}" for k, v in row["largest"].items()),
-            ]
-            for title, row in report["mesh"].items()
+            [f"{title}: {name}", *(f"{sent.get(kind, 0):,}" for kind in COLLECTIVES)]
+            for title, sides in report["mesh"].items()
+            for name, sent in sides.items()
         ]
-        head = ["2×2 chips", "all-to-all", "largest array sent / largest parameter"]
+        head = ["largest array sent among 2×2 chips, bytes", *COLLECTIVES]
         found["mesh"] = markdown(head, lines)
     if "compile" in report:
         lines = [

@@ -32,7 +32,7 @@ _BYTES = {
 _ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _NAME = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = ")
-_COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
 
 
 class Instruction(NamedTuple):
@@ -218,7 +218,7 @@ def collectives(text: str) -> dict[str, int]:
     largest: collections.Counter[str] = collections.Counter()
     for table in parse(text)[0].values():
         for each in table.values():
-            for kind in _COLLECTIVES:
+            for kind in COLLECTIVES:
                 if each.operation in (kind, f"{kind}-start"):
                     size = max((size for size, _ in _arrays(each.shape)), default=0)
                     largest[kind] = max(largest[kind], size)
