@@ -227,7 +227,8 @@ def squared_distances(
     """
 
     def square(x, y):
-        return (jnp.square(y.astype(jnp.float32) - x.astype(jnp.float32)),)
+        difference = y.astype(_wide_dtype(x)) - x.astype(_wide_dtype(x))
+        return (jnp.square(difference).astype(jnp.float32),)
 
     olds, news = jax.tree.leaves(a.mean), jax.tree.leaves(mean)
     (squares,) = leafwise_sums(square, olds, news, outputs=1)
