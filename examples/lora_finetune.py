@@ -30,9 +30,10 @@ import train
 import training
 from command import run_command
 from config import FIXED, Config, check
+from flags import Resume
 from input_error import InputError
 from model import GPT, SIZES
-from resuming import Resume, as_json
+from resuming import as_json
 
 from optax_stability.orbax import Checkpoints
 

@@ -11,23 +11,18 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import console
 import devices
 import filelock
 import writers
+from flags import Resume, flag
 from input_error import InputError
 
 from optax_stability.orbax import Checkpoints
 
 Progress = dict[str, Any]
-Resume = Literal["auto", "must", "never", "changed"]
-
-
-def flag(field: str) -> str:
-    """The name of a field on the command line."""
-    return "--" + field.replace("_", "-")
 
 
 def as_json(config: Any) -> dict[str, Any]:

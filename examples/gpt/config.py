@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import devices
 import faults
+from flags import Resume, flag
 from input_error import InputError
 from model import SIZES
-from resuming import Resume, flag
 
 # Settings that may differ when a run resumes. They do not affect its training, except
 # for the checkpoint that a rewind returns to.

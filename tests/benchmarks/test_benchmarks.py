@@ -1,5 +1,7 @@
 """The baselines are as published, and the fault table counts what it says."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import chex
@@ -370,3 +372,12 @@ def test_the_readme_quotes_the_early_warning_benchmark():
     caught, spikes = usual["alarm"]["recall"]
     text = f"before {caught} of {spikes} spikes and {usual['alarm']['controls']:.0%}"
     assert text.replace("%", " %") in words
+
+
+def test_they_need_nothing_that_the_examples_alone_need():
+    """A machine with an accelerator may lack what reads data, flags and checkpoints."""
+    missing = ("grain", "tyro", "filelock", "orbax", "tensorboardX")
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); "
+    code += "import trainer_step, accelerator_programs, stability"
+    folder = Path(reporting.__file__).parent
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)

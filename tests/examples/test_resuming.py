@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import resuming
 import writers
+from flags import Resume, flag
 from input_error import InputError
-from resuming import Resume, as_json, check_resume, flag
+from resuming import as_json, check_resume
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,10 @@
+"""What the command lines of the examples share; it imports nothing else."""
+
+from typing import Literal
+
+Resume = Literal["auto", "must", "never", "changed"]
+
+
+def flag(field: str) -> str:
+    """The name of a field on the command line."""
+    return "--" + field.replace("_", "-")
