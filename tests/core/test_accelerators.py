@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 from tiers import full, quick_only
 
 import optax_stability as ost
@@ -241,7 +242,7 @@ def chosen_branches(text):
 def test_a_program_is_for_the_platform_that_it_is_exported_for(platform):
     tx = OPTIMIZERS["guard"]()
     step = jax.jit(lambda g, s, p: tx.update(g, s, p, value=1.0))
-    exported = jax.export.export(step, platforms=[platform])(
+    exported = export.export(step, platforms=[platform])(
         PARAMS, jax.eval_shape(tx.init, PARAMS), PARAMS
     )
     on_cpu = chosen_branches(exported.mlir_module()) == {"0"}
