@@ -63,6 +63,11 @@ def huge(dtype) -> float:
     return float(jnp.finfo(dtype).max)
 
 
+def capped(x):
+    """x, at most the largest finite number of its dtype."""
+    return jnp.minimum(x, huge(x.dtype))
+
+
 def is_complex(x) -> bool:
     """Whether an array is complex."""
     return jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
