@@ -21,7 +21,7 @@ import optax
 from jax import lax
 
 from optax_stability._core._memory_space import to_device, to_memory_of
-from optax_stability._core._numerics import by_component, is_complex, promote
+from optax_stability._core._numerics import promote
 from optax_stability._core._platform import by_platform
 
 Carry = TypeVar("Carry")

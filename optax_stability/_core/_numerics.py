@@ -81,7 +81,7 @@ def by_component(function: Callable, x):
 
 
 def times(x, factor):
-    """X times a real factor, in the dtype of the factor; complex if x is."""
+    """Multiplies x by a real factor, in the dtype of the factor; complex if x is."""
     return by_component(lambda part: part.astype(factor.dtype) * factor, x)
 
 
@@ -100,19 +100,19 @@ def inner_product(x, y):
 
 
 def is_finite(x) -> jax.Array:
-    """Whether x, of float32 or wider, is finite, with one comparison per component."""
-    if is_complex(x):
-        return is_finite(x.real) & is_finite(x.imag)
+    """Whether |x| is finite, with a single comparison; x is float32 or wider."""
     return jnp.abs(x) <= huge(x.dtype)
 
 
-def clip_size(x, limit):
-    """X with its size limited to ``limit``; a complex x keeps its phase."""
-    if not is_complex(x):
-        return lax.clamp(-limit, x, limit)
-    size = jnp.abs(x)
-    above = size > limit
-    return jnp.where(above, x * (limit / jnp.where(above, size, 1)), x)
+def size(x):
+    """The modulus of a complex x; a real x as it is, with its sign."""
+    return jnp.abs(x) if is_complex(x) else x
+
+
+def clip_modulus(x, limit):
+    """Limits the modulus of a complex x; the phase is kept."""
+    above = jnp.abs(x) > limit
+    return times(x, jnp.where(above, limit / jnp.where(above, jnp.abs(x), 1), 1))
 
 
 def increment(count, by: int | jax.Array = 1) -> jax.Array:
