@@ -125,7 +125,7 @@ def _norms_jvp(scope: _Scope, primals, tangents):
                 _numerics.by_component(
                     lambda part, divisor=divisor: part.astype(dtype) / divisor, x
                 ),
-                _numerics.by_component(lambda part: part.astype(dtype), dx),
+                _numerics.cast(dx, dtype),
             ),
             axis=tuple(range(int(split), x.ndim)),
         )

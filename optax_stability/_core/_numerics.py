@@ -45,6 +45,11 @@ def wide_dtype(x) -> Any:
     return promote(jnp.result_type(x), FLOAT32)
 
 
+def widen(x):
+    """Casts x to the dtype to compute with it in."""
+    return x.astype(wide_dtype(x))
+
+
 def real_dtype(tree: Any) -> Any:
     """The widest dtype of the sizes of the entries of a tree, at least float32."""
     dtype = FLOAT32
@@ -78,6 +83,11 @@ def by_component(function: Callable, x):
     if not is_complex(x):
         return function(x)
     return lax.complex(function(x.real), function(x.imag))
+
+
+def cast(x, dtype):
+    """Casts a real x, or the parts of a complex x, to a real dtype."""
+    return by_component(lambda part: part.astype(dtype), x)
 
 
 def times(x, factor):

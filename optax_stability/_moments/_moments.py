@@ -83,7 +83,7 @@ class Aggregate(NamedTuple):
 
 def widen(tree: Any) -> Any:
     """Casts leaves narrower than float32 to float32."""
-    return jax.tree.map(lambda leaf: leaf.astype(wide_dtype(leaf)), tree)
+    return jax.tree.map(_numerics.widen, tree)
 
 
 def _stack(scalars: list) -> jax.Array:
