@@ -128,7 +128,7 @@ def count_nonfinite(parts: Parts, norms) -> jax.Array:
 
     On CPU the leaves are read only if a norm is not finite.
     """
-    zero, one = jnp.zeros((), norms.dtype), jnp.ones((), norms.dtype)
+    zero, one = norms.dtype.type(0), norms.dtype.type(1)
 
     def nonfinite(leaf):
         return (jnp.where(jnp.isfinite(leaf), zero, one),)
