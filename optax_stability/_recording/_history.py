@@ -215,10 +215,8 @@ def record_history(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        inner_state, dtype = (
-            inner.init(params),
-            _numerics.real_dtype(_tree.pure(params)),
-        )
+        inner_state = inner.init(params)
+        dtype = _numerics.real_dtype(_tree.pure(params))
         shape = jax.eval_shape(
             lambda: _row(_metrics.reporting_states(inner_state), dtype)
         )

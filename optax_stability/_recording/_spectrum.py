@@ -29,7 +29,8 @@ class Spectrum(NamedTuple):
     Attributes:
       step: int32[] – number of measurements.
       vectors: real[…, n], or complex[…, n] for a complex matrix – for every matrix
-        [m, n] or stack of matrices [l, m, n], the last estimate of the right singular vector, of length 1.
+        [m, n] or stack of matrices [l, m, n], the last estimate of the right singular
+        vector, of length 1.
     """
 
     step: jax.Array
