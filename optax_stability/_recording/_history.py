@@ -80,7 +80,9 @@ def _recorded_metrics(node: Any) -> dict[str, jax.Array]:
 def _row(states: States, dtype) -> jax.Array:
     """Concatenates the recorded metrics of all states, in one dtype."""
     values = [value for _, node in states for value in _recorded_metrics(node).values()]
-    return _parts.concatenate([value.astype(dtype) for value in values])
+    # Without a metric the concatenation is an empty float32 vector.
+    row = _parts.concatenate([value.astype(dtype) for value in values])
+    return row.astype(dtype)
 
 
 def _columns(states: States, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
