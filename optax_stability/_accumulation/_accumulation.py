@@ -65,7 +65,7 @@ def _incoming(
     moments = moments if mean_square else moments._replace(mean_square=None)
     return Aggregate(
         mean=updates,
-        value=jnp.asarray(loss, jnp.float32),
+        value=jnp.asarray(loss, _numerics.real_dtype(updates)),
         moments=_moments.rescaled(moments, updates, axis_name),
     )
 
@@ -136,7 +136,7 @@ def accumulate_moments(
     *,
     mean_square: bool = True,
     reject_nonfinite: bool = True,
-    accumulator_dtype: Any = _numerics.FLOAT32,
+    accumulator_dtype: Any = None,
     axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages gradients over ``every_k`` calls, and then lets ``inner`` take a step.
@@ -170,7 +170,8 @@ def accumulate_moments(
 
     **Edge cases**
 
-    * A leaf whose norm is above 8e37, or a weight above it, counts as not finite.
+    * A leaf whose norm is above 8e37 (4e307 in float64), or a weight above 8e37, counts
+      as not finite.
     * A clip or skip *inside*, ``accumulate_moments(chain(clip, adam))``, sees the whole
       batch once. A clip or skip *before* it, ``chain(clip, accumulate_moments(adam))``,
       sees every microbatch.
@@ -187,9 +188,10 @@ def accumulate_moments(
       mean_square: also keep Σnₖ·mₖ², for
         ``scale_by_safe_adam(second_moment="microbatch")``; costs one buffer.
       reject_nonfinite: False keeps every microbatch, finite or not.
-      accumulator_dtype: dtype of the mean. A dtype narrower than float32 loses small
-        gradients. Gradients in a narrower dtype than this one need a copy in this dtype
-        while ``inner`` runs.
+      accumulator_dtype: dtype of the mean. None for that of each parameter, but at
+        least float32; the mean of a complex parameter is complex with any dtype. A
+        dtype narrower than float32 loses small gradients. Gradients in a narrower dtype
+        than this one need a copy in this dtype while ``inner`` runs.
       axis_name: under ``shard_map``, the mesh axes that shard the gradient: all devices
         then keep or reject together, and deviations are those of whole leaves. Leave it
         None under ``jit``.
@@ -226,7 +228,8 @@ def accumulate_moments(
     _validate.check_transformation("inner", inner)
     if not (callable(every_k) or isinstance(every_k, ChoosesMicrobatches)):
         _validate.check_count("every_k", every_k, 1, "1 takes a step on every call")
-    _validate.check_float_dtype("accumulator_dtype", accumulator_dtype)
+    if accumulator_dtype is not None:
+        _validate.check_float_dtype("accumulator_dtype", accumulator_dtype)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):

@@ -20,6 +20,8 @@ from optax_stability._moments._moments import Aggregate, Moments
 class AccumulateMomentsState(NamedTuple):
     """State of :func:`accumulate_moments`.
 
+    "real" is float64 if a parameter is float64 or complex128, else float32.
+
     Attributes:
       mini_step: int32[] – calls in the current window, kept or not.
       gradient_step: int32[] – steps that ``inner`` has taken.
@@ -28,7 +30,7 @@ class AccumulateMomentsState(NamedTuple):
       inner_opt_state: state of ``inner``.
       acc_grads: tree like the parameters, ``accumulator_dtype`` – mean of the gradients
         in the window. Has no meaning while ``mini_step`` is 0.
-      value: float32[] – mean loss of the window, 0 if no loss was given.
+      value: real[] – mean loss of the window, 0 if no loss was given.
       moments: statistics of the window; its ``norm`` is None.
     """
 

@@ -12,7 +12,6 @@ import jax
 import optax
 
 from optax_stability._adam._adam import EpsMode, SecondMoment, scale_by_safe_adam
-from optax_stability._core import _numerics
 
 
 def safe_adamw(
@@ -28,7 +27,7 @@ def safe_adamw(
     update_rms_max: float | jax.Array | None = None,
     spike_ratio: float | jax.Array | None = None,
     mu_dtype: Any = None,
-    rms_dtype: Any = _numerics.FLOAT32,
+    rms_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.adamw`` with :func:`scale_by_safe_adam` in place of Adam.
 

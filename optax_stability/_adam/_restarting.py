@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability import thresholds
-from optax_stability._core import _known_norms, _mesh_axes, _validate
+from optax_stability._core import _known_norms, _mesh_axes, _tree, _validate
 from optax_stability._core._in_place import select_if
-from optax_stability._core._numerics import increment, scale
+from optax_stability._core._numerics import increment, real_dtype, scale
 from optax_stability.thresholds import Threshold
-from optax_stability.thresholds._threshold import check_threshold
+from optax_stability.thresholds._threshold import check_threshold, learn, state_for
 
 
 class RestartMomentsState(NamedTuple):
@@ -147,7 +147,7 @@ def restart_moments(
             age=jnp.zeros((), jnp.int32),
             total=jnp.zeros((), jnp.int32),
             last_step=jnp.full((), -1, jnp.int32),
-            threshold=threshold.init(),
+            threshold=state_for(threshold, real_dtype(_tree.pure(params))),
             inner_state=inner.init(params),
         )
 
@@ -161,7 +161,7 @@ def restart_moments(
         restart, learned = jnp.zeros((), bool), state.threshold
         if on_spike is not None:
             norm = _known_norms.global_norm(updates, axis_name)
-            limit, learned = threshold.update(norm, state.threshold)
+            limit, learned = learn(threshold, norm, state.threshold)
             restart = jnp.isfinite(norm) & (norm > limit)
         if every is not None:
             restart |= age >= every

@@ -13,6 +13,7 @@ stream.
 networks", 2013, arXiv:1211.5063, Algorithm 1, with the limit from a threshold.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -29,21 +30,23 @@ from optax_stability._core._scopes import (
     split,
 )
 from optax_stability.thresholds import Threshold
-from optax_stability.thresholds._threshold import check_threshold
+from optax_stability.thresholds._threshold import check_threshold, learn, state_for
 
 
 class ClipByThresholdState(NamedTuple):
     """State of :func:`clip_by_threshold`.
 
+    "real" is float64 if a leaf is float64 or complex128, else float32.
+
     Attributes:
       step: int32[] – calls of ``update``.
       clipped_total: int32[] – steps at which a norm was above its limit.
       nonfinite_total: int32[] – steps at which a norm was not finite.
-      norm: float32[] – last L2 norm of the whole gradient, before clipping.
-      limit: float32[] – last limit; with several scopes √Σ limit².
-      leaf_norm: float32[n_leaves] – for each leaf, last norm of its scope (for a
+      norm: real[] – last L2 norm of the whole gradient, before clipping.
+      limit: real[] – last limit; with several scopes √Σ limit².
+      leaf_norm: real[n_leaves] – for each leaf, last norm of its scope (for a
         stacked leaf, of all its layers together); None with scope ``"global"``.
-      leaf_limit: float32[n_leaves] – for each leaf, last limit of its scope; None with
+      leaf_limit: real[n_leaves] – for each leaf, last limit of its scope; None with
         scope ``"global"``.
       threshold: state of the threshold; every array has a leading axis with one entry
         per scope, in the order of the leaves.
@@ -100,7 +103,8 @@ def clip_by_threshold(
 
     Within a scope the direction of the gradient is kept; only its length changes.
 
-    **Rule**, for every scope (the whole tree, a leaf, a group), n = ‖g‖₂ in float32::
+    **Rule**, for every scope (the whole tree, a leaf, a group), n = √Σ|x|² over its
+    entries, in float32, or in float64 if a leaf of the tree is float64 or complex128::
 
       limit, state = threshold.update(n, state)
       g ← g·limit/n   if n > limit
@@ -114,6 +118,8 @@ def clip_by_threshold(
     * A non-finite gradient gives zero updates for its scope and is not learned, at any
       step; the other scopes are not affected.
     * The norm of a finite gradient of any size is correct, although 1e20² overflows.
+      Limits for float64 gradients have the range and the digits of float64.
+    * Complex entries count by their modulus and keep their phase.
 
     **Edge cases**: an all-zero gradient is not clipped; an empty tree has norm 0. If
     the backend flushes subnormal numbers to zero, a gradient with limit/n below 1e-38
@@ -169,16 +175,16 @@ def clip_by_threshold(
     def init_fn(params):
         parts = split(_tree.pure(params), scope, stacked)
         streams = jnp.zeros((parts.num_scopes,), jnp.float32)
-        size = parts.num_leaves
+        size, dtype = parts.num_leaves, _numerics.real_dtype(_tree.pure(params))
         return ClipByThresholdState(
             step=jnp.zeros((), jnp.int32),
             clipped_total=jnp.zeros((), jnp.int32),
             nonfinite_total=jnp.zeros((), jnp.int32),
-            norm=jnp.zeros((), jnp.float32),
-            limit=jnp.zeros((), jnp.float32),
-            leaf_norm=jnp.zeros((size,), jnp.float32) if per_leaf else None,
-            leaf_limit=jnp.zeros((size,), jnp.float32) if per_leaf else None,
-            threshold=jax.vmap(lambda _: threshold.init())(streams),
+            norm=jnp.zeros((), dtype),
+            limit=jnp.zeros((), dtype),
+            leaf_norm=jnp.zeros((size,), dtype) if per_leaf else None,
+            leaf_limit=jnp.zeros((size,), dtype) if per_leaf else None,
+            threshold=jax.vmap(lambda _: state_for(threshold, dtype))(streams),
             leaves=_tree.mark_leaves(params) if per_leaf else None,
         )
 
@@ -191,7 +197,10 @@ def clip_by_threshold(
         finite, above = jnp.isfinite(norm), norm > limit
         # The inner where avoids 0/0 in derivatives.
         factor = jnp.where(above, limit / jnp.where(above, norm, 1.0), 1.0)
-        return _scale(updates, factor, finite, parts), ClipByThresholdState(
+        scaled = _scale(updates, factor, finite, parts)
+        # They are wider than at init only if the gradient is wider than the parameters.
+        norm, limit = norm.astype(state.norm.dtype), limit.astype(state.norm.dtype)
+        return scaled, ClipByThresholdState(
             step=_numerics.increment(state.step),
             clipped_total=_count(state.clipped_total, finite & above),
             nonfinite_total=_count(state.nonfinite_total, ~finite),
@@ -212,8 +221,8 @@ def _update_each(threshold: Threshold, norms, states):
     On a TPU single numbers are for the scalar unit, vectors of one number are not.
     """
     if norms.shape[0] != 1:
-        return jax.vmap(threshold.update)(norms, states)
-    found = threshold.update(norms[0], jax.tree.map(lambda x: x[0], states))
+        return jax.vmap(functools.partial(learn, threshold))(norms, states)
+    found = learn(threshold, norms[0], jax.tree.map(lambda x: x[0], states))
     return jax.tree.map(lambda x: x[None], found)
 
 

@@ -21,6 +21,7 @@ import optax
 from jax import lax
 
 from optax_stability._core._memory_space import to_device, to_memory_of
+from optax_stability._core._numerics import is_complex, promote
 from optax_stability._core._platform import by_platform
 
 Carry = TypeVar("Carry")
@@ -160,7 +161,7 @@ def _cast_like(new, old):
 
 def _fits(output, buffer) -> bool:
     """Whether the dtype of the buffer can hold every value of the output's dtype."""
-    return jnp.promote_types(output.dtype, buffer.dtype) == buffer.dtype
+    return promote(output.dtype, buffer.dtype) == buffer.dtype
 
 
 class WrittenUpdate(NamedTuple):
@@ -250,7 +251,7 @@ def apply_if(
 
 def _has_bits(x) -> bool:
     """Whether exclusive or is defined for the dtype; it is not for random keys."""
-    kinds = jnp.floating, jnp.integer, jnp.bool_
+    kinds = jnp.inexact, jnp.integer, jnp.bool_
     return any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
 
 
@@ -263,6 +264,10 @@ def _as_bits(x):
 
 def _xor(x, y):
     """Bitwise exclusive or, in the memory of x: ``_xor(_xor(x, y), y)`` is x."""
+    if is_complex(x):
+        parts = to_device(x), to_device(y)
+        real, imag = (_xor(*(part(z) for z in parts)) for part in (jnp.real, jnp.imag))
+        return to_memory_of(lax.complex(real, imag), x)
     bits = _as_bits(to_device(x)) ^ _as_bits(to_device(y))
     result = bits if bits.dtype == x.dtype else lax.bitcast_convert_type(bits, x.dtype)
     return to_memory_of(result, x)

@@ -72,7 +72,7 @@ def _check_layers(tree, layered):
 
 
 def scope_norms(tree, parts: Parts, axis_name):
-    """The norm of each scope, float32[n_scopes]."""
+    """The norm of each scope, real[n_scopes]."""
     if parts.num_scopes == 1:
         return _known_norms.global_norm(tree, axis_name)[None]
     norms = _norms.leaf_norms(tree, axis_name, parts.layered)

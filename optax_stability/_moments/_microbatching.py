@@ -20,7 +20,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_stability._core import _norms, _tree, _validate
+from optax_stability._core import _norms, _numerics, _tree, _validate
 from optax_stability._core._mesh_axes import (
     all_varying_axes,
     sharding_axes,
@@ -157,7 +157,10 @@ def _value_and_grad(loss_fn: Callable[..., Any], has_aux: bool, loss_scale: Any)
         grads, value = jax.grad(scaled, has_aux=True)(params, microbatch)
         # XLA fuses a multiplication into the operations that read the gradient.
         inverse = 1 / loss_scale
-        return value, jax.tree.map(lambda g: g * inverse, _moments.widen(grads))
+        return value, jax.tree.map(
+            lambda g: _numerics.times(g, inverse.astype(_numerics.real_dtype(g))),
+            _moments.widen(grads),
+        )
 
     return value_and_grad
 
@@ -179,7 +182,7 @@ def microbatch_gradients(
     gradients mₖ and weights nₖ; the sums are over the kept microbatches::
 
       N = Σnₖ    loss = Σnₖ·lₖ/N    grads = ḡ = Σnₖ·mₖ/N
-      deviation = Σnₖ‖mₖ − ḡ‖²      mean_square = Σnₖ·mₖ²/N
+      deviation = Σnₖ‖mₖ − ḡ‖²      mean_square = Σnₖ·|mₖ|²/N
 
       kept  if every entry of mₖ and lₖ are finite, and 0 < nₖ < ∞
 
@@ -201,7 +204,10 @@ def microbatch_gradients(
 
     * If no microbatch is kept, the loss is NaN and the gradient is 0: ``skip_spikes``
       then skips the step.
-    * A leaf whose norm is above 8e37, or a weight above it, counts as not finite.
+    * A leaf whose norm is above 8e37 (4e307 in float64), or a weight above 8e37, counts
+      as not finite.
+    * Complex parameters count by their modulus. Their gradient is that of
+      ``jax.grad``, which is conjugated before it is subtracted: see ``jax.grad``.
     * The loss scale is clipped to 2⁻¹²⁶ … 2¹²⁶; if it is NaN, no microbatch is kept.
       Average the loss in float32: the backward pass of a float16 mean starts with S in
       float16, whose maximum is 65504.

@@ -20,7 +20,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability._core import _mesh_axes, _norms, _scopes, _tree, _validate
+from optax_stability._core import (
+    _mesh_axes,
+    _norms,
+    _numerics,
+    _scopes,
+    _tree,
+    _validate,
+)
 from optax_stability._core._leafwise import leafwise_sums
 from optax_stability._core._look import is_due
 from optax_stability._moments import _moments
@@ -51,7 +58,9 @@ def _param_rms(params: Any, known, state: EstimateNoiseScaleState, axis_name):
     # Not with the overflow-safe norms: their loop would copy the parameters.
     leaves = jax.tree.leaves(params)
     (squares,) = leafwise_sums(
-        lambda p: (jnp.square(p.astype(jnp.float32)),), leaves, outputs=1
+        lambda p: (_numerics.abs_sq(_numerics.cast(p, jnp.float32)),),
+        leaves,
+        outputs=1,
     )
     squares = _mesh_axes.sum_shards(squares, leaves, axis_name)
     return jnp.sqrt(sum_by_stream(jnp.where(known, squares, 0.0), state) / state.size)
@@ -60,6 +69,7 @@ def _param_rms(params: Any, known, state: EstimateNoiseScaleState, axis_name):
 def _squared_norms(moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName):
     """‖ḡ‖² of each leaf, before any clip if the moments contain the norm."""
     norms = _norms.leaf_norms(grads) if moments.norm is None else moments.norm
+    norms = norms.astype(jnp.float32)
     leaves = jax.tree.leaves(grads)
     return _mesh_axes.sum_shards(jnp.square(norms), leaves, axis_name)
 
@@ -67,7 +77,7 @@ def _squared_norms(moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName)
 def _observe(moments: Moments, squared_norms) -> Observed:
     """S and G² of each leaf, from the microbatches of one step."""
     k = moments.num_microbatches
-    trace = moments.deviation / jnp.where(k > 1, k - 1, jnp.nan)
+    trace = moments.deviation.astype(jnp.float32) / jnp.where(k > 1, k - 1, jnp.nan)
     return Observed(
         trace=trace,
         grad_sq=squared_norms - trace / moments.weight,
@@ -155,8 +165,9 @@ def estimate_noise_scale(
       in the first steps of a run, the estimate is too low.
     * Examples of one batch must be independent. Tokens of one sequence are not: weight
       by sequences, or treat an estimate in tokens as a lower bound.
-    * Squared norms have the range of float32: a norm above 1e18, or a global norm below
-      1e-19, is not measured. The rounding of bfloat16 gradients is part of the noise:
+    * Squared norms have the range and the digits of float32, for parameters of every
+      dtype: a norm above 1e18, or a global norm below 1e-19, is not measured. Complex
+      entries count by |.|². The rounding of bfloat16 gradients is part of the noise:
       S/n up to 2⁻¹⁸ of ‖g‖² for a microbatch of n.
     * A clip earlier in the chain does not change the estimate: the moments contain ‖ḡ‖
       from before the clip. Clipping single microbatches changes the noise itself.

@@ -25,6 +25,7 @@ from optax_stability._core import (
     _metrics,
     _numerics,
     _parts,
+    _tree,
     _validate,
 )
 from optax_stability._core._in_place import run_if
@@ -39,7 +40,8 @@ class RecordHistoryState(NamedTuple):
 
     Attributes:
       step: int32[] – calls of ``update``.
-      rows: float32[length, n_numbers] – ring buffer of loss and metrics; step i is in
+      rows: real[length, n_numbers], float64 if a parameter is float64 or complex128,
+        else float32 – ring buffer of loss and metrics; step i is in
         row i mod ``length``.
       has_loss: bool[] – whether a loss was ever given.
       inner_state: state of ``inner``; its structure defines the columns of ``rows``.
@@ -75,10 +77,12 @@ def _recorded_metrics(node: Any) -> dict[str, jax.Array]:
     }
 
 
-def _row(states: States) -> jax.Array:
-    """Concatenates the recorded metrics of all states, float32[n]."""
+def _row(states: States, dtype) -> jax.Array:
+    """Concatenates the recorded metrics of all states, in one dtype."""
     values = [value for _, node in states for value in _recorded_metrics(node).values()]
-    return _parts.concatenate([value.astype(jnp.float32) for value in values])
+    # Without a metric the concatenation is an empty float32 vector.
+    row = _parts.concatenate([value.astype(dtype) for value in values])
+    return row.astype(dtype)
 
 
 def _columns(states: States, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
@@ -214,21 +218,25 @@ def record_history(
 
     def init_fn(params):
         inner_state = inner.init(params)
-        shape = jax.eval_shape(lambda: _row(_metrics.reporting_states(inner_state)))
+        dtype = _numerics.real_dtype(_tree.pure(params))
+        shape = jax.eval_shape(
+            lambda: _row(_metrics.reporting_states(inner_state), dtype)
+        )
         return RecordHistoryState(
             step=jnp.zeros((), jnp.int32),
-            rows=jnp.full((length, 1 + shape.size), jnp.nan, jnp.float32),
+            rows=jnp.full((length, 1 + shape.size), jnp.nan, dtype),
             has_loss=jnp.zeros((), bool),
             inner_state=inner_state,
         )
 
     def next_row(state, loss, inner_state, extra_args):
         cheap, costly = _split_by_cost(inner_state)
-        head = jnp.concatenate([loss[None], _row(cheap)])
+        dtype = state.rows.dtype
+        head = jnp.concatenate([loss[None].astype(dtype), _row(cheap, dtype)])
         last_tail = state.rows[(state.step - 1) % length, len(head) :]
 
         def read(_):
-            return _mesh_axes.mean_over_varying(_row(costly), axis_name)
+            return _mesh_axes.mean_over_varying(_row(costly, dtype), axis_name)
 
         due = is_due(extra_args, lambda: state.step % slow_every == 0)
         tail = run_if(due, read, last_tail)

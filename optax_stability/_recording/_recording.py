@@ -41,8 +41,9 @@ class RecordState(NamedTuple):
 
     Attributes:
       step: int32[] – calls of ``update``.
-      metrics: ``<name>/…`` – float32[] and, for ``…/per_leaf``, float32[n_leaves]: the
-        last measurement; zeros before the first.
+      metrics: ``<name>/…`` – real[] and, for ``…/per_leaf``, real[n_leaves]: the last
+        measurement; zeros before the first. "real" is float64 if a parameter is
+        float64 or complex128, else float32.
       memory: memory from one measurement to the next.
       leaves: one mark per entry of the per-leaf vectors, to name it; or None.
     """
@@ -79,15 +80,17 @@ def record(
 ) -> optax.GradientTransformationExtraArgs:
     """Records norms and distribution of the updates at this place in the chain.
 
-    **Rule**, over the n entries x of the tree and of each leaf, n₊ of them not 0::
+    **Rule**, over the n entries x of the tree and of each leaf, n₊ of them not 0; a
+    complex x counts by its modulus::
 
-      at every step            norm = √Σx²        rms = norm/√n
+      at every step            norm = √Σ|x|²      rms = norm/√n
       every ``every`` steps    norm and rms of the parameters
                                max_abs = max|x|   zero_fraction = 1 − n₊/n
                                nonfinite = share of NaN and Inf
-                               bimodality = (Σx²)²/(n₊·Σx⁴)
+                               bimodality = (Σ|x|²)²/(n₊·Σ|x|⁴)
         ratio_to_params        param_ratio = norm/norm of the parameters
-        correlation            correlation = cosine with the previous measurement
+        correlation            correlation = cosine with the previous measurement;
+                               of complex x from the real part of the inner product
         spectral               spectral_norm = largest singular value of a matrix
         histogram              entries between successive powers of two
 
@@ -178,12 +181,12 @@ def record(
     options = Options(ratio_to_params, correlation, spectral, histogram)
     needs_params = of == "params" or ratio_to_params
 
-    def to_metrics(measured: Measured) -> dict[str, jax.Array]:
+    def to_metrics(measured: Measured, dtype) -> dict[str, jax.Array]:
         metrics = {f"{name}/{key}": total for key, (total, _) in measured.items()}
         if per_leaf:
             for key, (_, each) in measured.items():
                 metrics[f"{name}/{key}/per_leaf"] = each
-        return metrics
+        return jax.tree.map(lambda x: x.astype(dtype), metrics)
 
     def which_layered(tree) -> _parts.Layered:
         return _scopes.split(tree, "global", stacked).layered
@@ -191,15 +194,17 @@ def record(
     def init_fn(params):
         tree = _tree.pure(params)
         parts = Parts(jax.tree.leaves(tree), which_layered(tree))
+        dtype = _numerics.real_dtype(tree)
+        measured = _measuring.init_measured(parts.num_parts, options, dtype)
         memory = Memory(
-            previous=_similarity.init_previous(params, parts.num_parts)
+            previous=_similarity.init_previous(params, parts.num_parts, dtype)
             if correlation
             else None,
             spectrum=_spectrum.init_spectrum(parts) if spectral else None,
         )
         return RecordState(
             step=jnp.zeros((), jnp.int32),
-            metrics=to_metrics(_measuring.init_measured(parts.num_parts, options)),
+            metrics=to_metrics(measured, dtype),
             memory=memory,
             leaves=_mark_parts(tree, parts.layered) if per_leaf else None,
         )
@@ -215,9 +220,10 @@ def record(
             return Parts(jax.tree.leaves(tree), layered, axis_name)
 
         norms, fresh = None, {}
+        dtype = state.metrics[f"{name}/norm"].dtype
         if of == "updates" and not _measuring.is_costly(parts_of(updates), extra_args):
             norms = _measuring.measure_norms(parts_of(updates))
-            fresh = to_metrics(_measuring.from_norms(parts_of(updates), norms))
+            fresh = to_metrics(_measuring.from_norms(parts_of(updates), norms), dtype)
 
         def rule():
             due = state.step % every == 0
@@ -231,7 +237,7 @@ def record(
                 parts, norms, parts_of(params), memory, options
             )
             measured |= _measuring.from_norms(parts, norms)
-            return state.metrics | to_metrics(measured), memory
+            return state.metrics | to_metrics(measured, dtype), memory
 
         passed, (metrics, memory) = measure_if(
             is_due(extra_args, rule),

@@ -176,9 +176,12 @@ def _ambiguous(old: Any) -> _Refusal:
 def _mismatch(new: Any, old: Any) -> _Refusal:
     if not (hasattr(old, "shape") and hasattr(new, "shape")):
         return _Refusal(f"{_name(old)}: it has no place in {_name(new)}")
+    remedy = ""
+    if new.shape == old.shape:
+        remedy = f" (for moments give mu_dtype or rms_dtype={old.dtype.name!r})"
     return _Refusal(
         f"{old.dtype}{list(old.shape)} where the new one has "
-        f"{new.dtype}{list(new.shape)}",
+        f"{new.dtype}{list(new.shape)}{remedy}",
         near=True,
     )
 

@@ -15,8 +15,9 @@ from typing import Literal, get_args
 
 import optax
 
-from optax_stability._core import _mesh_axes, _validate
+from optax_stability._core import _mesh_axes, _tree, _validate
 from optax_stability._core._memory_space import Place
+from optax_stability._core._numerics import real_dtype
 from optax_stability._spikes import _exchange, _guarded_step, _skip_state
 from optax_stability._spikes._branch_state import (
     init_state,
@@ -167,10 +168,13 @@ def branch_on_spike(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        inner_state, detector = inner.init(params), guard.detector.init()
+        dtype = real_dtype(_tree.pure(params))
+        inner_state, detector = inner.init(params), guard.detector.init(dtype)
         saved_state = inner_state if keep == "all" else ()
         snapshot = _exchange.init_snapshot(params, detector, saved_state, keep_in)
-        skip = _skip_state.init_state(guard.detector.init(), inner_state, bucket)
+        skip = _skip_state.init_state(
+            guard.detector.init(dtype), inner_state, bucket, dtype
+        )
         return init_state(snapshot, skip, rollback_budget)
 
     def update_fn(updates, state, params=None, **extra_args):

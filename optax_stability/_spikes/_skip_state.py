@@ -35,8 +35,9 @@ class SkipSpikesState(NamedTuple):
       kind_total: int32[4] – steps found abnormal by NaN, Inf, norm, loss, skipped or
         not.
       kind_step: int32[4] – last step of each kind, counted from 0; −1 if none was.
-      norm: float32[] – last L2 norm of the gradient.
-      norm_limit: float32[] – last limit of the norm, ∞ where none is set.
+      norm: real[] – last L2 norm of the gradient; "real" is float64 if a parameter is
+        float64 or complex128, else float32.
+      norm_limit: real[] – last limit of the norm, ∞ where none is set.
       value: float32[] – last loss, 0 if none was given.
       value_limit: float32[] – last limit of the loss, ∞ where none is set.
       detector: state of the detector.
@@ -156,7 +157,7 @@ def count(total, event):
 
 
 def init_state(
-    detector: DetectorState, inner_state: Any, bucket: Bucket
+    detector: DetectorState, inner_state: Any, bucket: Bucket, norm_dtype: Any
 ) -> SkipSpikesState:
     """The state before the first step: nothing skipped, the bucket as it starts."""
     return SkipSpikesState(
@@ -172,8 +173,8 @@ def init_state(
         last_step=jnp.full((), _NEVER, jnp.int32),
         kind_total=jnp.zeros((len(KINDS),), jnp.int32),
         kind_step=jnp.full((len(KINDS),), _NEVER, jnp.int32),
-        norm=jnp.zeros((), jnp.float32),
-        norm_limit=jnp.zeros((), jnp.float32),
+        norm=jnp.zeros((), norm_dtype),
+        norm_limit=jnp.zeros((), norm_dtype),
         value=jnp.zeros((), jnp.float32),
         value_limit=jnp.zeros((), jnp.float32),
         detector=detector,
@@ -191,8 +192,8 @@ def update_after_failed_probe(
         skipped=jnp.zeros((), bool),
         kind_total=count(state.kind_total, bad),
         kind_step=jnp.where(bad, state.step, state.kind_step),
-        norm=reading.norm,
-        norm_limit=reading.norm_limit,
+        norm=reading.norm.astype(state.norm.dtype),
+        norm_limit=reading.norm_limit.astype(state.norm.dtype),
         value=reading.value,
         value_limit=reading.value_limit,
     )
@@ -223,8 +224,8 @@ def update_state(
         last_step=jnp.where(skip, state.step, state.last_step),
         kind_total=count(state.kind_total, reading.kinds),
         kind_step=jnp.where(reading.kinds, state.step, state.kind_step),
-        norm=reading.norm,
-        norm_limit=reading.norm_limit,
+        norm=reading.norm.astype(state.norm.dtype),
+        norm_limit=reading.norm_limit.astype(state.norm.dtype),
         value=reading.value,
         value_limit=reading.value_limit,
         detector=optax.tree.where(skip, state.detector, learned),

@@ -17,8 +17,9 @@ without a guard.
 
 import optax
 
-from optax_stability._core import _mesh_axes, _validate
+from optax_stability._core import _mesh_axes, _tree, _validate
 from optax_stability._core._in_place import apply_if, select_if
+from optax_stability._core._numerics import real_dtype
 from optax_stability._spikes import _guarded_step
 from optax_stability._spikes._detection import (
     ABOVE_THE_SCATTER,
@@ -164,7 +165,8 @@ def skip_spikes(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        return init_state(guard.detector.init(), inner.init(params), bucket)
+        dtype = real_dtype(_tree.pure(params))
+        return init_state(guard.detector.init(dtype), inner.init(params), bucket, dtype)
 
     def update_fn(updates, state, params=None, **extra_args):
         assessment = _guarded_step.assess(guard, updates, state.detector, extra_args)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_stability._core import _norms, _tree
+from optax_stability._core import _norms, _numerics, _tree
 from optax_stability._moments import _microbatching, _moments
 from optax_stability._moments._microbatching import Batch, Value
 from optax_stability._moments._moments import Moments
@@ -52,9 +52,16 @@ def _attach_taps(model: Any, params: Any, only: tuple, rows: int) -> None:
             continue
         # A subclass may have parameters of its own.
         if attribute in module.tapped:
-            shape = getattr(module, attribute).shape
-            layers = shape[: len(shape) - module.tapped[attribute]]
-            tap = NormTap(jnp.zeros((*layers, rows + 2)), parameter=name)
+            parameter = getattr(module, attribute)[...]
+            if _numerics.is_complex(parameter):
+                raise TypeError(
+                    f"{name} is {parameter.dtype}: norm taps are for real parameters. "
+                    "Leave its module out with only=, or use microbatch_gradients, "
+                    "which supports complex parameters."
+                )
+            layers = parameter.shape[: parameter.ndim - module.tapped[attribute]]
+            zeros = jnp.zeros((*layers, rows + 2), _numerics.real_dtype(parameter))
+            tap = NormTap(zeros, parameter=name)
             setattr(module, f"{attribute}_tap", tap)
             attached = True
     if not attached:

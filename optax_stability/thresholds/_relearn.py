@@ -102,7 +102,7 @@ def relearn(
         accept = above >= after
         level = jnp.where(limit > 0, jnp.minimum(x, state.rise * limit), x)
         inner = optax.tree.where(accept, threshold.rebase(level, inner), inner)
-        squared = jnp.minimum(state.rise * state.rise, _numerics.HUGE)
+        squared = _numerics.capped(state.rise * state.rise)
         rise = jnp.where(x <= limit, initial_rise, state.rise)
         return limit, RelearnState(
             above=jnp.where(accept, 0, above),

@@ -1582,11 +1582,6 @@ def test_a_state_that_takes_the_dtype_of_the_gradient_keeps_its_own():
         np.testing.assert_allclose(updates, -0.1, rtol=1e-2)
 
 
-def test_complex_gradients_are_refused():
-    with pytest.raises(TypeError, match="split_real_and_imaginary"):
-        ost.accumulate_moments(SGD, 2).init({"w": jnp.ones(2, complex)})
-
-
 @full
 def test_a_clip_in_front_is_known_by_the_norm_of_the_moments():
     """r̂ is what it would be had every microbatch gradient been scaled alike."""
