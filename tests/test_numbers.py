@@ -3,12 +3,16 @@
 What is not refused is right: compared with NumPy in float64 and complex128.
 """
 
+import functools
+
 import chex
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import strategies as st
 from test_contract import (
     CASES,
     ONE_EACH,
@@ -19,7 +23,7 @@ from test_contract import (
     make_params,
     signature,
 )
-from tiers import quick_only
+from tiers import full, quick_only
 
 import optax_stability as ost
 
@@ -373,3 +377,195 @@ def test_a_bfloat16_run_of_optax_continues_with_its_moments():
     state = ost.adopt_state(tx, params, ost.from_optax_adam_state(old))
     assert state[0].mu["w"].dtype == jnp.float32
     np.testing.assert_array_equal(state[0].mu["w"], old[0].mu["w"].astype(jnp.float32))
+
+
+# --- a reference in NumPy, over dtypes, trees and transformations ---------------------
+
+# For each dtype: the decades of the gradients that are drawn, and one rounding.
+DTYPES = {
+    "float16": ((-4, 3), 2.0**-11),
+    "bfloat16": ((-30, 30), 2.0**-8),
+    "float32": ((-30, 30), 2.0**-24),
+    "complex64": ((-30, 30), 2.0**-24),
+    "float64": ((-250, 250), 2.0**-53),
+    "complex128": ((-250, 250), 2.0**-53),
+}
+# Roundings on the way to a result: chains of a dozen operations, sums of a dozen terms.
+OPERATIONS = 64
+SHAPES = ((), (3,), (2, 2), (0,))
+STEPS = 3
+
+
+def norm_of(grads):
+    """In units of the largest entry, so that no square overflows."""
+    largest = max((np.abs(g).max(initial=0.0) for g in grads), default=0.0)
+    if largest == 0:
+        return 0.0
+    return largest * np.sqrt(sum(np.sum(np.abs(g / largest) ** 2) for g in grads))
+
+
+# Each maps gradients and a state to updates, the sizes of the terms that were added to
+# compute them, and the next state.
+
+
+def passes(grads, state):
+    return grads, [np.abs(g) for g in grads], state
+
+
+def is_halved(grads, state):
+    return passes([g / 2 for g in grads], state)
+
+
+def is_clipped_to_one(grads, state):
+    return passes([g * min(1.0, 1 / max(norm_of(grads), 1e-300)) for g in grads], state)
+
+
+def is_averaged(grads, state):
+    seen = [*(state or []), grads]
+    if len(seen) < STEPS:
+        return [0 * g for g in grads], [0.0 * np.abs(g) for g in grads], seen
+    means = [sum(each) / STEPS for each in zip(*seen, strict=True)]
+    sizes = [sum(map(np.abs, each)) / STEPS for each in zip(*seen, strict=True)]
+    return means, sizes, seen
+
+
+def is_divided_by_its_root_mean_square(grads, state):
+    """Adam as published, with β = 0.9, 0.95 and ε = 0."""
+    zeros = [0 * g for g in grads], [0.0 * np.abs(g) for g in grads]
+    t, m, r = state or (0, *zeros)
+    m = [0.9 * old + 0.1 * g for old, g in zip(m, grads, strict=True)]
+    r = [
+        np.hypot(0.95**0.5 * old, 0.05**0.5 * np.abs(g))
+        for old, g in zip(r, grads, strict=True)
+    ]
+    t += 1
+    units = (1 - 0.9**t) / np.sqrt(1 - 0.95**t)
+    updates = [a / b / units for a, b in zip(m, r, strict=True)]
+    return updates, [np.ones(np.shape(u)) for u in updates], (t, m, r)
+
+
+def told_its_loss(tx):
+    def update(updates, state, params=None):
+        return tx.update(updates, state, params, value=1.0)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+REFERENCES = {
+    "clip": (ost.clip_by_threshold(ost.thresholds.constant(1.0)), is_clipped_to_one),
+    "adam": (ost.scale_by_safe_adam(0.9, 0.95), is_divided_by_its_root_mean_square),
+    "accumulation": (ost.accumulate_moments(optax.identity(), STEPS), is_averaged),
+    "guard": (
+        told_its_loss(ost.spike_guard(optax.scale(0.5), grad_norm=None)),
+        is_halved,
+    ),
+    "branch": (
+        told_its_loss(ost.branch_on_spike(optax.scale(0.5), grad_norm=None)),
+        is_halved,
+    ),
+    "record": (ost.record_history(ost.record("g"), length=2), passes),
+}
+
+
+def random_leaf(rng, dtype, shape, scale):
+    """Entries of any sign or phase; those of one leaf differ by up to a hundred."""
+    x = rng.choice([-1.0, 1.0], shape) * 10.0 ** rng.uniform(-2, 0, shape) * scale
+    if "complex" in dtype:
+        x = x * np.exp(2j * np.pi * rng.uniform(size=shape))
+    return np.asarray(jnp.asarray(x, dtype))
+
+
+@st.composite
+def random_streams(draw, most_leaves, shapes):
+    """A few gradients of one tree: leaves of different dtypes, shapes and scales."""
+    dtypes = draw(
+        st.lists(st.sampled_from(list(DTYPES)), min_size=1, max_size=most_leaves)
+    )
+    drawn = [
+        (
+            dtype,
+            draw(st.sampled_from(shapes)),
+            10.0 ** draw(st.integers(*DTYPES[dtype][0])),
+        )
+        for dtype in dtypes
+    ]
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    with jax.enable_x64(True):
+        return [[random_leaf(rng, *leaf) for leaf in drawn] for _ in range(STEPS)]
+
+
+@functools.cache
+def program_of(name):
+    return jax.jit(REFERENCES[name][0].update)
+
+
+def exactly(leaf):
+    """In complex128 or float64."""
+    return leaf.astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
+
+
+def check_stream(name, stream):
+    """Every step is that of the reference, to the digits of each leaf.
+
+    What belongs to the whole tree has the digits of float32, or of float64 if a leaf
+    has; numbers below the smallest normal one may be lost.
+    """
+    tx, reference = REFERENCES[name]
+    dtypes = [str(leaf.dtype) for leaf in stream[0]]
+    double = any(DTYPES[dtype][1] == 2.0**-53 for dtype in dtypes)
+    of_tree = 2.0**-53 if double else 2.0**-24
+    with jax.enable_x64(True):
+        params = [jnp.zeros_like(leaf) for leaf in stream[0]]
+        state, expected_state = tx.init(params), None
+        for grads in stream:
+            updates, state = program_of(name)(grads, state, params)
+            exact = [exactly(g) for g in grads]
+            expected, sizes, expected_state = reference(exact, expected_state)
+            for found, wanted, size, dtype in zip(
+                updates, expected, sizes, dtypes, strict=True
+            ):
+                assert found.dtype == dtype
+                rounding = DTYPES[dtype][1]
+                on_the_way = OPERATIONS * max(min(rounding, 2.0**-24), of_tree)
+                info = jnp.finfo(dtype)
+                lost = float(
+                    info.smallest_subnormal if dtype == "float16" else info.tiny
+                )
+                bound = (rounding + on_the_way) * size + lost
+                error = np.abs(exactly(np.asarray(found)) - wanted)
+                assert (error <= bound).all(), (name, dtype, found, wanted)
+            if name == "record":
+                norm = float(ost.metrics(state)["g/norm"])
+                np.testing.assert_allclose(norm, norm_of(exact), OPERATIONS * of_tree)
+
+
+# Few trees in the quick tier: each is a program.
+@pytest.mark.parametrize("dtypes", [("float16", "complex64"), ("float64", "bfloat16")])
+@pytest.mark.parametrize("name", REFERENCES)
+@hypothesis.given(
+    seed=st.integers(0, 2**32 - 1), decades=st.tuples(*[st.floats(0, 1)] * 2)
+)
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True, database=None)
+def test_every_size_of_gradient_gives_what_numpy_gives(name, dtypes, seed, decades):
+    rng = np.random.default_rng(seed)
+    scales = []
+    for dtype, share in zip(dtypes, decades, strict=True):
+        low, high = DTYPES[dtype][0]
+        scales.append(10.0 ** (low + share * (high - low)))
+    with jax.enable_x64(True):
+        stream = [
+            [
+                random_leaf(rng, dtype, shape, scale)
+                for dtype, shape, scale in zip(dtypes, [(3,), ()], scales, strict=True)
+            ]
+            for _ in range(STEPS)
+        ]
+    check_stream(name, stream)
+
+
+@full
+@pytest.mark.parametrize("name", REFERENCES)
+@hypothesis.given(stream=random_streams(3, SHAPES))
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
+def test_trees_of_any_dtypes_and_shapes_give_what_numpy_gives(name, stream):
+    check_stream(name, stream)
