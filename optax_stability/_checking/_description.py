@@ -55,7 +55,9 @@ def describe(tx: Any, params: Any = None) -> Part:
     known = module.split(".")[0] in _LIBRARIES
     arguments = _arguments(tx.init) | _arguments(tx.update)
     if known and name == "with_extra_args_support":
-        return describe(arguments["tx"], params)
+        # It is put around what is declared to take no extra arguments.
+        part = describe(arguments["tx"], params)
+        return dataclasses.replace(part, takes_extra_args=False)
     children = _children(name, arguments, params) if known else arguments.values()
     return Part(
         name=name,
@@ -97,6 +99,8 @@ def _takes_extra_args(update: Callable) -> bool:
 
 def _children(name: str, arguments: Mapping[str, Any], params: Any) -> Any:
     """What to look for transformations in."""
+    if name == "monitor":  # Its measures see the gradient, and do not change it.
+        return ()
     if name == "chain":
         pairs = zip(arguments["init_fns"], arguments["update_fns"], strict=True)
         return [optax.GradientTransformationExtraArgs(*pair) for pair in pairs]

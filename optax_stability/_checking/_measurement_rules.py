@@ -45,7 +45,8 @@ def _changes_gradient(part) -> bool:
 
 
 def _needs_shapes(part) -> bool:
-    return named("scale_by_muon")(part) or part.arguments.get("scope") == "leaf"
+    clips = named("clip_by_threshold")(part) and part.arguments["per_leaf"]
+    return clips or named("scale_by_muon")(part)
 
 
 def _keeps_no_squares(part) -> bool:

@@ -17,6 +17,7 @@ SCALE_FREE = frozenset(
     """scale_by_acprop scale_by_adadelta scale_by_adam scale_by_adamax scale_by_adan
     scale_by_ademamix scale_by_adopt scale_by_amsgrad scale_by_belief
     scale_by_factored_rms scale_by_galore scale_by_lion scale_by_muon scale_by_novograd
+    scale_by_radam
     scale_by_rms scale_by_rprop scale_by_safe_adam scale_by_sign
     scale_by_simplified_ademamix scale_by_sm3 scale_by_stddev scale_by_yogi
     dadapt_adamw prodigy""".split()
