@@ -50,9 +50,7 @@ def _needs_shapes(part) -> bool:
 
 
 def _keeps_no_squares(part) -> bool:
-    return (
-        named("accumulate_moments")(part) and part.arguments["mean_square"] is False
-    )
+    return named("accumulate_moments")(part) and part.arguments["mean_square"] is False
 
 
 RULES = (

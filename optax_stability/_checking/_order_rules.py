@@ -51,9 +51,7 @@ def _still_clips(first: Place, second: Place, places: Sequence[Place]) -> bool:
     changed = any(
         is_between(place, second, first)
         and place is not first
-        and not named(*_roles.MEASURES, "identity")(
-            place.part
-        )
+        and not named(*_roles.MEASURES, "identity")(place.part)
         for place in places
     )
     return limits[0] < limits[1] or changed

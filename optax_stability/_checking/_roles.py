@@ -13,25 +13,22 @@ from optax_stability._checking._description import Part
 Role = Callable[[Part], bool]
 
 # The size of the update does not depend on the size of the gradient.
-SCALE_FREE = frozenset(
-    """scale_by_acprop scale_by_adadelta scale_by_adam scale_by_adamax scale_by_adan
-    scale_by_ademamix scale_by_adopt scale_by_amsgrad scale_by_belief
-    scale_by_factored_rms scale_by_galore scale_by_lion scale_by_muon scale_by_novograd
-    scale_by_radam
-    scale_by_rms scale_by_rprop scale_by_safe_adam scale_by_sign
-    scale_by_simplified_ademamix scale_by_sm3 scale_by_stddev scale_by_yogi
-    dadapt_adamw prodigy""".split()
-)
-# After some gradients a gradient of zero still moves the parameters.
-WITH_MOMENTUM = frozenset(
-    """ema momo momo_adam dadapt_adamw prodigy scale_by_adam scale_by_adamax
+_SCALE_FREE = """
+    dadapt_adamw prodigy scale_by_acprop scale_by_adadelta scale_by_adam scale_by_adamax
     scale_by_adan scale_by_ademamix scale_by_adopt scale_by_amsgrad scale_by_belief
-    scale_by_cocob scale_by_galore scale_by_lion scale_by_madgrad scale_by_muon
-    scale_by_novograd scale_by_optimistic_gradient scale_by_radam scale_by_rprop
-    scale_by_safe_adam scale_by_simplified_ademamix scale_by_sm3 scale_by_yogi
-    trace""".split()
-)
-# Their sum of gradients over calls goes through what stands behind, zeros in between.
+    scale_by_factored_rms scale_by_galore scale_by_lion scale_by_muon scale_by_novograd
+    scale_by_radam scale_by_rms scale_by_rprop scale_by_safe_adam scale_by_sign
+    scale_by_simplified_ademamix scale_by_sm3 scale_by_stddev scale_by_yogi"""
+# After some gradients a gradient of zero still moves the parameters.
+_WITH_MOMENTUM = """
+    dadapt_adamw ema momo momo_adam prodigy scale_by_adam scale_by_adamax scale_by_adan
+    scale_by_ademamix scale_by_adopt scale_by_amsgrad scale_by_belief scale_by_cocob
+    scale_by_galore scale_by_lion scale_by_madgrad scale_by_muon scale_by_novograd
+    scale_by_optimistic_gradient scale_by_radam scale_by_rprop scale_by_safe_adam
+    scale_by_simplified_ademamix scale_by_sm3 scale_by_yogi trace"""
+SCALE_FREE = frozenset(_SCALE_FREE.split())
+WITH_MOMENTUM = frozenset(_WITH_MOMENTUM.split())
+# They hand the sum of several gradients on, and zeros in the calls between.
 ACCUMULATES = frozenset({"accumulate_moments", "MultiSteps", "apply_every"})
 # They move the parameters of themselves, also where what is inside gives zeros.
 MOVES_OF_ITSELF = frozenset({"lookahead", "mechanize", "schedule_free"})
@@ -69,22 +66,26 @@ def is_unknown(part: Part) -> bool:
     return not part.known
 
 
+def _number(value: Any) -> float:
+    """A number or an array of one, or a schedule at step 1000; 0 if it is not known."""
+    try:
+        return float(value(1000) if callable(value) else value)
+    except Exception:  # A traced number, or a schedule that needs what a step has.
+        return 0.0
+
+
 def decays_weights(part: Part) -> bool:
     """Whether a part adds a positive share of the parameters to the update."""
-    decay = part.arguments.get("weight_decay", 0.0)
-    zero_or_less = isinstance(decay, numbers.Real) and not decay > 0
-    return named("add_decayed_weights")(part) and not zero_or_less
+    decays = named("add_decayed_weights")(part)
+    return decays and _number(part.arguments["weight_decay"]) > 0
 
 
 def step_size(part: Part) -> float:
-    """The factor of ``scale`` or ``scale_by_schedule``, at step 1000; 0 if unknown."""
-    size = part.arguments.get("step_size")
-    if named("scale_by_schedule")(part):
-        try:
-            size = float(part.arguments["step_size_fn"](1000))
-        except Exception:  # A schedule may need what only a step has.
-            return 0.0
-    return float(size) if isinstance(size, numbers.Real) else 0.0
+    """The factor of ``scale`` or ``scale_by_schedule``, or 0."""
+    names = {"scale": "step_size", "scale_by_schedule": "step_size_fn"}
+    if not named(*names)(part):
+        return 0.0
+    return _number(part.arguments[names[part.name]])
 
 
 def turns_sign(part: Part) -> bool:

@@ -368,9 +368,7 @@ ORDERS = {
     "decay in front of optimizer": Orders(
         [
             (
-                chain(
-                    optax.add_decayed_weights(0.1), ost.scale_by_safe_adam(), rate()
-                ),
+                chain(optax.add_decayed_weights(0.1), ost.scale_by_safe_adam(), rate()),
                 "add_decayed_weights stands in front of scale_by_safe_adam",
             )
         ],
@@ -382,9 +380,7 @@ ORDERS = {
     "decay behind learning rate": Orders(
         [
             (
-                chain(
-                    ost.scale_by_safe_adam(), rate(), optax.add_decayed_weights(0.1)
-                ),
+                chain(ost.scale_by_safe_adam(), rate(), optax.add_decayed_weights(0.1)),
                 "add_decayed_weights stands behind scale_by_learning_rate",
             )
         ],
