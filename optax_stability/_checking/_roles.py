@@ -1,7 +1,8 @@
 """What a part does to a gradient: the roles that the rules speak of.
 
-Each set of names is measured: ``tests/checking/test_roles.py`` runs every ``scale_by_…``
-of the installed optax and compares, so that a new or renamed one is noticed.
+Each set of names is measured: ``tests/checking/test_roles.py`` runs every factory
+``scale_by_…`` of the installed optax and compares, so that a new or renamed one is
+noticed.
 """
 
 import numbers
@@ -69,7 +70,8 @@ def is_unknown(part: Part) -> bool:
 def _number(value: Any) -> float:
     """A number or an array of one, or a schedule at step 1000; 0 if it is not known."""
     try:
-        return float(value(1000) if callable(value) else value)
+        at_step: Any = value(1000) if callable(value) else value
+        return float(at_step)
     except Exception:  # A traced number, or a schedule that needs what a step has.
         return 0.0
 

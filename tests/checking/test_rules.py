@@ -1,5 +1,8 @@
 """Each rule finds its wrong order, and nothing in the right one."""
 
+import doctest
+import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import optax
@@ -689,3 +692,34 @@ def test_several_faults_are_several_sentences():
     tx = optax.MultiSteps(guard(adam(), clip()), 4)
     said = ost.check(tx)
     assert [each.split(" ")[0] for each in said] == ["spike_guard", "clip_by_zscore"]
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "order.md"
+
+
+def test_the_page_lists_every_rule_and_no_other():
+    listed = re.findall(r"^\| ([^|`]+?) \|", PAGE.read_text(), re.M)
+    assert [name for name in listed if name != "rule"] == list(BY_NAME)
+
+
+def test_the_example_of_the_page_runs():
+    options = doctest.NORMALIZE_WHITESPACE
+    found = doctest.testfile(str(PAGE), module_relative=False, optionflags=options)
+    assert found == (0, found.attempted)
+    assert found.attempted == 4
+
+
+def test_the_order_of_the_page_is_right():
+    """The whole of it, as one chain."""
+    inside = chain(
+        ost.estimate_noise_scale(),
+        ost.scale_gradients({"w": 0.1}),
+        clip(),
+        ost.scale_by_safe_adam(),
+        optax.add_decayed_weights(0.1),
+        rate(),
+        ost.record("update"),
+    )
+    for guarded in (ost.spike_guard(inside), ost.branch_on_spike(inside)):
+        whole = ost.record_history(chain(ost.record("grad"), guarded))
+        assert ost.check(accumulated(whole)) == []
