@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from optax import contrib
+from tiers import quick_only
 
 import optax_stability as ost
 from optax_stability._checking import _roles
@@ -89,13 +90,16 @@ def _quiet():
         yield
 
 
+# In the quick tier those that the library recommends.
 @every_factory
+@quick_only("scale_by_adam", "scale_by_muon", "scale_by_safe_adam")
 def test_the_update_is_as_free_of_scale_as_the_table_says(name):
     listed = name in _roles.SCALE_FREE | NOT_OPTIMIZERS
     assert is_scale_free(make(FACTORIES[name])) == listed
 
 
 @every_factory
+@quick_only("scale_by_adam", "scale_by_muon", "scale_by_safe_adam")
 def test_momentum_moves_the_parameters_where_the_table_says(name):
     listed = name in _roles.WITH_MOMENTUM
     assert moves_on_zero(make(FACTORIES[name])) == listed

@@ -12,6 +12,7 @@ from optax import contrib
 from tiers import full, quick_only
 
 import optax_stability as ost
+from optax_stability._core import _norms
 from optax_stability._moments._moments import single
 
 chain = optax.chain
@@ -411,11 +412,12 @@ def test_scaling_a_leaf_in_front_of_adam_without_eps_does_nothing():
 
 
 def noisy_moments(grads):
-    """Moments of two microbatches that are far apart."""
+    """Moments of two microbatches that are apart, as the library makes them."""
     moments = single(grads, 0.0, 2.0, mean_square=True).moments
     return moments._replace(
         num_microbatches=jnp.int32(2),
         deviation=jnp.ones_like(moments.deviation),
+        norm=_norms.leaf_norms(grads),
     )
 
 
