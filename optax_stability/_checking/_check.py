@@ -2,7 +2,7 @@
 
 *Problem*: a wrong order in a chain raises nothing, and costs a run.
 
-*Where*: once, on the host, before training. *Cost*: milliseconds; nothing is compiled
+*Where*: once, on the host, before training. *Cost*: milliseconds; nothing is compiled,
 and no array is made.
 """
 
@@ -53,7 +53,7 @@ def check(tx: Any, params: Any = None) -> list[str]:
                 record("update"))))))         the step as it is taken
 
     Every line may be left out, ``safe_adamw`` is three of them. Wrappers of optax that
-    move the parameters of themselves (``schedule_free``, ``mechanize``, ``lookahead``)
+    move the parameters on their own (``schedule_free``, ``mechanize``, ``lookahead``)
     stand inside ``spike_guard``.
 
     **Guarantees**

@@ -46,10 +46,6 @@ def _is_not_frozen(first: Place, second: Place, places: Sequence[Place]) -> bool
     )
 
 
-def _moves_by_itself(part) -> bool:
-    return named(*_roles.MOVES_OF_ITSELF)(part)
-
-
 RULES = (
     Rule(
         "optimizer behind guard",
@@ -125,10 +121,10 @@ RULES = (
         "accumulate_moments around everything.",
     ),
     Rule(
-        "guard in a wrapper that moves of itself",
+        "guard in a wrapper that moves alone",
         _roles.guard,
         is_inside,
-        _moves_by_itself,
+        _roles.moves_alone,
         "{first} stands inside {second}, which moves the parameters in a skipped step "
         "as well. Put the guard outermost: {first}({second}(…)).",
     ),

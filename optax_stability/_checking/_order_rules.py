@@ -26,21 +26,18 @@ def _norm_is_read(first: Place, second: Place, places: Sequence[Place]) -> bool:
     return any(reads) or any(factor == 0 for factor in factors)
 
 
-def _is_reversal(first: Place, second: Place, places: Sequence[Place]) -> bool:
-    """Whether the sign is turned on purpose, or by a part that nobody knows."""
-    del second
-    on_purpose = named("scale")(first.part) and _roles.step_size(first.part) == -1
-    return on_purpose or any(_roles.is_unknown(place.part) for place in places)
+def _is_unknown(first: Place, second: Place, places: Sequence[Place]) -> bool:
+    """Whether there is a part of which nobody knows what it does to the sign."""
+    del first, second
+    return any(_roles.is_unknown(place.part) for place in places)
 
 
 def _has_sign_later(first: Place, second: Place, places: Sequence[Place]) -> bool:
     """Whether a part behind the decay turns the sign, or nobody knows."""
-    del second
-    return any(
-        (_roles.turns_sign(place.part) and is_behind(place, first))
-        or _roles.is_unknown(place.part)
-        for place in places
+    turned = (
+        _roles.turns_sign(place.part) and is_behind(place, first) for place in places
     )
+    return any(turned) or _is_unknown(first, second, places)
 
 
 def _still_clips(first: Place, second: Place, places: Sequence[Place]) -> bool:
@@ -57,7 +54,7 @@ def _still_clips(first: Place, second: Place, places: Sequence[Place]) -> bool:
     return limits[0] < limits[1] or changed
 
 
-def _can_restart(part) -> bool:
+def _restarts_nothing(part) -> bool:
     return named("restart_moments")(part) and not any(
         _roles.holds(each, _learns) for each in part.parts
     )
@@ -109,7 +106,7 @@ RULES = (
     ),
     Rule(
         "learning rate in front of optimizer",
-        _roles.turns_sign,
+        _roles.learning_rate,
         is_in_front_of,
         _roles.scale_free,
         "{first} stands in front of {second}, whose update does not depend on the size "
@@ -118,12 +115,12 @@ RULES = (
     ),
     Rule(
         "two learning rates",
-        _roles.turns_sign,
+        _roles.learning_rate,
         is_behind,
-        _roles.turns_sign,
+        _roles.learning_rate,
         "{first} stands behind another learning rate: each turns the sign, and "
         "together they go up the gradient. Give the learning rate once.",
-        unless=_is_reversal,
+        unless=_is_unknown,
     ),
     Rule(
         "decay in front of optimizer",
@@ -172,9 +169,9 @@ RULES = (
     ),
     Rule(
         "nothing to restart",
-        _can_restart,
+        _restarts_nothing,
         _is_itself,
-        _can_restart,
+        _restarts_nothing,
         "{first} has nothing inside that it could restart. Put it around the optimizer "
         "with the moments: {first}(scale_by_safe_adam(), …).",
     ),

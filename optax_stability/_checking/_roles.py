@@ -31,8 +31,8 @@ SCALE_FREE = frozenset(_SCALE_FREE.split())
 WITH_MOMENTUM = frozenset(_WITH_MOMENTUM.split())
 # They hand the sum of several gradients on, and zeros in the calls between.
 ACCUMULATES = frozenset({"accumulate_moments", "MultiSteps", "apply_every"})
-# They move the parameters of themselves, also where what is inside gives zeros.
-MOVES_OF_ITSELF = frozenset({"lookahead", "mechanize", "schedule_free"})
+# They move the parameters on their own, also where what is inside gives zeros.
+MOVES_ALONE = frozenset({"lookahead", "mechanize", "schedule_free"})
 MEASURES = frozenset({"estimate_noise_scale", "record"})
 
 _CLIPS = frozenset(
@@ -55,6 +55,7 @@ clip = named(*_CLIPS)
 our_guard = named(*_OUR_GUARDS)
 guard = named(*_OUR_GUARDS, "apply_if_finite")
 accumulator = named(*ACCUMULATES)
+moves_alone = named(*MOVES_ALONE)
 
 
 def holds(part: Part, role: Role) -> bool:
@@ -91,8 +92,13 @@ def step_size(part: Part) -> float:
 
 
 def turns_sign(part: Part) -> bool:
-    """Whether a part is a learning rate, which turns the gradient into a step."""
-    return named("scale", "scale_by_schedule")(part) and step_size(part) < 0
+    """Whether a part turns what goes up the gradient into what goes down."""
+    return step_size(part) < 0
+
+
+def learning_rate(part: Part) -> bool:
+    """Whether a part is a learning rate, and not a sign that is turned on purpose."""
+    return turns_sign(part) and step_size(part) != -1
 
 
 def changes_size(part: Part) -> bool:

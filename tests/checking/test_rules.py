@@ -196,7 +196,7 @@ ORDERS = {
         ],
         [accumulated(guard(optax.sgd(0.1)))],
     ),
-    "guard in a wrapper that moves of itself": Orders(
+    "guard in a wrapper that moves alone": Orders(
         [
             (
                 contrib.schedule_free(guard(optax.sgd(0.1)), 0.1),
@@ -347,6 +347,7 @@ ORDERS = {
         ],
         [
             chain(optax.scale(1 / 1024), adam()),
+            chain(optax.scale(-1.0), adam()),  # uphill on purpose
             chain(rate(), optax.trace(0.9)),
         ],
     ),
@@ -363,6 +364,7 @@ ORDERS = {
         ],
         [
             chain(adam(), optax.scale(-1.0)),  # uphill on purpose
+            chain(optax.scale(-1.0), adam()),
             chain(adam(), optax.scale_by_schedule(lambda step: 0.5)),
             chain(optax.scale_by_adam(), optax.scale(1e-3), optax.scale(-1.0)),
             optax.inject_hyperparams(optax.adam)(optax.constant_schedule(0.1)),
@@ -686,6 +688,13 @@ def test_one_fault_in_the_usual_chain_is_one_sentence():
     assert len(ost.check(chain(adam(), clip()))) == 1
     assert len(ost.check(optax.MultiSteps(guard(clip(), adam()), 4))) == 1
     assert len(ost.check(chain(accumulated(optax.identity()), adam()))) == 1
+
+
+@pytest.mark.parametrize(
+    "tx", [chain(optax.scale(-1.0), adam()), chain(adam(), optax.scale(-1.0))]
+)
+def test_to_go_uphill_is_no_fault(tx):
+    assert ost.check(tx) == []
 
 
 def test_several_faults_are_several_sentences():
