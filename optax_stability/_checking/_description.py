@@ -49,6 +49,11 @@ def describe(tx: Any, params: Any = None) -> Part:
       params: the parameters; a group of ``optax.partition`` that none of them belongs
         to is left out. With None all groups are there.
     """
+    return _describe(tx, params, frozenset())
+
+
+def _describe(tx: Any, params: Any, around: frozenset[int]) -> Part:
+    """The same, without what is around it already: a closure may hold itself."""
     update = _unwrap(tx.update)
     name = getattr(update, "__qualname__", type(update).__name__).split(".")[0]
     module = getattr(update, "__module__", None) or ""
@@ -56,16 +61,26 @@ def describe(tx: Any, params: Any = None) -> Part:
     arguments = _arguments(tx.init) | _arguments(tx.update)
     if known and name == "with_extra_args_support":
         # It is put around what is declared to take no extra arguments.
-        part = describe(arguments["tx"], params)
+        part = _describe(arguments["tx"], params, around)
         return dataclasses.replace(part, takes_extra_args=False)
     children = _children(name, arguments, params) if known else arguments.values()
+    around |= {_identity(tx)}
     return Part(
         name=name,
         known=known,
         takes_extra_args=_takes_extra_args(tx.update),
         arguments=arguments,
-        parts=tuple(describe(child, params) for child in _transformations(children)),
+        parts=tuple(
+            _describe(child, params, around)
+            for child in _transformations(children)
+            if _identity(child) not in around
+        ),
     )
+
+
+def _identity(tx: Any) -> int:
+    """The same number for the same transformation, a bound method included."""
+    return id(getattr(tx.update, "__self__", tx.update))
 
 
 def _unwrap(function: Any) -> Any:

@@ -208,6 +208,16 @@ def test_a_variable_that_is_not_assigned_yet_is_no_error():
     assert late().parts == ()
 
 
+def test_a_transformation_that_holds_itself_is_read_once():
+    def update(updates, state, params=None):
+        return (tx if params is None else inside).update(updates, state, params)
+
+    inside = inner()
+    tx = optax.GradientTransformation(lambda params: (), update)
+    assert names_in(tx).count("scale_by_adam") == 1
+    assert ost.check(ost.spike_guard(tx)) == []
+
+
 GROUPS = optax.partition({"w": optax.scale_by_lion(), "b": inner()}, by_name)
 
 
