@@ -566,6 +566,6 @@ def test_every_size_of_gradient_gives_what_numpy_gives(name, dtypes, seed, decad
 @full
 @pytest.mark.parametrize("name", REFERENCES)
 @hypothesis.given(stream=random_streams(3, SHAPES))
-@hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
 def test_trees_of_any_dtypes_and_shapes_give_what_numpy_gives(name, stream):
     check_stream(name, stream)
