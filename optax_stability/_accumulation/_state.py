@@ -12,7 +12,7 @@ import optax
 
 from optax_stability._core import _norms, _tree
 from optax_stability._core._in_place import apply_if, depends_on
-from optax_stability._core._numerics import increment
+from optax_stability._core._numerics import cast_like, increment
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Aggregate, Moments
 
@@ -111,7 +111,7 @@ def step_if_full(
     """
 
     def update(mean, inner_state):
-        mean = optax.tree.cast_like(mean, like)
+        mean = cast_like(mean, like)
         moments = window.moments._replace(norm=_norms.leaf_norms(mean))
         return inner.update(mean, inner_state, params, moments=moments, **extra_args)
 

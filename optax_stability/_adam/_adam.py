@@ -387,7 +387,7 @@ def scale_by_safe_adam(
             return u
 
         directions = jax.tree.map(direction, sizes, mu, rms)
-        return optax.tree.cast_like(directions, updates), SafeAdamState(
+        return _numerics.cast_like(directions, updates), SafeAdamState(
             step=_numerics.increment(state.step),
             microbatches=total,
             mu=mu,

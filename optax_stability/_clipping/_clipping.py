@@ -86,7 +86,7 @@ def _scale(updates, factor, finite, parts: Parts):
     leaves, treedef = jax.tree.flatten(updates)
     by_leaf = (for_leaves(values, leaves, parts) for values in (factor, finite))
     scaled = [
-        jnp.where(keep, _numerics.scale(leaf, by), jnp.zeros((), leaf.dtype))
+        jnp.where(keep, _numerics.scale(leaf, by), jnp.zeros((), jnp.result_type(leaf)))
         for leaf, by, keep in zip(leaves, *by_leaf, strict=True)
     ]
     return jax.tree.unflatten(treedef, scaled)

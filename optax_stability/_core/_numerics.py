@@ -50,6 +50,11 @@ def widen(x):
     return x.astype(wide_dtype(x))
 
 
+def cast_like(tree: Any, like: Any) -> Any:
+    """Casts a tree to the dtypes of another one, of NumPy arrays as JAX reads them."""
+    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
 def real_dtype(tree: Any) -> Any:
     """The widest dtype of the sizes of the entries of a tree, at least float32."""
     dtype = FLOAT32
@@ -136,7 +141,7 @@ def scale(leaf, factor):
     A plain number has no dtype; with an array the wider of both dtypes is computed in.
     """
     wide = real_dtype((leaf, factor) if isinstance(factor, jax.Array) else leaf)
-    return times(leaf, jnp.asarray(factor, wide)).astype(leaf.dtype)
+    return times(leaf, jnp.asarray(factor, wide)).astype(jnp.result_type(leaf))
 
 
 def square_at(factor: float, x, dtype=FLOAT32):
