@@ -26,6 +26,7 @@ from optax_stability._accumulation._state import (
     window_of,
 )
 from optax_stability._core import _mesh_axes, _numerics, _tree, _validate
+from optax_stability._core._checked import checked
 from optax_stability._core._losses import given_losses
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Aggregate, Moments
@@ -277,4 +278,11 @@ def accumulate_moments(
             like=updates,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "accumulate_moments",
+        AccumulateMomentsState,
+        init_fn,
+        update_fn,
+        stored=lambda state: state.acc_grads,
+        inexact=True,
+    )

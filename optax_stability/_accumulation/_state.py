@@ -41,6 +41,9 @@ class AccumulateMomentsState(NamedTuple):
     value: jax.Array
     moments: Moments
 
+    reports_metrics = True  # For ost.metrics.
+    number = "mini_step"  # This field is one number.
+
     @property
     def metrics(self) -> dict[str, jax.Array]:
         """``accumulate/…``: calls in the window, microbatches kept and rejected."""

@@ -25,6 +25,7 @@ from jax import lax
 
 from optax_stability._adam._state import SafeAdamState, bias_correction, update_bound
 from optax_stability._core import _numerics, _validate
+from optax_stability._core._checked import checked
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Moments
 
@@ -360,4 +361,11 @@ def scale_by_safe_adam(
             eps=eps_now,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "scale_by_safe_adam",
+        SafeAdamState,
+        init_fn,
+        update_fn,
+        stored=lambda state: state.mu,
+        inexact=True,
+    )

@@ -19,6 +19,7 @@ import optax
 
 from optax_stability import thresholds
 from optax_stability._core import _known_norms, _mesh_axes, _validate
+from optax_stability._core._checked import checked
 from optax_stability._core._in_place import select_if
 from optax_stability._core._numerics import increment, scale
 from optax_stability.thresholds import Threshold
@@ -43,6 +44,8 @@ class RestartMomentsState(NamedTuple):
     last_step: jax.Array
     threshold: Any
     inner_state: Any
+
+    reports_metrics = True  # For ost.metrics.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -181,4 +184,4 @@ def restart_moments(
             inner_state=select_if(restart, lambda _: inner.init(params), inner_state),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("restart_moments", RestartMomentsState, init_fn, update_fn)

@@ -48,6 +48,7 @@ class SafeAdamState(NamedTuple):
     b2: jax.Array
     eps: jax.Array
 
+    reports_metrics = True  # For ost.metrics.
     # Tells a reader of metrics that each call takes a pass over the moments.
     costly_metrics = True
 

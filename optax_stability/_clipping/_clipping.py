@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _mesh_axes, _norms, _numerics, _tree, _validate
+from optax_stability._core._checked import checked
 from optax_stability._core._scopes import (
     Parts,
     Scope,
@@ -60,6 +61,8 @@ class ClipByThresholdState(NamedTuple):
     leaf_limit: Any
     threshold: Any
     leaves: Any
+
+    reports_metrics = True  # For ost.metrics.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -203,7 +206,14 @@ def clip_by_threshold(
             leaves=state.leaves,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "clip_by_threshold",
+        ClipByThresholdState,
+        init_fn,
+        update_fn,
+        stored=(lambda state: state.leaves) if per_leaf else None,
+        inexact=True,
+    )
 
 
 def _update_each(threshold: Threshold, norms, states):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _mesh_axes, _norms, _scopes, _tree, _validate
+from optax_stability._core._checked import checked
 from optax_stability._core._leafwise import leafwise_sums
 from optax_stability._core._look import is_due
 from optax_stability._moments import _moments
@@ -29,6 +30,7 @@ from optax_stability._noise import _pairs
 from optax_stability._noise._state import (
     EstimateNoiseScaleState,
     init_state,
+    stored_leaves,
     sum_by_stream,
     update_streams,
 )
@@ -266,4 +268,10 @@ def estimate_noise_scale(
             confidence=jnp.asarray(confidence, jnp.float32),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "estimate_noise_scale",
+        EstimateNoiseScaleState,
+        init_fn,
+        update_fn,
+        stored=stored_leaves,
+    )

@@ -27,6 +27,7 @@ from optax_stability._core import (
     _parts,
     _validate,
 )
+from optax_stability._core._checked import checked
 from optax_stability._core._in_place import run_if
 from optax_stability._core._look import is_due
 from optax_stability._core._losses import given_losses, loss_of
@@ -49,6 +50,8 @@ class RecordHistoryState(NamedTuple):
     rows: jax.Array
     has_loss: jax.Array
     inner_state: Any
+
+    reports_metrics = True  # For ost.metrics.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -251,4 +254,4 @@ def record_history(
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("record_history", RecordHistoryState, init_fn, update_fn)

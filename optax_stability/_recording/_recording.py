@@ -27,6 +27,7 @@ from optax_stability._core import (
     _tree,
     _validate,
 )
+from optax_stability._core._checked import checked
 from optax_stability._core._in_place import measure_if
 from optax_stability._core._look import is_due
 from optax_stability._recording import _measuring, _similarity, _spectrum
@@ -51,6 +52,8 @@ class RecordState(NamedTuple):
     metrics: dict[str, jax.Array]
     memory: Any
     leaves: Any
+
+    reports_metrics = True  # For ost.metrics.
 
 
 def _mark_parts(tree: Any, layered: _parts.Layered) -> Any:
@@ -248,4 +251,4 @@ def record(
             leaves=state.leaves,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("record", RecordState, init_fn, update_fn)

@@ -15,10 +15,12 @@ from typing import Literal, get_args
 
 import optax
 
-from optax_stability._core import _mesh_axes, _validate
+from optax_stability._core import _leaves, _mesh_axes, _validate
+from optax_stability._core._checked import checked
 from optax_stability._core._memory_space import Place
 from optax_stability._spikes import _exchange, _guarded_step, _skip_state
 from optax_stability._spikes._branch_state import (
+    BranchOnSpikeState,
     init_state,
     next_transition,
     update_state,
@@ -170,7 +172,9 @@ def branch_on_spike(
         inner_state, detector = inner.init(params), guard.detector.init()
         saved_state = inner_state if keep == "all" else ()
         snapshot = _exchange.init_snapshot(params, detector, saved_state, keep_in)
-        skip = _skip_state.init_state(guard.detector.init(), inner_state, bucket)
+        skip = _skip_state.init_state(
+            params, guard.detector.init(), inner_state, bucket
+        )
         return init_state(snapshot, skip, rollback_budget)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -180,6 +184,7 @@ def branch_on_spike(
                 "tx.update(grads, state, params, value=loss)."
             )
         skip, snapshot = state.skip, state.kept
+        _leaves.check_leaves("branch_on_spike: params", snapshot.params, params)
         assessment = _guarded_step.assess(guard, updates, skip.detector, extra_args)
         verdict = _skip_state.decide(assessment.reading, skip, max_consecutive, bucket)
         transition, reasons = next_transition(
@@ -199,7 +204,7 @@ def branch_on_spike(
         counts = skip._replace(inner_state=())
         counts = optax.tree.where(
             transition.probe_fails,
-            _skip_state.update_after_failed_probe(counts, assessment.reading),
+            _skip_state.update_after_failed_probe(counts, assessment),
             _skip_state.update_state(counts, assessment, verdict, bucket, ()),
         )
         counts, snapshot = _exchange.exchange_detectors(
@@ -215,4 +220,4 @@ def branch_on_spike(
             skip=counts._replace(inner_state=inner_state),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("branch_on_spike", BranchOnSpikeState, init_fn, update_fn)

@@ -18,6 +18,7 @@ without a guard.
 import optax
 
 from optax_stability._core import _mesh_axes, _validate
+from optax_stability._core._checked import checked
 from optax_stability._core._in_place import apply_if, select_if
 from optax_stability._spikes import _guarded_step
 from optax_stability._spikes._detection import (
@@ -26,6 +27,7 @@ from optax_stability._spikes._detection import (
     HALF_A_NAT_ABOVE,
 )
 from optax_stability._spikes._skip_state import (
+    SkipSpikesState,
     decide,
     init_state,
     make_bucket,
@@ -164,7 +166,7 @@ def skip_spikes(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        return init_state(guard.detector.init(), inner.init(params), bucket)
+        return init_state(params, guard.detector.init(), inner.init(params), bucket)
 
     def update_fn(updates, state, params=None, **extra_args):
         assessment = _guarded_step.assess(guard, updates, state.detector, extra_args)
@@ -178,7 +180,7 @@ def skip_spikes(
         )
         return updates, update_state(state, assessment, verdict, bucket, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("skip_spikes", SkipSpikesState, init_fn, update_fn)
 
 
 def spike_guard(
