@@ -141,6 +141,7 @@ def restart_moments(
         _validate.check_count("every", every, 1, "500 is the published value")
     check_threshold("on_spike", on_spike, optional=True)
     _validate.check_count("warmup", warmup, 0, "150 is the published value")
+    _validate.check_axis_name("axis_name", axis_name)
     inner = optax.with_extra_args_support(inner)
     threshold = on_spike or thresholds.constant(float("inf"))
 

@@ -190,6 +190,8 @@ def from_optax_adam_state(
     """
     _validate.check_interval("b1", b1, "[0, 1)", "0.9 is usual")
     _validate.check_interval("b2", b2, "(0, 1)", "0.999 is usual")
+    _validate.check_interval("eps", eps, "[0, inf)", "it is for the metrics alone")
+    _validate.check_float_dtype("rms_dtype", rms_dtype)
 
     def convert(adam: optax.ScaleByAdamState) -> SafeAdamState:
         rms = jax.tree.map(
@@ -232,6 +234,7 @@ def to_optax_adam_state(state: Any, *, nu_dtype: Any = jnp.float32) -> optax.Opt
     Raises:
       ValueError: there is no safe Adam state in ``state``.
     """
+    _validate.check_float_dtype("nu_dtype", nu_dtype)
 
     def convert(safe: SafeAdamState) -> optax.ScaleByAdamState:
         nu = jax.tree.map(

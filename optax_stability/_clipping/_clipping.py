@@ -159,6 +159,7 @@ def clip_by_threshold(
       [0.6 0.8] 5.0
     """
     check_threshold("threshold", threshold)
+    _validate.check_axis_name("axis_name", axis_name)
     if not callable(scope):
         _validate.check_choice("scope", scope, ("global", "leaf"))
 

@@ -58,6 +58,26 @@ class ValueAndGrad(Protocol[Params_contra, Batch_contra, Value_co, Grads_co]):
         ...
 
 
+def check_sizes(num_microbatches: int, vmap_size: int | None) -> None:
+    """Raises unless the microbatches can be evaluated in groups of ``vmap_size``."""
+    _validate.check_size("num_microbatches", num_microbatches, 1)
+    if vmap_size is None:
+        return
+    _validate.check_size("vmap_size", vmap_size, 1)
+    if num_microbatches % vmap_size:
+        raise ValueError(
+            f"vmap_size={vmap_size} does not divide num_microbatches="
+            f"{num_microbatches}; give a divisor, or None for all at once."
+        )
+
+
+def check_functions(loss_fn: Any, weight_fn: Any) -> None:
+    """Raises TypeError unless both are functions; ``weight_fn`` may be None."""
+    _validate.check_callable("loss_fn", loss_fn)
+    if weight_fn is not None:
+        _validate.check_callable("weight_fn", weight_fn)
+
+
 def check_batch(batch: Any, num_microbatches: int) -> None:
     """Raises unless every array of the batch can be cut into equal parts."""
     leaves = jax.tree.leaves(batch)
@@ -67,6 +87,11 @@ def check_batch(batch: Any, num_microbatches: int) -> None:
         )
     for name, leaf in zip(_tree.leaf_names(batch), leaves, strict=True):
         shape = jnp.shape(leaf)
+        if shape and shape[0] == 0:
+            raise ValueError(
+                f"batch: {name!r}, of shape {shape}, has no examples; leave empty "
+                "batches out, such as the last one of a data set."
+            )
         if not shape or shape[0] % num_microbatches:
             raise ValueError(
                 f"batch: axis 0 of {name!r}, of shape {shape}, is not a multiple of "
@@ -267,15 +292,13 @@ def microbatch_gradients(
       Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983,
       eq. 2.1, with weights, for the deviation.
     """
-    _validate.check_size("num_microbatches", num_microbatches, 1)
-    if vmap_size is None:
-        vmap_size = num_microbatches
-    _validate.check_size("vmap_size", vmap_size, 1)
-    if num_microbatches % vmap_size:
-        raise ValueError(
-            f"vmap_size={vmap_size} does not divide num_microbatches="
-            f"{num_microbatches}; give a divisor, or None for all at once."
-        )
+    check_sizes(num_microbatches, vmap_size)
+    check_functions(loss_fn, weight_fn)
+    _validate.check_flags(
+        has_aux=has_aux, mean_square=mean_square, reject_nonfinite=reject_nonfinite
+    )
+    _validate.check_axis_name("spmd_axis_name", spmd_axis_name)
+    vmap_size = num_microbatches if vmap_size is None else vmap_size
     groups = num_microbatches // vmap_size
     weigh = count_examples if weight_fn is None else weight_fn
 

@@ -231,6 +231,8 @@ def estimate_noise_scale(
         remedy = "give a number of examples, such as 100 batches"
         _validate.check_interval("half_life", half_life, "(0, inf)", remedy)
     _validate.check_interval("confidence", confidence, "(0, 1)", "0.95 is usual")
+    _validate.check_flags(difference=difference)
+    _validate.check_axis_name("axis_name", axis_name)
     if not callable(scope):
         _validate.check_choice("scope", scope, ("global", "leaf"))
 

@@ -211,8 +211,9 @@ def record_history(
       ... )
     """
     _validate.check_transformation("inner", inner)
-    _validate.check_count("length", length, 1, "256 is the default")
+    _validate.check_size("length", length, 1)
     _validate.check_count("slow_every", slow_every, 1, "50 is the default")
+    _validate.check_axis_name("axis_name", axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):

@@ -20,6 +20,7 @@ import optax
 
 from optax_stability._core import (
     _known_norms,
+    _leaves,
     _mesh_axes,
     _numerics,
     _parts,
@@ -168,6 +169,14 @@ def record(
         raise ValueError(f"name={name!r} must be a non-empty string, such as 'grad'.")
     _validate.check_choice("of", of, get_args(Of))
     _validate.check_count("every", every, 1, "1 measures at every step")
+    _validate.check_flags(
+        per_leaf=per_leaf,
+        ratio_to_params=ratio_to_params,
+        correlation=correlation,
+        spectral=spectral,
+        histogram=histogram,
+    )
+    _validate.check_axis_name("axis_name", axis_name)
     if of == "params" and ratio_to_params:
         raise ValueError(
             "ratio_to_params=True divides by the norm that of='params' measures; "
@@ -212,7 +221,14 @@ def record(
             raise ValueError(
                 f"record({name!r}) measures the parameters; pass params to update."
             )
-        layered = which_layered(params if of == "params" else updates)
+        measured_tree = params if of == "params" else updates
+        layered = which_layered(measured_tree)
+        if per_leaf:
+            place = (
+                f"record({name!r}): {'params' if of == 'params' else 'the gradient'}"
+            )
+            marks = _mark_parts(measured_tree, layered)
+            _leaves.check_leaves(place, state.leaves, marks)
 
         def parts_of(tree):
             return Parts(jax.tree.leaves(tree), layered, axis_name)

@@ -74,6 +74,7 @@ def make_guard(
     _validate.check_count("max_consecutive", max_consecutive, 1, "5 is the default")
     _validate.check_count("budget", budget, 1, "16 is the default")
     _validate.check_interval("budget", budget, "[1, 10000]", "16 is the default")
+    _validate.check_axis_name("axis_name", axis_name)
     detector = Detector(grad_norm, value, confirm)
     return Guard(detector, max_consecutive, budget, axis_name)
 
@@ -97,7 +98,7 @@ def assess(guard: Guard, updates, state: DetectorState, extra_args) -> Assessmen
 def _gradient_measurements(extra_args: dict[str, Any]) -> list:
     """The measurements of the gradient in ``moments``, if they are an argument."""
     moments = extra_args.get("moments")
-    known = () if moments is None else (moments.deviation, moments.norm)
+    known = [getattr(moments, name, None) for name in ("deviation", "norm")]
     return [each for each in known if each is not None]
 
 

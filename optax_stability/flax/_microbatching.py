@@ -121,6 +121,8 @@ def microbatch_gradients(
       >>> print(grads["kernel"].shape, moments.num_microbatches)
       (2, 1) 4
     """
+    _microbatching.check_sizes(num_microbatches, vmap_size)
+    _microbatching.check_functions(loss_fn, weight_fn)
     weigh = _microbatching.count_examples if weight_fn is None else weight_fn
 
     def fn(model, batch, *, loss_scale=None) -> Any:
