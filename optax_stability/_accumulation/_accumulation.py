@@ -61,6 +61,7 @@ def _incoming(
     """The aggregate of one call: one microbatch or, with moments, several."""
     if moments is None:
         weight = 1.0 if weight is None else weight
+        _validate.check_number("weight", weight)
         return _moments.single(updates, loss, weight, mean_square=mean_square)
     moments = _moments.visible(moments, updates)
     _check_moments(moments, weight, mean_square)

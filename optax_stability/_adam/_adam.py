@@ -158,6 +158,7 @@ def _require_moments(moments: Moments | None) -> Moments:
             "mean_square=True) returns: tx.update(grads, state, params, "
             "moments=moments)."
         )
+    _moments.check_moments(moments)
     if moments.mean_square is None:
         raise ValueError(
             "second_moment='microbatch' needs moments.mean_square, which is None; make "

@@ -12,7 +12,10 @@ import jax
 import optax
 
 from optax_stability._adam._adam import EpsMode, SecondMoment, scale_by_safe_adam
-from optax_stability._core import _numerics, _validate
+from optax_stability._adam._state import SafeAdamState
+from optax_stability._core import _leaves, _numerics, _states, _validate
+
+_CHAIN_LENGTH = 3
 
 
 def _decay(weight_decay, mask) -> optax.GradientTransformationExtraArgs:
@@ -23,7 +26,11 @@ def _decay(weight_decay, mask) -> optax.GradientTransformationExtraArgs:
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if params is not None:
-            return decayed.update(updates, state, params)
+            try:
+                return decayed.update(updates, state, params)
+            except ValueError:
+                _leaves.check_params("safe_adamw", params, updates)
+                raise
         if none:
             return updates, state
         raise ValueError(
@@ -95,7 +102,7 @@ def safe_adamw(
             _validate.check_flags(mask=flag)
     remedy = "0 is no decay"
     _validate.check_interval("weight_decay", weight_decay, "[0, inf)", remedy)
-    return optax.chain(
+    chain = optax.chain(
         scale_by_safe_adam(
             b1,
             b2,
@@ -110,3 +117,11 @@ def safe_adamw(
         _decay(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        # The chain only says that the number of states is wrong.
+        if type(state) is not tuple or len(state) != _CHAIN_LENGTH:
+            _states.check_state("safe_adamw", state, SafeAdamState)
+        return chain.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(chain.init, update_fn)

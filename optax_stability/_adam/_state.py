@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability._core import _numerics, _tree, _validate
+from optax_stability._core import _numerics, _states, _tree, _validate
 from optax_stability._core._leafwise import leafwise_sums
 
 
@@ -247,6 +247,7 @@ def to_optax_adam_state(state: Any, *, nu_dtype: Any = jnp.float32) -> optax.Opt
 
 def _replace(state: Any, kind: type, convert) -> Any:
     """Applies ``convert`` to every ``kind`` in a tree, which must hold at least one."""
+    _states.check_not_transformation(state)
     nodes, treedef = jax.tree.flatten(
         _tree.pure(state), is_leaf=lambda node: isinstance(node, kind)
     )

@@ -19,7 +19,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability._core import _mesh_axes, _norms, _numerics, _tree, _validate
+from optax_stability._core import (
+    _mesh_axes,
+    _norms,
+    _numerics,
+    _states,
+    _tree,
+    _validate,
+)
 from optax_stability._core._checked import checked
 from optax_stability._core._scopes import (
     Parts,
@@ -188,6 +195,11 @@ def clip_by_threshold(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        if (state.leaves is not None) != per_leaf:
+            raise _states.WrongStateError(
+                f"clip_by_threshold(scope={scope!r}) got the state of another scope; "
+                "pass the state of tx.init(params)."
+            )
         parts = split(updates, scope, stacked)
         norm = scope_norms(updates, parts, axis_name)
         limit, learned = _update_each(threshold, norm, state.threshold)

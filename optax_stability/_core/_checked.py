@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 from optax_stability._core import _leaves, _states
@@ -60,6 +61,14 @@ def checked(
             _leaves.check_leaves(place, known, updates)
         if inexact:
             _leaves.check_inexact(place, updates)
-        return update_fn(updates, state, params, **extra_args)
+        try:
+            return update_fn(updates, state, params, **extra_args)
+        except (_states.WrongStateError, _leaves.WrongLeavesError):
+            raise
+        except (AttributeError, IndexError, TypeError, ValueError):
+            # Only now, because this traces init once more.
+            like = updates if params is None else params
+            _states.check_layout(name, state, jax.eval_shape(init_fn, like))
+            raise
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -7,7 +7,7 @@ shape, is broadcast without a word or fails far inside.
 """
 
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def check_inexact(place: str, tree: Any) -> None:
 
 def _fits(known: Any, given: Any) -> bool:
     """Whether two leaves agree in shape, and both are real or both complex."""
-    if known is None or given is None:
+    if not (hasattr(known, "dtype") and hasattr(given, "dtype")):
         return True
     as_complex = [jnp.issubdtype(x.dtype, jnp.complexfloating) for x in (known, given)]
     return jnp.shape(known) == jnp.shape(given) and as_complex[0] == as_complex[1]
@@ -106,55 +106,88 @@ def _same(known: Any, given: Any) -> bool:
 
 
 def _describe(leaf: Any) -> str:
-    return "" if leaf is None else f" {leaf.dtype}{tuple(leaf.shape)}"
+    if not hasattr(leaf, "dtype"):
+        return ""
+    return f" {leaf.dtype}{tuple(leaf.shape)}"
 
 
-def check_leaves(place: str, known: Any, given: Any) -> None:
-    """Raises ValueError unless ``given`` has the leaves that a state was made for.
+class WrongLeavesError(ValueError):
+    """A tree has other leaves than the one that it belongs to."""
+
+
+class _Origin(NamedTuple):
+    """Where the leaves that a tree must have are from, and what to do if it has others.
+
+    Attributes:
+      where: the end of "which was not there …".
+      remedy: an imperative.
+    """
+
+    where: str
+    remedy: str
+
+
+_AT_INIT = _Origin(
+    "at init",
+    "make the state anew with tx.init(params), and keep what still fits of the old one "
+    "with adopt_state",
+)
+_IN_THE_GRADIENT = _Origin(
+    "in the gradient", "pass the parameters that the gradient belongs to"
+)
+
+
+def check_leaves(
+    place: str, known: Any, given: Any, origin: _Origin = _AT_INIT
+) -> None:
+    """Raises WrongLeavesError unless ``given`` has the leaves that a state was made for.
 
     Args:
       place: what ``given`` is, for the message.
       known: a tree of the state: arrays, or marks from ``mark_leaves``, which have no
         shape to compare.
       given: a tree of arrays, or of marks.
+      origin: what ``known`` is, for the message.
     """
     if _same(known, given):
         return
     before, now = _named(known), _named(given)
-    remedy = (
-        "; make the state anew with tx.init(params), and keep what still fits of the "
-        "old one with adopt_state"
-    )
+    where, remedy = origin
     for name in [name for name in now if name not in before]:
-        raise ValueError(
+        raise WrongLeavesError(
             f"{place} has the leaf {name!r}{_describe(now[name])}, which was not there "
-            f"at init{remedy}."
+            f"{where}; {remedy}."
         )
     for name in [name for name in before if name not in now]:
-        raise ValueError(
+        raise WrongLeavesError(
             f"{place} lacks the leaf {name!r}{_describe(before[name])}, which was "
-            "there at init (None is no gradient: call init with the leaves that are "
-            f"trained){remedy}."
+            f"there {where} (None is no array: leave out at init what is not trained); "
+            f"{remedy}."
         )
     for name, leaf in now.items():
         if not _fits(before[name], leaf):
-            raise ValueError(
+            raise WrongLeavesError(
                 f"{place} has{_describe(leaf)} in the leaf {name!r}, which was"
-                f"{_describe(before[name])} at init{remedy}."
+                f"{_describe(before[name])} {where}; {remedy}."
             )
     if None not in before.values():
-        _check_containers(place, known, given)
+        _check_containers(place, known, given, where)
 
 
-def _check_containers(place: str, known: Any, given: Any) -> None:
-    """Raises ValueError if equal leaves are in containers of other classes."""
+def _check_containers(place: str, known: Any, given: Any, where: str) -> None:
+    """Raises WrongLeavesError if equal leaves are in containers of other classes."""
     before, now = (jax.tree.structure(_tree.pure(tree)) for tree in (known, given))
     if before != now:
-        raise ValueError(
-            f"{place} has the leaves that were there at init, in other containers: "
+        raise WrongLeavesError(
+            f"{place} has the leaves that were there {where}, in other containers: "
             f"{now} in place of {before}; convert one of them, for example with "
             "flax.core.unfreeze."
         )
+
+
+def check_params(name: str, params: Any, updates: Any) -> None:
+    """Raises WrongLeavesError unless the parameters have the leaves of the gradient."""
+    check_leaves(f"{name}: params", updates, params, _IN_THE_GRADIENT)
 
 
 def places_of(known: Any, given: Any) -> np.ndarray | None:
@@ -164,7 +197,7 @@ def places_of(known: Any, given: Any) -> np.ndarray | None:
     None.
 
     Raises:
-      ValueError: a leaf is not among the known ones.
+      WrongLeavesError: a leaf is not among the known ones.
     """
     marks = _tree.mark_leaves(given)
     if jax.tree.structure(marks) == jax.tree.structure(known):
@@ -174,7 +207,7 @@ def places_of(known: Any, given: Any) -> np.ndarray | None:
     if before == now:
         return None
     if unknown := [name for name in now if name not in before]:
-        raise ValueError(
+        raise WrongLeavesError(
             f"the gradient has the leaf {unknown[0]!r}, which was not there at init; "
             "make the state anew with tx.init(params), and keep what still fits of "
             "the old one with adopt_state."

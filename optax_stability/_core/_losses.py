@@ -50,7 +50,13 @@ def _as_number(value: Any) -> jax.Array:
             f"value must be one number, got a {type(value).__name__}; give the mean "
             "loss of the batch alone, without the auxiliary outputs of has_aux=True."
         )
-    value = jnp.asarray(value)
+    try:
+        value = jnp.asarray(value)
+    except TypeError as error:
+        raise TypeError(
+            f"value must be one number, got a {type(value).__name__}; give the mean "
+            "loss of the batch."
+        ) from error
     if value.shape != ():
         raise ValueError(
             f"value must be one number, got shape {value.shape}; give the mean "

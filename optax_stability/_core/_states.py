@@ -8,6 +8,7 @@ called ``metrics`` is no mark: states of other libraries have such fields, too.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -15,6 +16,10 @@ import optax
 def is_reporting(node: Any) -> bool:
     """Whether a node is a state whose ``metrics`` are read."""
     return isinstance(node, tuple) and getattr(type(node), "reports_metrics", False)
+
+
+class WrongStateError(TypeError):
+    """The state of another transformation was given."""
 
 
 def _describe(state: Any) -> str:
@@ -55,10 +60,34 @@ def check_single(state: Any) -> None:
 def check_state(name: str, state: Any, kind: type) -> None:
     """Raises unless ``state`` is a single state of ``kind``, which ``name`` made."""
     if not isinstance(state, kind):
-        raise TypeError(
+        raise WrongStateError(
             f"{name} got {_describe(state)} in place of its {kind.__name__}: a state "
             "belongs to the transformation that made it. Pass the state of "
             "tx.init(params); to continue a run with another transformation, use "
             "adopt_state(tx, params, old_state)."
         )
     check_single(state)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+
+
+def check_layout(name: str, state: Any, fresh: Any) -> None:
+    """Raises TypeError unless a state has the leaves and shapes of a fresh one."""
+    if jax.tree.structure(state) == jax.tree.structure(fresh):
+        return
+    has, needs = _shapes(state), _shapes(fresh)
+    extra = [path for path in has if has[path] != needs.get(path)]
+    missing = [path for path in needs if path not in has]
+    where = ""
+    if extra:
+        where = f" (it has {extra[0]} of shape {has[extra[0]]})"
+    elif missing:
+        where = f" (it lacks {missing[0]} of shape {needs[missing[0]]})"
+    raise WrongStateError(
+        f"{name} got a state that another {name} made{where}: with other arguments, or "
+        "around another transformation. Pass the state of tx.init(params); to continue "
+        "a run with another transformation, use adopt_state(tx, params, old_state)."
+    )

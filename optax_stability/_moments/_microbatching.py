@@ -16,11 +16,12 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_stability._core import _norms, _tree, _validate
+from optax_stability._core import _leaves, _norms, _tree, _validate
 from optax_stability._core._mesh_axes import (
     all_varying_axes,
     sharding_axes,
@@ -86,6 +87,11 @@ def check_batch(batch: Any, num_microbatches: int) -> None:
             f"batch={batch!r} holds no array; give arrays with examples along axis 0."
         )
     for name, leaf in zip(_tree.leaf_names(batch), leaves, strict=True):
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OUS":
+            raise TypeError(
+                f"batch: {name!r} is a NumPy array of {leaf.dtype}; give arrays of "
+                "numbers, and keep texts and objects out of the step."
+            )
         shape = jnp.shape(leaf)
         if shape and shape[0] == 0:
             raise ValueError(
@@ -167,6 +173,32 @@ def _check_loss(loss: Any, params: Any) -> None:
                 f"shard_map, with spmd_axis_name={axes}, which gives every device its "
                 "own microbatches."
             )
+
+
+def _checked_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """``loss_fn``, which raises TypeError unless it returns what ``has_aux`` says."""
+
+    def checked(params, microbatch):
+        value = loss_fn(params, microbatch)
+        is_pair = isinstance(value, tuple) and len(value) == 2
+        if has_aux and not is_pair:
+            raise TypeError(
+                f"has_aux=True, but loss_fn returned a {type(value).__name__}; return "
+                "(loss, aux), or leave has_aux out."
+            )
+        loss = value[0] if has_aux else value
+        if isinstance(loss, tuple):
+            raise TypeError(
+                "loss_fn returned a tuple; if it is (loss, aux), give has_aux=True."
+            )
+        if jnp.shape(loss) != ():
+            raise TypeError(
+                f"loss_fn must return one number, got the shape {jnp.shape(loss)}; "
+                "return the mean over the examples."
+            )
+        return value
+
+    return checked
 
 
 def _value_and_grad(loss_fn: Callable[..., Any], has_aux: bool, loss_scale: Any):
@@ -301,13 +333,19 @@ def microbatch_gradients(
     vmap_size = num_microbatches if vmap_size is None else vmap_size
     groups = num_microbatches // vmap_size
     weigh = count_examples if weight_fn is None else weight_fn
+    checked_loss = _checked_loss(loss_fn, has_aux)
 
     def evaluate(params, microbatch, loss_scale):
-        value_and_grad = _value_and_grad(loss_fn, has_aux, loss_scale)
+        value_and_grad = _value_and_grad(checked_loss, has_aux, loss_scale)
         value, grads = value_and_grad(params, microbatch)
         loss, aux = value if has_aux else (value, None)
         _check_loss(loss, params)
         weight = jnp.asarray(weigh(microbatch), jnp.float32)
+        if weight.shape != ():
+            raise ValueError(
+                f"weight_fn must return one number, got the shape {weight.shape}; "
+                "return a sum, such as the number of tokens."
+            )
         weight = jnp.where(_moments.usable_weight(weight), weight, 0)
         return grads, loss, weight, aux
 
@@ -362,6 +400,7 @@ def microbatch_gradients(
 
     def fn(params, batch, *, loss_scale=None) -> Any:
         check_batch(batch, num_microbatches)
+        _leaves.check_inexact("microbatch_gradients: params", params)
         loss_scale = _usable_scale(loss_scale)
         parts = _split(
             batch, groups, vmap_size, across_devices=spmd_axis_name is not None

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability._core import _mesh_axes, _norms, _scopes, _tree, _validate
+from optax_stability._core import _leaves, _mesh_axes, _norms, _scopes, _tree, _validate
 from optax_stability._core._checked import checked
 from optax_stability._core._leafwise import leafwise_sums
 from optax_stability._core._look import is_due
@@ -261,6 +261,7 @@ def estimate_noise_scale(
         step_decay = decay_for(observed.weight)
         state = update_streams(state, observed, known, sizes, step_decay)
         if params is not None and is_due(extra_args, lambda: True) is not False:
+            _leaves.check_params("estimate_noise_scale", params, updates)
             rms = _param_rms(_tree.pure(params), known, state, axis_name)
             state = state._replace(param_rms=rms)
         size = moments.weight / jnp.maximum(moments.num_microbatches, 1)

@@ -25,6 +25,7 @@ from optax_stability._core import (
     _metrics,
     _numerics,
     _parts,
+    _states,
     _validate,
 )
 from optax_stability._core._checked import checked
@@ -239,6 +240,12 @@ def record_history(
         return jnp.concatenate([head, tail])
 
     def update_fn(updates, state, params=None, **extra_args):
+        if len(state.rows) != length:
+            raise _states.WrongStateError(
+                f"record_history(length={length}) got a state of "
+                f"length={len(state.rows)}; give that length, or the state of "
+                "tx.init(params)."
+            )
         given = bool(given_losses(extra_args))
         loss = loss_of(extra_args, needed=False, axis_name=axis_name)
         norms = _known_norms.measure(updates, axis_name)

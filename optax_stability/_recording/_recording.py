@@ -229,6 +229,8 @@ def record(
             )
             marks = _mark_parts(measured_tree, layered)
             _leaves.check_leaves(place, state.leaves, marks)
+        if needs_params:
+            _leaves.check_params(f"record({name!r})", params, updates)
 
         def parts_of(tree):
             return Parts(jax.tree.leaves(tree), layered, axis_name)

@@ -13,9 +13,10 @@ read or written only when a branch is opened, probed or dropped.
 
 from typing import Literal, get_args
 
+import jax
 import optax
 
-from optax_stability._core import _leaves, _mesh_axes, _validate
+from optax_stability._core import _leaves, _mesh_axes, _states, _validate
 from optax_stability._core._checked import checked
 from optax_stability._core._memory_space import Place
 from optax_stability._spikes import _exchange, _guarded_step, _skip_state
@@ -184,6 +185,13 @@ def branch_on_spike(
                 "tx.update(grads, state, params, value=loss)."
             )
         skip, snapshot = state.skip, state.kept
+        saves_all = len(jax.tree.leaves(snapshot.inner_state)) > 0
+        has_any = len(jax.tree.leaves(skip.inner_state)) > 0
+        if has_any and saves_all != (keep == "all"):
+            raise _states.WrongStateError(
+                f"branch_on_spike(keep={keep!r}) got a state of another keep=; give "
+                "that one, or the state of tx.init(params)."
+            )
         _leaves.check_leaves("branch_on_spike: params", snapshot.params, params)
         assessment = _guarded_step.assess(guard, updates, skip.detector, extra_args)
         verdict = _skip_state.decide(assessment.reading, skip, max_consecutive, bucket)
