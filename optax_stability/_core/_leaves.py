@@ -140,7 +140,7 @@ _IN_THE_GRADIENT = _Origin(
 def check_leaves(
     place: str, known: Any, given: Any, origin: _Origin = _AT_INIT
 ) -> None:
-    """Raises WrongLeavesError unless ``given`` has the leaves that a state was made for.
+    """Raises unless ``given`` has the leaves that a state was made for.
 
     Args:
       place: what ``given`` is, for the message.

@@ -38,13 +38,13 @@ class SkipSpikesState(NamedTuple):
       kind_step: int32[4] – last step of each kind, counted from 0; −1 if none was.
       leaf_nonfinite: int32[n_leaves] – steps at which each leaf of the gradient held a
         NaN or Inf.
+      leaves: placeholders that give the names of the leaves.
       norm: float32[] – last L2 norm of the gradient.
       norm_limit: float32[] – last limit of the norm, ∞ where none is set.
       value: float32[] – last loss, 0 if none was given.
       value_limit: float32[] – last limit of the loss, ∞ where none is set.
       detector: state of the detector.
       inner_state: state of ``inner``.
-      leaves: placeholders that give the names of the leaves.
     """
 
     step: jax.Array
@@ -60,13 +60,13 @@ class SkipSpikesState(NamedTuple):
     kind_total: jax.Array
     kind_step: jax.Array
     leaf_nonfinite: jax.Array
+    leaves: Any
     norm: jax.Array
     norm_limit: jax.Array
     value: jax.Array
     value_limit: jax.Array
     detector: DetectorState
     inner_state: Any
-    leaves: Any
 
     reports_metrics = True  # For ost.metrics.
 
@@ -183,13 +183,13 @@ def init_state(
         kind_total=jnp.zeros((len(KINDS),), jnp.int32),
         kind_step=jnp.full((len(KINDS),), _NEVER, jnp.int32),
         leaf_nonfinite=jnp.zeros((num_leaves,), jnp.int32),
+        leaves=_tree.mark_leaves(params),
         norm=jnp.zeros((), jnp.float32),
         norm_limit=jnp.zeros((), jnp.float32),
         value=jnp.zeros((), jnp.float32),
         value_limit=jnp.zeros((), jnp.float32),
         detector=detector,
         inner_state=inner_state,
-        leaves=_tree.mark_leaves(params),
     )
 
 
@@ -248,11 +248,11 @@ def update_state(
         kind_total=count(state.kind_total, reading.kinds),
         kind_step=jnp.where(reading.kinds, state.step, state.kind_step),
         leaf_nonfinite=_count_leaves(state, assessment),
+        leaves=state.leaves,
         norm=reading.norm,
         norm_limit=reading.norm_limit,
         value=reading.value,
         value_limit=reading.value_limit,
         detector=optax.tree.where(skip, state.detector, learned),
         inner_state=inner_state,
-        leaves=state.leaves,
     )
