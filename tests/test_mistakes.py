@@ -77,6 +77,12 @@ BAD = {
     "function": ("loss", 3, (loss_fn,)),
 }
 # Arguments whose default does not show what they are.
+NUMBERS = (
+    *("q", "learning_rate", "weight", "every", "max_share", "update_rms_max"),
+    *("spike_ratio", "half_life", "above", "below", "batch_size", "every_k"),
+    *("num_microbatches", "vmap_size", "max_k", "lr", "limit", "ratio", "floor"),
+    *("after", "relearn_after"),
+)
 KINDS = {
     "threshold": "threshold",
     "grad_norm": "threshold",
@@ -91,32 +97,7 @@ KINDS = {
     "mu_dtype": "dtype",
     "rms_dtype": "dtype",
     "accumulator_dtype": "dtype",
-    **dict.fromkeys(
-        [
-            "q",
-            "learning_rate",
-            "weight",
-            "every",
-            "max_share",
-            "update_rms_max",
-            "spike_ratio",
-            "half_life",
-            "above",
-            "below",
-            "batch_size",
-            "every_k",
-            "num_microbatches",
-            "vmap_size",
-            "max_k",
-            "lr",
-            "limit",
-            "ratio",
-            "floor",
-            "after",
-            "relearn_after",
-        ],
-        "number",
-    ),
+    **dict.fromkeys(NUMBERS, "number"),
 }
 # Their own tests are elsewhere: trees, patterns, names, filters, other functions.
 ELSEWHERE = {"stacked", "mask", "factors", "name", "metric", "wrt", "estimator"}
@@ -136,14 +117,12 @@ def argument_rows():
         for name, parameter in inspect.signature(factory).parameters.items():
             if name in ELSEWHERE:
                 continue
-            for bad in BAD[kind_of(name, parameter.default)]:
+            for i, bad in enumerate(BAD[kind_of(name, parameter.default)]):
                 where = f"{factory.__module__.split('.')[1]}.{factory.__name__}"
-                yield pytest.param(
-                    factory, needed, name, bad, id=f"{where}-{name}-{str(bad)[:12]}"
-                )
+                yield pytest.param(factory, needed, name, bad, id=f"{where}-{name}-{i}")
 
 
-@pytest.mark.parametrize(("factory", "needed", "name", "bad"), argument_rows())
+@pytest.mark.parametrize(("factory", "needed", "name", "bad"), list(argument_rows()))
 def test_an_impossible_argument_is_named_with_its_value(factory, needed, name, bad):
     with pytest.raises((TypeError, ValueError)) as raised:
         factory(**{**needed, name: bad})
@@ -199,6 +178,9 @@ P = {"w": jnp.ones((4, 4))}
 OPTAX_ADAM = optax.adam(0.1).init(P)
 SAFE_ADAM = ost.scale_by_safe_adam().init(P)
 
+# Their states hold the number of the leaves, and nothing about each.
+COUNTS_LEAVES = {ost.when_noisy, ost.scale_by_noise_scale}
+
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
@@ -248,7 +230,8 @@ def test_a_leaf_that_was_added_after_init_is_named(case):
     if signature(state) == signature(tx.init(more)):
         assert refused(tx, more, state, more) is None
         return
-    assert "'new'" in refused(tx, more, state, more)
+    said = refused(tx, more, state, more)
+    assert (case.factory in COUNTS_LEAVES and said is None) or "'new'" in said
 
 
 @every_case
@@ -269,17 +252,21 @@ def test_a_shape_that_changed_after_init_is_named_with_both_shapes(case):
         assert refused(tx, other, state, other) is None
         return
     said = refused(tx, other, state, other)
+    if case is CASES["clip_by_threshold groups"]:  # Labels have no names of leaves.
+        assert "a shape or a label changed" in said, said
+        return
     assert "'scale'" in said, said
     assert "(3,)" in said
     assert "()" in said
 
 
-@every_case
-def test_a_complex_gradient_for_real_parameters_is_named(case):
-    tx, params = case.make(), make_params()
+@pytest.mark.parametrize("name", ["scale_by_safe_adam", "accumulate_moments"])
+def test_a_complex_gradient_for_real_parameters_is_named(name):
+    tx, params = CASES[name].make(), make_params()
     other = params | {"scale": jnp.ones((), jnp.complex64)}
     said = refused(tx, other, tx.init(params), params)
-    assert said is None or "scale" in said or "complex" in said, said
+    assert "'scale'" in said
+    assert "complex64" in said
 
 
 # The same transformation with other arguments, or around another one.
@@ -327,7 +314,7 @@ NEED_PARAMS = {
     "record of params": ost.record("p", of="params"),
     "record ratio": ost.record("g", ratio_to_params=True),
     "safe_adamw": ost.safe_adamw(0.1),
-    "safe_adamw mask": ost.safe_adamw(0.1, mask=lambda p: jax.tree.map(bool, p)),
+    "safe_adamw mask": ost.safe_adamw(0.1, mask={"w": True}),
 }
 
 
@@ -335,7 +322,7 @@ NEED_PARAMS = {
 def test_missing_params_are_named(name):
     tx = NEED_PARAMS[name]
     with pytest.raises(ValueError, match="params"):
-        tx.update(P, tx.init(P) if "mask" not in name else None, value=1.0)
+        tx.update(P, tx.init(P), value=1.0)
 
 
 @pytest.mark.parametrize("name", ["branch_on_spike", "record of params", "safe_adamw"])
@@ -470,7 +457,7 @@ def test_an_empty_batch_is_named_for_modules_too():
 class Returned(NamedTuple):
     loss_fn: Any
     words: tuple[str, ...]
-    options: dict[str, Any] = {}
+    options: dict[str, Any] | None = None
 
 
 RETURNED = [
@@ -483,7 +470,7 @@ RETURNED = [
 
 @pytest.mark.parametrize("case", RETURNED)
 def test_what_a_function_returns_is_named(case):
-    fn = ost.microbatch_gradients(case.loss_fn, 2, **case.options)
+    fn = ost.microbatch_gradients(case.loss_fn, 2, **(case.options or {}))
     with pytest.raises((TypeError, ValueError)) as raised:
         jax.eval_shape(fn, P, jnp.ones((2, 4)))
     assert all(word in str(raised.value) for word in case.words), raised.value

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import (
+    _leaves,
     _mesh_axes,
     _norms,
     _numerics,
@@ -201,6 +202,7 @@ def clip_by_threshold(
                 "pass the state of tx.init(params)."
             )
         parts = split(updates, scope, stacked)
+        _check_streams(state.threshold, parts)
         norm = scope_norms(updates, parts, axis_name)
         limit, learned = _update_each(threshold, norm, state.threshold)
 
@@ -227,6 +229,17 @@ def clip_by_threshold(
         stored=(lambda state: state.leaves) if per_leaf else None,
         inexact=True,
     )
+
+
+def _check_streams(threshold_state: Any, parts: Parts) -> None:
+    """Raises unless the gradient has as many scopes as at ``init``."""
+    streams = [len(leaf) for leaf in jax.tree.leaves(threshold_state)]
+    if any(count != parts.num_scopes for count in streams):
+        raise _leaves.WrongLeavesError(
+            f"clip_by_threshold: the gradient has {parts.num_scopes} layers or labels, "
+            f"which were {streams[0]} at init: a shape or a label changed; make the "
+            "state anew with tx.init(params)."
+        )
 
 
 def _update_each(threshold: Threshold, norms, states):

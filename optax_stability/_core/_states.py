@@ -76,9 +76,9 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def check_layout(name: str, state: Any, fresh: Any) -> None:
     """Raises TypeError unless a state has the leaves and shapes of a fresh one."""
-    if jax.tree.structure(state) == jax.tree.structure(fresh):
-        return
     has, needs = _shapes(state), _shapes(fresh)
+    if jax.tree.structure(state) == jax.tree.structure(fresh) and has == needs:
+        return
     extra = [path for path in has if has[path] != needs.get(path)]
     missing = [path for path in needs if path not in has]
     where = ""

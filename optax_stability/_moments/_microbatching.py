@@ -59,8 +59,20 @@ class ValueAndGrad(Protocol[Params_contra, Batch_contra, Value_co, Grads_co]):
         ...
 
 
-def check_sizes(num_microbatches: int, vmap_size: int | None) -> None:
-    """Raises unless the microbatches can be evaluated in groups of ``vmap_size``."""
+def check_settings(
+    loss_fn: Any,
+    num_microbatches: int,
+    vmap_size: int | None,
+    weight_fn: Any,
+    spmd_axis_name: Any,
+    **flags: Any,
+) -> None:
+    """Raises unless every setting is of its kind, and ``vmap_size`` divides K."""
+    _validate.check_callable("loss_fn", loss_fn)
+    if weight_fn is not None:
+        _validate.check_callable("weight_fn", weight_fn)
+    _validate.check_flags(**flags)
+    _validate.check_axis_name("spmd_axis_name", spmd_axis_name)
     _validate.check_size("num_microbatches", num_microbatches, 1)
     if vmap_size is None:
         return
@@ -70,13 +82,6 @@ def check_sizes(num_microbatches: int, vmap_size: int | None) -> None:
             f"vmap_size={vmap_size} does not divide num_microbatches="
             f"{num_microbatches}; give a divisor, or None for all at once."
         )
-
-
-def check_functions(loss_fn: Any, weight_fn: Any) -> None:
-    """Raises TypeError unless both are functions; ``weight_fn`` may be None."""
-    _validate.check_callable("loss_fn", loss_fn)
-    if weight_fn is not None:
-        _validate.check_callable("weight_fn", weight_fn)
 
 
 def check_batch(batch: Any, num_microbatches: int) -> None:
@@ -324,12 +329,16 @@ def microbatch_gradients(
       Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983,
       eq. 2.1, with weights, for the deviation.
     """
-    check_sizes(num_microbatches, vmap_size)
-    check_functions(loss_fn, weight_fn)
-    _validate.check_flags(
-        has_aux=has_aux, mean_square=mean_square, reject_nonfinite=reject_nonfinite
+    check_settings(
+        loss_fn,
+        num_microbatches,
+        vmap_size,
+        weight_fn,
+        spmd_axis_name,
+        has_aux=has_aux,
+        mean_square=mean_square,
+        reject_nonfinite=reject_nonfinite,
     )
-    _validate.check_axis_name("spmd_axis_name", spmd_axis_name)
     vmap_size = num_microbatches if vmap_size is None else vmap_size
     groups = num_microbatches // vmap_size
     weigh = count_examples if weight_fn is None else weight_fn

@@ -229,6 +229,9 @@ def record(
             )
             marks = _mark_parts(measured_tree, layered)
             _leaves.check_leaves(place, state.leaves, marks)
+        if correlation and state.memory.previous is not None:
+            known = state.memory.previous.directions
+            _leaves.check_leaves(f"record({name!r})", known, measured_tree)
         if needs_params:
             _leaves.check_params(f"record({name!r})", params, updates)
 

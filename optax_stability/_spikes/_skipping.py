@@ -145,7 +145,8 @@ def skip_spikes(
       ``skip/nonfinite/per_leaf`` (steps at which a leaf held a NaN or Inf),
       ``skip/consecutive``, ``skip/last_step``, ``skip/norm``, ``skip/norm_limit``,
       ``skip/value``, ``skip/value_limit``; and ``skip/<kind>_total``,
-      ``skip/<kind>_last_step`` with the kinds nan, inf, norm, value. Steps are counted from 0; −1 means never.
+      ``skip/<kind>_last_step`` with the kinds nan, inf, norm, value. Steps are counted
+      from 0; −1 means never.
 
     Raises:
       TypeError: ``inner`` is not a transformation, a threshold not a ``Threshold``.
