@@ -193,6 +193,7 @@ def branch_on_spike(
                 "that one, or the state of tx.init(params)."
             )
         _leaves.check_leaves("branch_on_spike: params", snapshot.params, params)
+        _leaves.check_params("branch_on_spike", params, updates)
         assessment = _guarded_step.assess(guard, updates, skip.detector, extra_args)
         verdict = _skip_state.decide(assessment.reading, skip, max_consecutive, bucket)
         transition, reasons = next_transition(
