@@ -23,7 +23,7 @@ def _kind_of(leaf: Any) -> str:
         return "" if _is_number(leaf) else f"a {type(leaf).__name__}"
     if dtype == jax.dtypes.float0:
         return "a gradient with respect to integers (float0)"
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return "a random key"
     usable = any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_))
     return "" if usable else str(dtype)
