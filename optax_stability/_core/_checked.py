@@ -18,6 +18,16 @@ import optax
 
 from optax_stability._core import _leaves, _states
 
+_ANY = AttributeError, IndexError, TypeError, ValueError
+
+
+def _fresh_state(init_fn: Callable[[Any], Any], like: Any) -> Any:
+    """The shapes of a fresh state; None if ``like`` is not what ``init`` takes."""
+    try:
+        return jax.eval_shape(init_fn, like)
+    except _ANY:
+        return None
+
 
 def checked(
     name: str,
@@ -65,10 +75,11 @@ def checked(
             return update_fn(updates, state, params, **extra_args)
         except (_states.WrongStateError, _leaves.WrongLeavesError):
             raise
-        except (AttributeError, IndexError, TypeError, ValueError):
+        except _ANY as error:
             # Only now, because this traces init once more.
-            like = updates if params is None else params
-            _states.check_layout(name, state, jax.eval_shape(init_fn, like))
+            fresh = _fresh_state(init_fn, updates if params is None else params)
+            if fresh is not None:
+                _states.check_layout(name, state, fresh, error)
             raise
 
     return optax.GradientTransformationExtraArgs(init, update)

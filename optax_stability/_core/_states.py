@@ -74,8 +74,12 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
 
 
-def check_layout(name: str, state: Any, fresh: Any) -> None:
-    """Raises TypeError unless a state has the leaves and shapes of a fresh one."""
+def check_layout(name: str, state: Any, fresh: Any, error: Exception) -> None:
+    """Explains ``error`` if a state has not the leaves and shapes of a fresh one.
+
+    Raises:
+      WrongStateError: it has others, which is where ``error`` came from.
+    """
     has, needs = _shapes(state), _shapes(fresh)
     if jax.tree.structure(state) == jax.tree.structure(fresh) and has == needs:
         return
@@ -90,4 +94,4 @@ def check_layout(name: str, state: Any, fresh: Any) -> None:
         f"{name} got a state that another {name} made{where}: with other arguments, or "
         "around another transformation. Pass the state of tx.init(params); to continue "
         "a run with another transformation, use adopt_state(tx, params, old_state)."
-    )
+    ) from error
