@@ -26,7 +26,8 @@ from optax_stability._accumulation._state import (
     window_of,
 )
 from optax_stability._core import _mesh_axes, _numerics, _tree, _validate
-from optax_stability._core._losses import given_losses
+from optax_stability._core._checked import checked
+from optax_stability._core._losses import given_losses, loss_of
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Aggregate, Moments
 
@@ -60,7 +61,9 @@ def _incoming(
     """The aggregate of one call: one microbatch or, with moments, several."""
     if moments is None:
         weight = 1.0 if weight is None else weight
+        _validate.check_number("weight", weight)
         return _moments.single(updates, loss, weight, mean_square=mean_square)
+    moments = _moments.visible(moments, updates)
     _check_moments(moments, weight, mean_square)
     moments = moments if mean_square else moments._replace(mean_square=None)
     return Aggregate(
@@ -228,8 +231,9 @@ def accumulate_moments(
     _validate.check_transformation("inner", inner)
     if not (callable(every_k) or isinstance(every_k, ChoosesMicrobatches)):
         _validate.check_count("every_k", every_k, 1, "1 takes a step on every call")
-    if accumulator_dtype is not None:
-        _validate.check_float_dtype("accumulator_dtype", accumulator_dtype)
+    _validate.check_flags(mean_square=mean_square, reject_nonfinite=reject_nonfinite)
+    _validate.check_float_dtype("accumulator_dtype", accumulator_dtype)
+    _validate.check_axis_name("axis_name", axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
@@ -242,7 +246,7 @@ def accumulate_moments(
 
     def update_fn(updates, state, params=None, *, weight=None, moments=None, **extra):
         losses = given_losses(extra)
-        loss = _mesh_axes.mean(next(iter(losses.values()), 0.0), axis_name)
+        loss = loss_of(extra, needed=False, axis_name=axis_name)
         incoming = _incoming(
             updates,
             loss,
@@ -280,4 +284,11 @@ def accumulate_moments(
             like=updates,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "accumulate_moments",
+        AccumulateMomentsState,
+        init_fn,
+        update_fn,
+        stored=lambda state: state.acc_grads,
+        inexact=True,
+    )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability._core import _norms, _tree
+from optax_stability._core import _norms, _states, _tree
 from optax_stability._core._in_place import apply_if, depends_on
 from optax_stability._core._numerics import cast_like, increment
 from optax_stability._moments import _moments
@@ -42,6 +42,9 @@ class AccumulateMomentsState(NamedTuple):
     acc_grads: Any
     value: jax.Array
     moments: Moments
+
+    reports_metrics = True  # For ost.metrics.
+    number = "mini_step"  # This field is one number.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -138,13 +141,16 @@ def step_if_full(
 
 def check_state(state: Any) -> AccumulateMomentsState:
     """The state with plain arrays in place of NNX variables."""
+    _states.check_not_transformation(state)
     if not isinstance(state, AccumulateMomentsState):
         raise TypeError(
             "state must be the state of accumulate_moments, got "
             f"{type(state).__name__}; if another transformation wraps "
             "accumulate_moments, pass its inner state."
         )
-    return _tree.pure(state)
+    state = _tree.pure(state)
+    _states.check_single(state)
+    return state
 
 
 def has_updated(state: Any) -> jax.Array:

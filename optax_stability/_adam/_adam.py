@@ -32,6 +32,7 @@ from optax_stability._adam._state import (
     update_bound,
 )
 from optax_stability._core import _numerics, _tree, _validate
+from optax_stability._core._checked import checked
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Moments
 
@@ -178,6 +179,7 @@ def _require_moments(moments: Moments | None) -> Moments:
             "mean_square=True) returns: tx.update(grads, state, params, "
             "moments=moments)."
         )
+    _moments.check_moments(moments)
     if moments.mean_square is None:
         raise ValueError(
             "second_moment='microbatch' needs moments.mean_square, which is None; make "
@@ -400,4 +402,11 @@ def scale_by_safe_adam(
             eps=eps_now,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "scale_by_safe_adam",
+        SafeAdamState,
+        init_fn,
+        update_fn,
+        stored=lambda state: state.mu,
+        inexact=True,
+    )

@@ -19,6 +19,7 @@ import optax
 
 from optax_stability import thresholds
 from optax_stability._core import _known_norms, _mesh_axes, _tree, _validate
+from optax_stability._core._checked import checked
 from optax_stability._core._in_place import select_if
 from optax_stability._core._numerics import increment, real_dtype, scale
 from optax_stability.thresholds import Threshold
@@ -43,6 +44,8 @@ class RestartMomentsState(NamedTuple):
     last_step: jax.Array
     threshold: Any
     inner_state: Any
+
+    reports_metrics = True  # For ost.metrics.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -138,6 +141,7 @@ def restart_moments(
         _validate.check_count("every", every, 1, "500 is the published value")
     check_threshold("on_spike", on_spike, optional=True)
     _validate.check_count("warmup", warmup, 0, "150 is the published value")
+    _validate.check_axis_name("axis_name", axis_name)
     inner = optax.with_extra_args_support(inner)
     threshold = on_spike or thresholds.constant(float("inf"))
 
@@ -181,4 +185,4 @@ def restart_moments(
             inner_state=select_if(restart, lambda _: inner.init(params), inner_state),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("restart_moments", RestartMomentsState, init_fn, update_fn)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability._core import _numerics, _tree, _validate
+from optax_stability._core import _numerics, _states, _tree, _validate
 from optax_stability._core._leafwise import leafwise_sums
 
 
@@ -51,6 +51,7 @@ class SafeAdamState(NamedTuple):
     b2: jax.Array
     eps: jax.Array
 
+    reports_metrics = True  # For ost.metrics.
     # Tells a reader of metrics that each call takes a pass over the moments.
     costly_metrics = True
 
@@ -213,6 +214,8 @@ def from_optax_adam_state(
     """
     _validate.check_interval("b1", b1, "[0, 1)", "0.9 is usual")
     _validate.check_interval("b2", b2, "(0, 1)", "0.999 is usual")
+    _validate.check_interval("eps", eps, "[0, inf)", "it is for the metrics alone")
+    _validate.check_float_dtype("rms_dtype", rms_dtype)
 
     def convert(adam: optax.ScaleByAdamState) -> SafeAdamState:
         def root(nu):
@@ -265,6 +268,7 @@ def to_optax_adam_state(
     Raises:
       ValueError: there is no safe Adam state in ``state``.
     """
+    _validate.check_float_dtype("nu_dtype", nu_dtype)
 
     def convert(safe: SafeAdamState) -> optax.ScaleByAdamState:
         def square(rms, mu):
@@ -284,6 +288,7 @@ def to_optax_adam_state(
 
 def _replace(state: Any, kind: type, convert) -> Any:
     """Applies ``convert`` to every ``kind`` in a tree, which must hold at least one."""
+    _states.check_not_transformation(state)
     nodes, treedef = jax.tree.flatten(
         _tree.pure(state), is_leaf=lambda node: isinstance(node, kind)
     )

@@ -20,7 +20,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability._core import _mesh_axes, _norms, _numerics, _tree, _validate
+from optax_stability._core import (
+    _leaves,
+    _mesh_axes,
+    _norms,
+    _numerics,
+    _states,
+    _tree,
+    _validate,
+)
+from optax_stability._core._checked import checked
 from optax_stability._core._scopes import (
     Parts,
     Scope,
@@ -63,6 +72,8 @@ class ClipByThresholdState(NamedTuple):
     leaf_limit: Any
     threshold: Any
     leaves: Any
+
+    reports_metrics = True  # For ost.metrics.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -162,6 +173,7 @@ def clip_by_threshold(
       [0.6 0.8] 5.0
     """
     check_threshold("threshold", threshold)
+    _validate.check_axis_name("axis_name", axis_name)
     if not callable(scope):
         _validate.check_choice("scope", scope, ("global", "leaf"))
 
@@ -190,7 +202,13 @@ def clip_by_threshold(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        if (state.leaves is not None) != per_leaf:
+            raise _states.WrongStateError(
+                f"clip_by_threshold(scope={scope!r}) got the state of another scope; "
+                "pass the state of tx.init(params)."
+            )
         parts = split(updates, scope, stacked)
+        _check_streams(state.threshold, parts)
         norm = scope_norms(updates, parts, axis_name)
         limit, learned = _update_each(threshold, norm, state.threshold)
 
@@ -212,7 +230,25 @@ def clip_by_threshold(
             leaves=state.leaves,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "clip_by_threshold",
+        ClipByThresholdState,
+        init_fn,
+        update_fn,
+        stored=(lambda state: state.leaves) if per_leaf else None,
+        inexact=True,
+    )
+
+
+def _check_streams(threshold_state: Any, parts: Parts) -> None:
+    """Raises unless the gradient has as many scopes as at ``init``."""
+    streams = [len(leaf) for leaf in jax.tree.leaves(threshold_state)]
+    if any(count != parts.num_scopes for count in streams):
+        raise _leaves.WrongLeavesError(
+            f"clip_by_threshold: the gradient has {parts.num_scopes} layers or labels, "
+            f"which were {streams[0]} at init: a shape or a label changed; make the "
+            "state anew with tx.init(params)."
+        )
 
 
 def _update_each(threshold: Threshold, norms, states):

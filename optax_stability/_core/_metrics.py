@@ -14,15 +14,10 @@ from typing import Any, TypeVar
 
 import jax
 
-from optax_stability._core import _tree
+from optax_stability._core import _states, _tree
 
 PER_LEAF = "/per_leaf"
 State = TypeVar("State")
-
-
-def _has_metrics(node: Any) -> bool:
-    """Whether a node is a reporting state: a tuple class with ``metrics``."""
-    return isinstance(node, tuple) and hasattr(type(node), "metrics")
 
 
 def _is_snapshot(node: Any) -> bool:
@@ -34,11 +29,11 @@ def _iterate_states(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
     """Yields (path, state) for every reporting state, outer before inner."""
 
     def stop(node):
-        return node is not tree and (_has_metrics(node) or _is_snapshot(node))
+        return node is not tree and (_states.is_reporting(node) or _is_snapshot(node))
 
     found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]
     for sub_path, node in found:
-        if _has_metrics(node):
+        if _states.is_reporting(node):
             yield path + sub_path, node
             yield from _iterate_states(node, path + sub_path)
 
@@ -97,9 +92,18 @@ def _merge(paths: list[tuple], values: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def reporting_states(tree: Any) -> list[tuple[tuple, Any]]:
-    """(path, state) of all reporting states, with arrays instead of NNX variables."""
+    """(path, state) of all reporting states, with arrays instead of NNX variables.
+
+    Raises:
+      TypeError: ``tree`` is a transformation.
+      ValueError: a state was replicated or stacked.
+    """
+    _states.check_not_transformation(tree)
     # The list makes the tree itself a child, so that a bare state is found as well.
-    return [(path, _tree.pure(node)) for path, node in _iterate_states([tree])]
+    found = [(path, _tree.pure(node)) for path, node in _iterate_states([tree])]
+    for _, node in found:
+        _states.check_single(node)
+    return found
 
 
 def find(tree: Any, kind: type[State]) -> list[State]:
@@ -132,7 +136,10 @@ def metrics(state: Any, *, params: Any = None) -> dict[str, jax.Array]:
     * No metric overwrites another: a key that several states use gets a prefix, the
       part of the path that differs, such as ``decay/adam/update_rms`` in a partition.
 
-    **Edge cases**: without a reporting state the dict is empty.
+    **Edge cases**: without a reporting state the dict is empty. States of other
+    libraries are left alone, also those with a field called ``metrics``. A state class
+    of your own is read if it is a NamedTuple with the class attribute
+    ``reports_metrics = True`` and a property ``metrics``.
 
     Args:
       state: any optimizer state, or an object that holds one.
@@ -144,7 +151,9 @@ def metrics(state: Any, *, params: Any = None) -> dict[str, jax.Array]:
       Dict from metric name to array.
 
     Raises:
-      ValueError: ``params`` lacks a leaf that the state reports on.
+      TypeError: ``state`` is the transformation in place of its state.
+      ValueError: ``params`` lacks a leaf that the state reports on; or a state has a
+        leading axis, because it was replicated for ``pmap`` or stacked.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -14,7 +14,7 @@ class Leaf(NamedTuple):
     """Placeholder for a leaf: keeps the paths of a tree without its arrays."""
 
 
-def _is_leaf_mark(node: Any) -> bool:
+def is_leaf_mark(node: Any) -> bool:
     return isinstance(node, Leaf)
 
 
@@ -42,9 +42,9 @@ def number_leaves(marks: Any) -> Any:
     """Numbers the leaves of a tree from :func:`mark_leaves`: 0, 1, 2 …."""
     count = itertools.count()
     return jax.tree.map(
-        lambda node: next(count) if _is_leaf_mark(node) else node,
+        lambda node: next(count) if is_leaf_mark(node) else node,
         marks,
-        is_leaf=_is_leaf_mark,
+        is_leaf=is_leaf_mark,
     )
 
 
@@ -79,8 +79,8 @@ def leaf_names(params: Any) -> list[str]:
 
 def names_of_marks(marks: Any) -> list[str]:
     """The names of the leaves in a tree from :func:`mark_leaves`."""
-    marked = jax.tree_util.tree_flatten_with_path(marks, is_leaf=_is_leaf_mark)[0]
-    paths = [path for path, node in marked if _is_leaf_mark(node)]
+    marked = jax.tree_util.tree_flatten_with_path(marks, is_leaf=is_leaf_mark)[0]
+    paths = [path for path, node in marked if is_leaf_mark(node)]
     names = [
         jax.tree_util.keystr(path, simple=True, separator="/") or "params"
         for path in paths

@@ -105,6 +105,8 @@ def penalize_gradient_norm(
       Zhao, Zhang & Hu, "Penalizing Gradient Norm for Efficiently Improving
       Generalization in Deep Learning", 2022, arXiv 2202.03599.
     """
+    _validate.check_callable("loss_fn", loss_fn)
+    _validate.check_flags(has_aux=has_aux)
     _validate.check_interval("weight", weight, "[0, inf)", "use 0 for no penalty")
     if _validate.is_concrete(weight) and weight == 0:
         return loss_fn

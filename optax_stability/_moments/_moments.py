@@ -347,6 +347,31 @@ def stacked(
     )
 
 
+def check_moments(moments: Any) -> None:
+    """Raises unless ``moments`` are the statistics of one gradient.
+
+    Raises:
+      TypeError: they are no :class:`Moments`.
+      ValueError: they have a leading axis, as ``vmap`` and ``pmap`` return them.
+    """
+    if not isinstance(moments, Moments):
+        raise TypeError(
+            f"moments must be Moments, got a {type(moments).__name__}; pass the third "
+            "output of microbatch_gradients, or put accumulate_moments around the "
+            "chain."
+        )
+    if jnp.ndim(moments.weight) or jnp.ndim(moments.deviation) != 1:
+        raise ValueError(
+            f"moments.weight has the shape {jnp.shape(moments.weight)} in place of (): "
+            "the moments of several steps or devices are stacked; call update inside "
+            "the same vmap or pmap."
+        )
+
+
+def _same_tree(marks: Any, updates: Any) -> bool:
+    return jax.tree.structure(marks) == jax.tree.structure(_tree.mark_leaves(updates))
+
+
 def _visible_part(updates: Any, tree: Any) -> Any:
     """The tree with ``optax.MaskedNode`` wherever the updates have it."""
 
@@ -372,9 +397,13 @@ def visible(moments: Moments, updates: Any) -> Moments:
       updates: the gradients, with ``optax.MaskedNode`` in place of hidden leaves.
 
     Raises:
-      ValueError: the moments have another tree than the gradients.
+      TypeError: they are no :class:`Moments`.
+      ValueError: the moments have another tree than the gradients, or are stacked.
     """
+    check_moments(moments)
     if moments.leaves is None and moments.mean_square is None:
+        return moments
+    if moments.leaves is not None and _same_tree(moments.leaves, updates):
         return moments
     try:
         squares = moments.mean_square

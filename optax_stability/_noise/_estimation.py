@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import (
+    _leaves,
     _mesh_axes,
     _norms,
     _numerics,
@@ -28,6 +29,7 @@ from optax_stability._core import (
     _tree,
     _validate,
 )
+from optax_stability._core._checked import checked
 from optax_stability._core._leafwise import leafwise_sums
 from optax_stability._core._look import is_due
 from optax_stability._moments import _moments
@@ -36,6 +38,7 @@ from optax_stability._noise import _pairs
 from optax_stability._noise._state import (
     EstimateNoiseScaleState,
     init_state,
+    stored_leaves,
     sum_by_stream,
     update_streams,
 )
@@ -240,6 +243,8 @@ def estimate_noise_scale(
         remedy = "give a number of examples, such as 100 batches"
         _validate.check_interval("half_life", half_life, "(0, inf)", remedy)
     _validate.check_interval("confidence", confidence, "(0, 1)", "0.95 is usual")
+    _validate.check_flags(difference=difference)
+    _validate.check_axis_name("axis_name", axis_name)
     if not callable(scope):
         _validate.check_choice("scope", scope, ("global", "leaf"))
 
@@ -268,6 +273,7 @@ def estimate_noise_scale(
         step_decay = decay_for(observed.weight)
         state = update_streams(state, observed, known, sizes, step_decay)
         if params is not None and is_due(extra_args, lambda: True) is not False:
+            _leaves.check_params("estimate_noise_scale", params, updates)
             rms = _param_rms(_tree.pure(params), known, state, axis_name)
             state = state._replace(param_rms=rms)
         size = moments.weight / jnp.maximum(moments.num_microbatches, 1)
@@ -277,4 +283,10 @@ def estimate_noise_scale(
             confidence=jnp.asarray(confidence, jnp.float32),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "estimate_noise_scale",
+        EstimateNoiseScaleState,
+        init_fn,
+        update_fn,
+        stored=stored_leaves,
+    )

@@ -158,9 +158,11 @@ def batch_efficiency(b_simple: Any, batch_size: Any) -> Any:
       McCandlish et al., 2018, arXiv:1812.06162, §2. Against it: Merrill et al.,
       "Critical Batch Size Revisited", 2025, arXiv:2505.23971.
     """
-    _validate.check_interval("batch_size", batch_size, "(0, inf)", "use a size > 0")
+    _validate.check_numbers("batch_size", batch_size)
+    if _validate.is_concrete(batch_size):
+        _validate.check_interval("batch_size", batch_size, "(0, inf)", "use a size > 0")
     if not _validate.is_concrete(b_simple):
-        _validate.check_number("b_simple", b_simple)
+        _validate.check_numbers("b_simple", b_simple)
         return 1 / (1 + batch_size / b_simple)
     if math.isnan(b_simple):
         return math.nan

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
+from optax_stability._core._checked import checked
 from optax_stability._noise import _lookup
 
 
@@ -29,6 +30,9 @@ class ScaleByNoiseScaleState(NamedTuple):
 
     scale: jax.Array
     estimate: Any
+
+    reports_metrics = True  # For ost.metrics.
+    number = "scale"  # This field is one number.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -119,4 +123,10 @@ def scale_by_noise_scale(
         scaled = jax.tree.map(lambda leaf: _numerics.scale(leaf, scale), updates)
         return scaled, ScaleByNoiseScaleState(scale=scale, estimate=estimate)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "scale_by_noise_scale",
+        ScaleByNoiseScaleState,
+        init_fn,
+        update_fn,
+        inexact=True,
+    )

@@ -44,6 +44,9 @@ class EstimateNoiseScaleState(NamedTuple):
     leaves: Any
     labels: Any
 
+    reports_metrics = True  # For ost.metrics.
+    number = "batch"  # This field is one number.
+
     @property
     def metrics(self) -> dict[str, jax.Array]:
         """``noise_scale/…``: the estimate and its interval, global and per leaf."""
@@ -120,6 +123,11 @@ def init_state(
         leaves=leaves,
         labels=labels,
     )
+
+
+def stored_leaves(state: EstimateNoiseScaleState) -> Any:
+    """What the state holds per leaf of the gradient: the pair, marks, or nothing."""
+    return state.leaves if state.pairs is None else state.pairs.previous
 
 
 def update_streams(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _validate
+from optax_stability._core._checked import checked
 from optax_stability._noise import _lookup
 
 Measure = Literal["b_simple", "noise_to_weight"]
@@ -34,6 +35,9 @@ class WhenNoisyState(NamedTuple):
     active: jax.Array
     estimate: Any
     inner_state: Any
+
+    reports_metrics = True  # For ost.metrics.
+    number = "active"  # This field is one number.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -144,4 +148,4 @@ def when_noisy(
             active=active, estimate=estimate, inner_state=inner_state
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("when_noisy", WhenNoisyState, init_fn, update_fn)

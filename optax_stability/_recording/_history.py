@@ -25,9 +25,11 @@ from optax_stability._core import (
     _metrics,
     _numerics,
     _parts,
+    _states,
     _tree,
     _validate,
 )
+from optax_stability._core._checked import checked
 from optax_stability._core._in_place import run_if
 from optax_stability._core._look import is_due
 from optax_stability._core._losses import given_losses, loss_of
@@ -51,6 +53,8 @@ class RecordHistoryState(NamedTuple):
     rows: jax.Array
     has_loss: jax.Array
     inner_state: Any
+
+    reports_metrics = True  # For ost.metrics.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -212,8 +216,9 @@ def record_history(
       ... )
     """
     _validate.check_transformation("inner", inner)
-    _validate.check_count("length", length, 1, "256 is the default")
+    _validate.check_size("length", length, 1)
     _validate.check_count("slow_every", slow_every, 1, "50 is the default")
+    _validate.check_axis_name("axis_name", axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
@@ -243,6 +248,12 @@ def record_history(
         return jnp.concatenate([head, tail])
 
     def update_fn(updates, state, params=None, **extra_args):
+        if len(state.rows) != length:
+            raise _states.WrongStateError(
+                f"record_history(length={length}) got a state of "
+                f"length={len(state.rows)}; give that length, or the state of "
+                "tx.init(params)."
+            )
         given = bool(given_losses(extra_args))
         loss = loss_of(extra_args, needed=False, axis_name=axis_name)
         norms = _known_norms.measure(updates, axis_name)
@@ -259,4 +270,4 @@ def record_history(
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("record_history", RecordHistoryState, init_fn, update_fn)

@@ -20,6 +20,7 @@ import optax
 
 from optax_stability._core import (
     _known_norms,
+    _leaves,
     _mesh_axes,
     _numerics,
     _parts,
@@ -27,6 +28,7 @@ from optax_stability._core import (
     _tree,
     _validate,
 )
+from optax_stability._core._checked import checked
 from optax_stability._core._in_place import measure_if
 from optax_stability._core._look import is_due
 from optax_stability._recording import _measuring, _similarity, _spectrum
@@ -52,6 +54,8 @@ class RecordState(NamedTuple):
     metrics: dict[str, jax.Array]
     memory: Any
     leaves: Any
+
+    reports_metrics = True  # For ost.metrics.
 
 
 def _mark_parts(tree: Any, layered: _parts.Layered) -> Any:
@@ -168,6 +172,14 @@ def record(
         raise ValueError(f"name={name!r} must be a non-empty string, such as 'grad'.")
     _validate.check_choice("of", of, get_args(Of))
     _validate.check_count("every", every, 1, "1 measures at every step")
+    _validate.check_flags(
+        per_leaf=per_leaf,
+        ratio_to_params=ratio_to_params,
+        correlation=correlation,
+        spectral=spectral,
+        histogram=histogram,
+    )
+    _validate.check_axis_name("axis_name", axis_name)
     if of == "params" and ratio_to_params:
         raise ValueError(
             "ratio_to_params=True divides by the norm that of='params' measures; "
@@ -214,7 +226,19 @@ def record(
             raise ValueError(
                 f"record({name!r}) measures the parameters; pass params to update."
             )
-        layered = which_layered(params if of == "params" else updates)
+        measured_tree = params if of == "params" else updates
+        layered = which_layered(measured_tree)
+        if per_leaf:
+            place = (
+                f"record({name!r}): {'params' if of == 'params' else 'the gradient'}"
+            )
+            marks = _mark_parts(measured_tree, layered)
+            _leaves.check_leaves(place, state.leaves, marks)
+        if correlation and state.memory.previous is not None:
+            known = state.memory.previous.directions
+            _leaves.check_leaves(f"record({name!r})", known, measured_tree)
+        if needs_params:
+            _leaves.check_params(f"record({name!r})", params, updates)
 
         def parts_of(tree):
             return Parts(jax.tree.leaves(tree), layered, axis_name)
@@ -254,4 +278,4 @@ def record(
             leaves=state.leaves,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("record", RecordState, init_fn, update_fn)

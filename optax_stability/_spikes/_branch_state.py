@@ -82,6 +82,9 @@ class BranchOnSpikeState(NamedTuple):
     kept: Snapshot
     skip: SkipSpikesState
 
+    reports_metrics = True  # For ost.metrics.
+    number = "mode"  # This field is one number.
+
     @property
     def metrics(self) -> dict[str, jax.Array]:
         """``branch/…``: the mode, the length of the branch, and the counts."""

@@ -13,13 +13,16 @@ read or written only when a branch is opened, probed or dropped.
 
 from typing import Literal, get_args
 
+import jax
 import optax
 
-from optax_stability._core import _mesh_axes, _tree, _validate
+from optax_stability._core import _leaves, _mesh_axes, _states, _tree, _validate
+from optax_stability._core._checked import checked
 from optax_stability._core._memory_space import Place
 from optax_stability._core._numerics import real_dtype
 from optax_stability._spikes import _exchange, _guarded_step, _skip_state
 from optax_stability._spikes._branch_state import (
+    BranchOnSpikeState,
     init_state,
     next_transition,
     update_state,
@@ -173,7 +176,7 @@ def branch_on_spike(
         saved_state = inner_state if keep == "all" else ()
         snapshot = _exchange.init_snapshot(params, detector, saved_state, keep_in)
         skip = _skip_state.init_state(
-            guard.detector.init(dtype), inner_state, bucket, dtype
+            params, guard.detector.init(dtype), inner_state, bucket, dtype
         )
         return init_state(snapshot, skip, rollback_budget)
 
@@ -184,6 +187,15 @@ def branch_on_spike(
                 "tx.update(grads, state, params, value=loss)."
             )
         skip, snapshot = state.skip, state.kept
+        saves_all = len(jax.tree.leaves(snapshot.inner_state)) > 0
+        has_any = len(jax.tree.leaves(skip.inner_state)) > 0
+        if has_any and saves_all != (keep == "all"):
+            raise _states.WrongStateError(
+                f"branch_on_spike(keep={keep!r}) got a state of another keep=; give "
+                "that one, or the state of tx.init(params)."
+            )
+        _leaves.check_leaves("branch_on_spike: params", snapshot.params, params)
+        _leaves.check_params("branch_on_spike", params, updates)
         assessment = _guarded_step.assess(guard, updates, skip.detector, extra_args)
         verdict = _skip_state.decide(assessment.reading, skip, max_consecutive, bucket)
         transition, reasons = next_transition(
@@ -203,7 +215,7 @@ def branch_on_spike(
         counts = skip._replace(inner_state=())
         counts = optax.tree.where(
             transition.probe_fails,
-            _skip_state.update_after_failed_probe(counts, assessment.reading),
+            _skip_state.update_after_failed_probe(counts, assessment),
             _skip_state.update_state(counts, assessment, verdict, bucket, ()),
         )
         counts, snapshot = _exchange.exchange_detectors(
@@ -219,4 +231,4 @@ def branch_on_spike(
             skip=counts._replace(inner_state=inner_state),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("branch_on_spike", BranchOnSpikeState, init_fn, update_fn)

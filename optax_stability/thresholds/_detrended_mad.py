@@ -133,6 +133,7 @@ def detrended_mad(
       "The Influence Curve and Its Role in Robust Estimation", 1974, JASA 69).
       Comparison with the published rules: ``python benchmarks/spike_detection.py``.
     """
+    _validate.check_flags(log=log)
     _validate.check_interval("num_mads", num_mads, "(0, inf)", "5 and 6 are usual")
     allowed = "(1, inf)" if log else "(0, inf)"
     remedy = "5 is five times the centre" if log else "0.5 is half a nat"

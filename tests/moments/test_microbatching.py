@@ -730,12 +730,10 @@ def test_a_batch_without_arrays_is_an_error(batch):
         fn(jnp.ones(()), batch)
 
 
-def test_a_batch_without_rows_is_no_microbatch():
+def test_a_batch_without_rows_is_refused():
     fn = compiled(2, 1, loss=dot)
-    loss, grads, moments = fn(jnp.ones(3), jnp.ones((0, 3)))
-    assert np.isnan(loss)
-    np.testing.assert_array_equal(grads, np.zeros(3))
-    assert int(moments.num_microbatches) == float(moments.weight) == 0
+    with pytest.raises(ValueError, match="no examples"):
+        fn(jnp.ones(3), jnp.ones((0, 3)))
 
 
 @pytest.mark.parametrize("vmap_size", [1, 4])
