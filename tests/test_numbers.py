@@ -379,6 +379,42 @@ def test_a_bfloat16_run_of_optax_continues_with_its_moments():
     np.testing.assert_array_equal(state[0].mu["w"], old[0].mu["w"].astype(jnp.float32))
 
 
+@pytest.mark.parametrize("vmap_size", [None, 1])
+def test_microbatches_of_mixed_parameters_with_64_bits_enabled(vmap_size):
+    def loss_fn(params, x):
+        squares = jax.tree.map(lambda p: jnp.sum(jnp.abs(p) ** 2), params)
+        return jnp.mean(x) * sum(s.astype(float) for s in jax.tree.leaves(squares))
+
+    with jax.enable_x64(True):
+        params = params_of("mixed")
+        fn = ost.microbatch_gradients(loss_fn, 4, vmap_size=vmap_size, mean_square=True)
+        value, grads, moments = fn(params, jnp.arange(1.0, 5.0))
+        chex.assert_trees_all_equal_dtypes(grads, params)
+        assert (
+            value.dtype == moments.deviation.dtype == moments.norm.dtype == np.float64
+        )
+        np.testing.assert_allclose(value, 2.5 * 137, rtol=1e-12)
+        # The gradients are 2x, for x of variance 5/4; four microbatches of weight 1.
+        np.testing.assert_allclose(moments.deviation, np.array([8, 128, 1]) * 20)
+        squares = jax.tree.map(lambda s: str(s.dtype), moments.mean_square)
+        assert squares == {
+            "dense": {"bias": "float32", "kernel": "float64"},
+            "scale": "float32",
+        }
+
+
+@pytest.mark.parametrize("name", ["clip_by_zscore", "safe_adamw", "accumulate_moments"])
+def test_numpy_gradients_are_read_as_jax_reads_them(name):
+    """Those of float64 are float32 without 64 bits, and no warning says so."""
+    grads = {"w": np.full((3, 2), 0.5), "b": np.ones(2)}
+    as_jax = jax.tree.map(jnp.asarray, grads)
+    tx = CASES[name].make()
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    expected, _ = tx.update(as_jax, tx.init(as_jax), as_jax)
+    chex.assert_trees_all_equal(updates, expected)
+    chex.assert_trees_all_equal_dtypes(updates, expected)
+
+
 # --- a reference in NumPy, over dtypes, trees and transformations ---------------------
 
 # For each dtype: the decades of the gradients that are drawn, and one rounding.

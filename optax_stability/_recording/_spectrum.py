@@ -89,7 +89,9 @@ def _iterate_all(matrices, usable, spectrum: Spectrum):
         ]
 
     count = jnp.where(spectrum.step == 0, _FIRST_ITERATIONS, _ITERATIONS)
-    start = [(v, jnp.zeros_like(v[..., 0].real)) for v in spectrum.vectors]
+    start = [
+        (v, jnp.zeros(v.shape[:-1], jnp.finfo(v.dtype).dtype)) for v in spectrum.vectors
+    ]
     return lax.fori_loop(0, count, step, start)
 
 
