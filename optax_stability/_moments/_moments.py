@@ -41,7 +41,8 @@ class Moments(NamedTuple):
       weight: float32[] – N, in the unit of the weights: examples or tokens.
       deviation: float32[n_leaves] – Σ nₖ‖mₖ − ḡ‖² of each leaf. It is ∞ where a
         distance is above 1e19; distances below 1e-19 are lost. It loses digits where
-        one weight is more than 1e4 times the sum of the weights before it.
+        one weight is more than 1e4 times the sum of the weights before it. It is −1
+        where it is unknown, see :func:`flax.per_example_gradients`.
       mean_square: tree like the gradients – Σ nₖ·mₖ²/N of each entry, or None. It
         saturates at 3e38; entries below 1e-19 are lost.
       norm: float32[n_leaves] – ‖ḡ‖ of each leaf when ḡ was computed, under

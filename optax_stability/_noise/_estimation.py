@@ -47,14 +47,20 @@ def _require_moments(moments: Moments | None) -> Moments:
 
 
 def _param_rms(params: Any, known, state: EstimateNoiseScaleState, axis_name):
-    """Root mean square of the parameters of each stream, over the known leaves."""
+    """Root mean square of the parameters of each stream, over the known leaves.
+
+    It is −1 for a stream without known leaves.
+    """
     # Not with the overflow-safe norms: their loop would copy the parameters.
     leaves = jax.tree.leaves(params)
     (squares,) = leafwise_sums(
         lambda p: (jnp.square(p.astype(jnp.float32)),), leaves, outputs=1
     )
     squares = _mesh_axes.sum_shards(squares, leaves, axis_name)
-    return jnp.sqrt(sum_by_stream(jnp.where(known, squares, 0.0), state) / state.size)
+    sums = sum_by_stream(jnp.where(known, squares, 0.0), state)
+    measured = state.size > 0
+    mean_squares = sums / jnp.where(measured, state.size, 1.0)
+    return jnp.where(measured, jnp.sqrt(mean_squares), -1.0)
 
 
 def _squared_norms(moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName):
@@ -65,13 +71,12 @@ def _squared_norms(moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName)
 
 
 def _observe(moments: Moments, squared_norms) -> Observed:
-    """S and G² of each leaf, from the microbatches of one step."""
-    k = moments.num_microbatches
-    trace = moments.deviation / jnp.where(k > 1, k - 1, jnp.nan)
+    """S and G² of each leaf, from the microbatches of one step; ±∞ with fewer than 2."""
+    k = moments.num_microbatches.astype(jnp.float32)
+    trace = jnp.where(k > 1, moments.deviation / jnp.maximum(k - 1, 1), jnp.inf)
+    weight = jnp.where(k > 1, moments.weight, 1.0)
     return Observed(
-        trace=trace,
-        grad_sq=squared_norms - trace / moments.weight,
-        weight=moments.weight,
+        trace=trace, grad_sq=squared_norms - trace / weight, weight=moments.weight
     )
 
 
@@ -145,7 +150,7 @@ def estimate_noise_scale(
 
     **Edge cases**
 
-    * ``valid`` is False and ``b_simple`` is NaN until three steps have been seen, and
+    * ``valid`` is False and ``b_simple`` is 0 until three steps have been seen, and
       while the interval has no upper end. ``low`` is then a lower bound of the noise
       scale. ``trace`` and ``grad_sq`` are still reported.
     * With one microbatch per step there is no estimate, unless ``difference=True``.
@@ -160,10 +165,13 @@ def estimate_noise_scale(
       S/n up to 2⁻¹⁸ of ‖g‖² for a microbatch of n.
     * A clip earlier in the chain does not change the estimate: the moments contain ‖ḡ‖
       from before the clip. Clipping single microbatches changes the noise itself.
-    * A leaf with unknown deviation (NaN with a finite norm) is left out of the sums.
-    * Before the first estimate every value is NaN except ``low``, ``high``, ``valid``
-      and ``steps``.
-    * 0/0 is NaN in ``noise_to_weight``, and x/0 is ∞ (zero-initialised parameters).
+    * A leaf with unknown deviation (negative, or NaN with a finite norm) is left out of
+      the sums.
+    * No metric is NaN, so that ``jax.debug_nans`` stops at faults only: ``trace``,
+      ``grad_sq`` and ``noise_to_weight`` are 0 while ``steps`` is 0, and
+      ``noise_to_weight`` also without parameters. :func:`noise_scale` reads all of
+      these as NaN.
+    * 0/0 is 0 in ``noise_to_weight``, and x/0 is ∞ (zero-initialised parameters).
 
     Args:
       decay: weight of a step relative to the next, in [0, 1); the averages are worth at
@@ -252,7 +260,7 @@ def estimate_noise_scale(
                 observed,
             )
         # A leaf with a non-finite norm stays in, so that the step is rejected.
-        known = ~jnp.isnan(moments.deviation) | ~jnp.isfinite(norms)
+        known = (moments.deviation >= 0) | ~jnp.isfinite(norms)
         sizes = _norms.leaf_sizes(updates, axis_name)
         step_decay = decay_for(observed.weight)
         state = update_streams(state, observed, known, sizes, step_decay)
