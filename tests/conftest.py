@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import jax
+import promotion
 import pytest
 import survival
 import tiers
@@ -71,6 +72,13 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("full"):
         config.hook.pytest_deselected(items=[x for x in items if not tiers.is_quick(x)])
         items[:] = filter(tiers.is_quick, items)
+
+
+@pytest.fixture(autouse=True)
+def explicit_promotion(request):
+    """Every test runs as the strictest users do, but for those in promotion.py."""
+    with promotion.as_in(request.node):
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

@@ -99,10 +99,10 @@ def _next_rms_unit(unit, total, b2, decay: _Decay):
 def _divide(mu, rms, eps, bound, eps_mode: EpsMode):
     """The update from m and r on a common scale; 0/0 is 0."""
     if eps_mode == "atan2":
-        return _ATAN2_SLOPE * lax.atan2(mu, rms)
+        return _ATAN2_SLOPE * _numerics.angle(mu, rms)
     divisor = rms + eps if eps_mode == "add" else jnp.maximum(rms, eps)
     # Where r underflows, so does m·r_unit/m_unit ≤ B·r: the floor only replaces 0/0.
-    return lax.clamp(-bound, mu / jnp.maximum(divisor, _numerics.TINY), bound)
+    return lax.clamp(-bound, _numerics.quotient(mu, divisor), bound)
 
 
 def _rms_excess(size, rms, eps):
@@ -110,7 +110,7 @@ def _rms_excess(size, rms, eps):
     divisor = jnp.maximum(rms.astype(jnp.float32), eps)
     usable = jnp.isfinite(size) & (divisor > 0)
     ratio = jnp.where(usable, size, 0.0) / jnp.where(usable, divisor, 1.0)
-    return jnp.sqrt(jnp.mean(jnp.square(ratio)))
+    return _numerics.root(jnp.mean(jnp.square(ratio)))
 
 
 def _nonzero(x):
@@ -333,7 +333,8 @@ def scale_by_safe_adam(
         total = _numerics.increment(state.microbatches, count)
         mu_unit = _next_mu_unit(state.mu_unit, total, b1, decay1)
         rms_unit = _next_rms_unit(state.rms_unit, total, b2, decay2)
-        noise = decay1.kept**2 * state.noise + decay1.learned**2 / jnp.maximum(count, 1)
+        share = jnp.maximum(count, 1).astype(jnp.float32)
+        noise = decay1.kept**2 * state.noise + decay1.learned**2 / share
         eps_now = jnp.asarray(eps(state.step) if callable(eps) else eps, jnp.float32)
         bound = update_bound(jnp.float32(b1), jnp.float32(b2))
 

@@ -11,6 +11,9 @@ Precision", 2015, arXiv:1502.02551, §3. Deviation: the random bits are a hash o
 value and the step, so no key is needed and a step can be repeated exactly.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -26,6 +29,12 @@ _MANTISSA_BITS = 0x007FFFFF
 _EXPONENT_BITS = 0x7F800000
 
 
+def promote(first, second) -> Any:
+    """The dtype that holds both dtypes, also under strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(first, second)
+
+
 def is_finite(x) -> jax.Array:
     """Whether x (float32) is finite, with a single comparison."""
     return jnp.abs(x) <= HUGE
@@ -38,7 +47,7 @@ def increment(count, by: int | jax.Array = 1) -> jax.Array:
 
 def scale(leaf, factor):
     """Multiplies a leaf by a float32 factor; the result has the dtype of the leaf."""
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    wide = promote(leaf.dtype, FLOAT32)
     return (leaf.astype(wide) * factor).astype(leaf.dtype)
 
 
@@ -74,11 +83,66 @@ def relative_to(values, largest):
     return values * shift / jnp.where(largest > 0, largest * shift, shift)
 
 
+def _inverse(x):
+    """1/x, and 0 where x ≥ 0 is 0 or below the normal numbers; differentiable."""
+    normal = x >= TINY
+    return jnp.where(normal, 1 / jnp.where(normal, x, 1.0), 0.0)
+
+
+@jax.custom_jvp
+def root(x):
+    """√x for x ≥ 0, with derivative 0 at 0."""
+    return jnp.sqrt(x)
+
+
+@root.defjvp
+def _root_jvp(primals, tangents):
+    result = root(*primals)
+    return result, tangents[0] * 0.5 * _inverse(result)
+
+
+@jax.custom_jvp
 def hypot(a, b):
-    """√(a² + b²) for float32 a, b ≥ 0, without forming either square."""
+    """√(a² + b²) for float32 a, b ≥ 0, without forming either square.
+
+    The derivative at (0, 0) is 0.
+    """
     high, low = jnp.maximum(a, b), jnp.minimum(a, b)
     ratio = low / jnp.maximum(high, TINY)
     return high * jnp.sqrt(1 + ratio * ratio)
+
+
+@hypot.defjvp
+def _hypot_jvp(primals, tangents):
+    result = hypot(*primals)
+    inverse = _inverse(result)
+    (a, b), (da, db) = primals, tangents
+    return result, a * inverse * da + b * inverse * db
+
+
+@jax.custom_jvp
+def quotient(x, y):
+    """x/y for y ≥ 0; x over the least normal number, with derivative 0, below it."""
+    return x / jnp.maximum(y, TINY)
+
+
+@quotient.defjvp
+def _quotient_jvp(primals, tangents):
+    result, inverse = quotient(*primals), _inverse(primals[1])
+    return result, inverse * tangents[0] - result * inverse * tangents[1]
+
+
+@jax.custom_jvp
+def angle(x, y):
+    """atan2(x, y) for y ≥ 0, with derivative 0 at (0, 0)."""
+    return lax.atan2(x, y)
+
+
+@angle.defjvp
+def _angle_jvp(primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    inverse = _inverse(hypot(jnp.abs(x), y))
+    return angle(x, y), inverse * (y * inverse * dx - x * inverse * dy)
 
 
 def _narrower(dtype, than) -> bool:
@@ -93,12 +157,14 @@ def _uniform(bits):
     return bits.astype(jnp.float32) * 2.0**-24
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def round_stochastically(x, step, dtype):
     """Casts x ≥ 0 to ``dtype``, rounded up or down so that the mean over steps is x.
 
     **Guarantees**: the mean over steps is x to 1 %; a result for x > 0 is at least the
     smallest positive number of ``dtype`` and at most the largest; scaling x by a power
-    of two scales the result, while both are normal numbers.
+    of two scales the result, while both are normal numbers. The derivative is that of
+    the mean, 1.
 
     Args:
       x: float32, not negative.
@@ -122,6 +188,11 @@ def round_stochastically(x, step, dtype):
     smallest = max(float(info.smallest_subnormal), TINY)
     clipped = jnp.clip(rounded, smallest, float(info.max))
     return jnp.where(x > 0, clipped, 0.0).astype(dtype)
+
+
+@round_stochastically.defjvp
+def _round_stochastically_jvp(dtype, primals, tangents):
+    return round_stochastically(*primals, dtype), tangents[0].astype(dtype)
 
 
 def saturating_cast(x, dtype):

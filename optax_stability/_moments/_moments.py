@@ -74,7 +74,7 @@ class Aggregate(NamedTuple):
 
 
 def _wide_dtype(leaf) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    return _numerics.promote(leaf.dtype, _numerics.FLOAT32)
 
 
 def widen(tree: Any) -> Any:
@@ -305,7 +305,7 @@ def stacked(
         return jnp.sum(jnp.where(broadcast(kept, leaf), parts, 0), axis=0)
 
     def deviation(leaf, mean):
-        squares = broadcast(weights, leaf) * jnp.square(leaf - mean)
+        squares = broadcast(weights, leaf) * jnp.square(leaf - mean[None])
         return _total(jnp.where(broadcast(kept, leaf), squares, 0))
 
     grads = widen(grads)
@@ -385,8 +385,9 @@ def _scale_factors(
     if moments.norm is None:
         return jnp.ones((len(leaves),), jnp.float32)
     original_norms = _norms.join_shard_norms(moments.norm, leaves, axis_name)
-    factors = _norms.leaf_norms(grads, axis_name) / original_norms
-    return jnp.where(jnp.isfinite(factors), factors, 1.0)
+    known = original_norms > 0
+    factors = _norms.leaf_norms(grads, axis_name) / jnp.where(known, original_norms, 1)
+    return jnp.where(known & jnp.isfinite(factors), factors, 1.0)
 
 
 def rescaled(
@@ -419,7 +420,7 @@ def rms(moments: Moments, grads: Any) -> Any:
     factors = _scale_factors(moments, grads)
 
     def leaf_rms(square, g, i):
-        root = jnp.sqrt(square) * factors[i]
+        root = _numerics.root(square) * factors[i]
         # Where a square or the sum of the squares is not finite, the result is |ḡ|.
         return jnp.maximum(jnp.where(_numerics.is_finite(root), root, 0), jnp.abs(g))
 

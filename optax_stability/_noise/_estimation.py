@@ -71,7 +71,7 @@ def _squared_norms(moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName)
 
 
 def _observe(moments: Moments, squared_norms) -> Observed:
-    """S and G² of each leaf, from the microbatches of one step; ±∞ with fewer than 2."""
+    """S and G² of each leaf, from one step; ±∞ with fewer than two microbatches."""
     k = moments.num_microbatches.astype(jnp.float32)
     trace = jnp.where(k > 1, moments.deviation / jnp.maximum(k - 1, 1), jnp.inf)
     weight = jnp.where(k > 1, moments.weight, 1.0)
@@ -267,7 +267,8 @@ def estimate_noise_scale(
         if params is not None and is_due(extra_args, lambda: True) is not False:
             rms = _param_rms(_tree.pure(params), known, state, axis_name)
             state = state._replace(param_rms=rms)
-        size = moments.weight / jnp.maximum(moments.num_microbatches, 1)
+        count = jnp.maximum(moments.num_microbatches, 1)
+        size = moments.weight / count.astype(jnp.float32)
         return updates, state._replace(
             batch=jnp.where(size > 0, moments.weight, state.batch),
             microbatch=jnp.where(size > 0, size, state.microbatch),

@@ -184,8 +184,8 @@ def record_history(
       ``clip_…`` inside that receives this same gradient.
 
     **Edge cases**: counts are kept in float32, exact up to 2²⁴. A loss that is not
-    given is read as NaN. Histograms are not kept. Under ``shard_map`` each device measures
-    ``adam/…`` on its shard; the mean over devices is kept.
+    given is read as NaN. Histograms are not kept. Under ``shard_map`` each device
+    measures ``adam/…`` on its shard; the mean over devices is kept.
 
     Args:
       inner: the transformation to record: the whole chain.
