@@ -1,6 +1,7 @@
 """Eight CPU devices, two tiers of tests, and one cache of compiled programs."""
 
 import collections
+import inspect
 import os
 import time
 from pathlib import Path
@@ -74,11 +75,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = filter(tiers.is_quick, items)
 
 
-@pytest.fixture(autouse=True)
-def explicit_promotion(request):
-    """Every test runs as the strictest users do, but for those in promotion.py."""
-    with promotion.as_in(request.node):
-        yield
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Every test runs as the strictest users do."""
+    names = inspect.signature(pyfuncitem.obj).parameters
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    promotion.call(pyfuncitem.obj, arguments)
+    return True
 
 
 @pytest.hookimpl(wrapper=True)
