@@ -48,7 +48,7 @@ def increment(count, by: int | jax.Array = 1) -> jax.Array:
 def scale(leaf, factor):
     """Multiplies a leaf by a float32 factor; the result has the dtype of the leaf."""
     wide = promote(leaf.dtype, FLOAT32)
-    return (leaf.astype(wide) * factor).astype(leaf.dtype)
+    return (leaf.astype(wide) * jnp.asarray(factor, wide)).astype(leaf.dtype)
 
 
 def square_at(factor: float, x):
