@@ -607,6 +607,60 @@ def test_inactive_means_bitwise_identity(case, dtype):
 
 
 @every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_converts_no_dtype_and_adds_no_axis_implicitly(case, dtype):
+    params = make_params(dtype)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        _, state = trace(case.make(), params)
+        jax.eval_shape(lambda state: ost.metrics(state, params=params), state)
+
+
+@every_case
+@pytest.mark.parametrize("jitted", [True, False], ids=["jitted", "eager"])
+@quick_only(*(f"jitted-{name}" for name in ONE_EACH), "eager-clip_by_zscore")
+def test_a_healthy_run_makes_no_nan(case, jitted):
+    """So that jax.debug_nans stops at faults only; a gradient of 0 is healthy."""
+    params = make_params()
+    with jax.debug_nans(True):
+        tx, step = compiled(case.make)
+        step, state = step if jitted else tx.update, tx.init(params)
+        for seed in range(3):
+            grads = make_grads(seed, params)
+            grads["dense"]["bias"] = jnp.zeros_like(grads["dense"]["bias"])
+            _, state = step(grads, state, params)
+            ost.metrics(state, params=params)
+
+
+def loss_after_steps(case, start):
+    """The loss after two steps from ``start``, whose gradients depend on it."""
+    tx, params = case.make(), start
+    state, noise = tx.init(params), make_grads(0, params)
+    for _ in range(2):
+        grads = jax.tree.map(lambda p, n: 0.3 * jnp.cos(p + n), params, noise)
+        updates, state = tx.update(grads, state, params)
+        params = jax.tree.map(lambda p, u: p - 0.1 * u, params, updates)
+    return optax.tree.sum(jax.tree.map(jnp.sin, params))
+
+
+@every_case
+@quick_only("clip_by_zscore", "skip_spikes")
+def test_reverse_mode_is_the_derivative_of_the_steps(case):
+    loss = jax.jit(functools.partial(loss_after_steps, case))
+    params, along = make_params(), make_grads(1, make_params())
+    slope = optax.tree.vdot(jax.jit(jax.grad(loss))(params), along)
+
+    def at(distance):
+        moved = jax.tree.map(lambda p, d: p + distance * d, params, along)
+        return float(loss(moved))
+
+    # Of central differences at 0.03, whose third order and rounding are below 1e-3; the
+    # rounding to bfloat16 makes steps of 1 % in the loss.
+    differences = (at(0.03) - at(-0.03)) / 0.06
+    close = 1e-2 if case.tolerance == REORDERED else 0.2
+    np.testing.assert_allclose(slope, differences, rtol=close, atol=1e-3)
+
+
+@every_case
 def test_an_empty_tree_passes(case):
     assert trace(case.make(), {})[0] == {}
 

@@ -182,7 +182,7 @@ def accumulate_moments(
       the last call of the window.
     * Layers that use batch statistics, such as BatchNorm, still see single
       microbatches: accumulation does not make their batch larger.
-    * Reverse-mode differentiation is not supported.
+    * Reverse mode passes: the derivative is that of the steps that are taken.
 
     Args:
       inner: the transformation that takes the steps: the whole chain.

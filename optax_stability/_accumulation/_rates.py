@@ -97,6 +97,7 @@ def scale_learning_rate(
 
 
 def _scaled(lr, k, rule: Rule):
+    k = k if _validate.is_concrete(k) else jnp.asarray(k, jnp.float32)
     if rule == "linear":
         return lr * k
     return lr * (math.sqrt(k) if _validate.is_concrete(k) else jnp.sqrt(k))

@@ -115,11 +115,10 @@ def _divide(mu, rms, eps, bound, eps_mode: EpsMode):
         phase = _numerics.by_component(lambda part: part / _nonzero(size), mu)
         return _numerics.times(phase, length)
     if eps_mode == "atan2":
-        return _ATAN2_SLOPE * lax.atan2(mu, rms)
+        return _ATAN2_SLOPE * _numerics.angle(mu, rms)
     divisor = rms + eps if eps_mode == "add" else jnp.maximum(rms, eps)
     # Where r underflows, so does m·r_unit/m_unit ≤ B·r: the floor only replaces 0/0.
-    floor = _numerics.tiny(rms.dtype)
-    return lax.clamp(-bound, mu / jnp.maximum(divisor, floor), bound)
+    return lax.clamp(-bound, _numerics.quotient(mu, divisor), bound)
 
 
 def _rms_excess(size, rms, eps):
@@ -127,7 +126,7 @@ def _rms_excess(size, rms, eps):
     divisor = jnp.maximum(rms, eps)
     usable = jnp.isfinite(size) & (divisor > 0)
     ratio = jnp.where(usable, size, 0.0) / jnp.where(usable, divisor, 1.0)
-    return jnp.sqrt(jnp.mean(jnp.square(ratio)))
+    return _numerics.root(jnp.mean(jnp.square(ratio)))
 
 
 def _real(x) -> Any:
@@ -374,7 +373,8 @@ def scale_by_safe_adam(
         total = _numerics.increment(state.microbatches, count)
         mu_unit = _next_mu_unit(state.mu_unit, total, b1, decay1)
         rms_unit = _next_rms_unit(state.rms_unit, total, b2, decay2)
-        noise = decay1.kept**2 * state.noise + decay1.learned**2 / jnp.maximum(count, 1)
+        share = jnp.maximum(count, 1).astype(jnp.float32)
+        noise = decay1.kept**2 * state.noise + decay1.learned**2 / share
         eps_now = jnp.asarray(eps(state.step) if callable(eps) else eps, dtype)
         b1_now, b2_now = jnp.asarray(b1, dtype), jnp.asarray(b2, dtype)
         bound = update_bound(b1_now, b2_now)

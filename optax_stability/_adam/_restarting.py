@@ -97,7 +97,7 @@ def restart_moments(
     schedule too: wrap only the transformation with the moments, not the whole
     optimizer. Right after a restart Adam's update is the sign of one gradient;
     ``warmup`` softens that. Inside ``skip_spikes``, skipped spikes do not arrive here.
-    Reverse-mode differentiation is not supported.
+    Reverse mode passes: the derivative is that of the steps that are taken.
 
     Args:
       inner: transformation whose state is reset.

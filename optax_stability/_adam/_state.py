@@ -154,7 +154,7 @@ def _metrics(state: SafeAdamState) -> dict[str, jax.Array]:
     sizes = jnp.array([mu.size for mu in mus], jnp.float32)
     totals = jnp.stack([squares * jnp.square(scale), shares, sizes - nonzero])
 
-    per_leaf = totals / jnp.maximum(sizes, 1.0)
+    per_leaf = totals / jnp.maximum(sizes, 1.0)[None]
     overall = jnp.sum(totals, axis=1) / jnp.maximum(jnp.sum(sizes), 1.0)
 
     def named(means, suffix=""):

@@ -226,9 +226,11 @@ def join_norms_by_group(norms, groups, num_groups: int) -> jax.Array:
       num_groups: number of groups; an empty group has norm 0.
     """
     largest = jnp.zeros((num_groups,), norms.dtype).at[groups].max(norms)
-    ratios = _numerics.relative_to(norms, largest[groups])
+    finite = jnp.isfinite(largest)
+    # A limit may be ∞, and ∞/∞ is NaN.
+    ratios = _numerics.relative_to(norms, jnp.where(finite, largest, 0.0)[groups])
     squares = jnp.zeros((num_groups,), norms.dtype).at[groups].add(jnp.square(ratios))
-    return jnp.where(jnp.isfinite(largest), largest * _root(squares), largest)
+    return jnp.where(finite, largest * _root(squares), largest)
 
 
 def _root(squares):

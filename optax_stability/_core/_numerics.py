@@ -16,6 +16,7 @@ Precision", 2015, arXiv:1502.02551, §3. Deviation: the random bits are a hash o
 value and the step, so no key is needed and a step can be repeated exactly.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -176,11 +177,66 @@ def relative_to(values, largest):
     return values * shift / jnp.where(largest > 0, largest * shift, shift)
 
 
+def _inverse(x):
+    """1/x, and 0 where x ≥ 0 is 0 or below the normal numbers; differentiable."""
+    normal = x >= tiny(x.dtype)
+    return jnp.where(normal, 1 / jnp.where(normal, x, 1.0), 0.0)
+
+
+@jax.custom_jvp
+def root(x):
+    """√x for x ≥ 0, with derivative 0 at 0."""
+    return jnp.sqrt(x)
+
+
+@root.defjvp
+def _root_jvp(primals, tangents):
+    result = root(*primals)
+    return result, tangents[0] * 0.5 * _inverse(result)
+
+
+@jax.custom_jvp
 def hypot(a, b):
-    """√(a² + b²) for a, b ≥ 0 of float32 or wider, without forming either square."""
+    """√(a² + b²) for a, b ≥ 0 of float32 or wider, without forming either square.
+
+    The derivative at (0, 0) is 0.
+    """
     high, low = jnp.maximum(a, b), jnp.minimum(a, b)
     ratio = low / jnp.maximum(high, tiny(high.dtype))
     return high * jnp.sqrt(1 + ratio * ratio)
+
+
+@hypot.defjvp
+def _hypot_jvp(primals, tangents):
+    result = hypot(*primals)
+    inverse = _inverse(result)
+    (a, b), (da, db) = primals, tangents
+    return result, a * inverse * da + b * inverse * db
+
+
+@jax.custom_jvp
+def quotient(x, y):
+    """x/y for y ≥ 0; x over the least normal number, with derivative 0, below it."""
+    return x / jnp.maximum(y, tiny(y.dtype))
+
+
+@quotient.defjvp
+def _quotient_jvp(primals, tangents):
+    result, inverse = quotient(*primals), _inverse(primals[1])
+    return result, inverse * tangents[0] - result * inverse * tangents[1]
+
+
+@jax.custom_jvp
+def angle(x, y):
+    """atan2(x, y) for y ≥ 0, with derivative 0 at (0, 0)."""
+    return lax.atan2(x, y)
+
+
+@angle.defjvp
+def _angle_jvp(primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    inverse = _inverse(hypot(jnp.abs(x), y))
+    return angle(x, y), inverse * (y * inverse * dx - x * inverse * dy)
 
 
 def _narrower(dtype, than) -> bool:
@@ -195,12 +251,14 @@ def _uniform(bits):
     return bits.astype(jnp.float32) * 2.0**-24
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def round_stochastically(x, step, dtype):
     """Casts x ≥ 0 to ``dtype``, rounded up or down so that the mean over steps is x.
 
     **Guarantees**: the mean over steps is x to 1 %; a result for x > 0 is at least the
     smallest positive number of ``dtype`` and at most the largest; scaling x by a power
-    of two scales the result, while both are normal numbers.
+    of two scales the result, while both are normal numbers. The derivative is that of
+    the mean, 1.
 
     Args:
       x: float32 or float64, not negative.
@@ -226,6 +284,11 @@ def round_stochastically(x, step, dtype):
     smallest = max(float(info.smallest_subnormal), TINY)
     clipped = jnp.clip(rounded, smallest, float(info.max))
     return jnp.where(x > 0, clipped, 0.0).astype(dtype)
+
+
+@round_stochastically.defjvp
+def _round_stochastically_jvp(dtype, primals, tangents):
+    return round_stochastically(*primals, dtype), tangents[0].astype(dtype)
 
 
 def saturating_cast(x, dtype):

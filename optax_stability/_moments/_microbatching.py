@@ -213,7 +213,9 @@ def _value_and_grad(loss_fn: Callable[..., Any], has_aux: bool, loss_scale: Any)
 
     def scaled(params, microbatch):
         value = loss_fn(params, microbatch)
-        return loss_scale * (value[0] if has_aux else value), value
+        loss = value[0] if has_aux else value
+        wide = _numerics.promote(loss.dtype, loss_scale.dtype)
+        return loss_scale.astype(wide) * loss.astype(wide), value
 
     def value_and_grad(params, microbatch):
         grads, value = jax.grad(scaled, has_aux=True)(params, microbatch)

@@ -49,6 +49,7 @@ class Moments(NamedTuple):
         leaf is float64 or complex128, else float32. It is ∞ where a distance is above
         1e19 (1e154 in float64); distances below 1e-19 (1e-154) are lost. It loses
         digits where one weight is more than 1e4 times the sum of the weights before it.
+        It is −1 where it is unknown, see :func:`flax.per_example_gradients`.
       mean_square: tree like the gradients, but real – Σ nₖ·|mₖ|²/N of each entry, or
         None. It saturates at 3e38; entries below 1e-19 are lost (1e308 and 1e-154 in
         float64).
@@ -325,7 +326,7 @@ def stacked(
         return jnp.sum(jnp.where(broadcast(kept, leaf), parts, 0), axis=0)
 
     def deviation(leaf, mean):
-        squares = broadcast(weights, leaf) * _numerics.abs_sq(leaf - mean)
+        squares = broadcast(weights, leaf) * _numerics.abs_sq(leaf - mean[None])
         return _total(jnp.where(broadcast(kept, leaf), squares, 0), dtype)
 
     grads, dtype = widen(grads), real_dtype(grads)
@@ -434,8 +435,9 @@ def _scale_factors(
     if moments.norm is None:
         return jnp.ones((len(leaves),), real_dtype(grads))
     original_norms = _norms.join_shard_norms(moments.norm, leaves, axis_name)
-    factors = _norms.leaf_norms(grads, axis_name) / original_norms
-    return jnp.where(jnp.isfinite(factors), factors, 1.0)
+    known = original_norms > 0
+    factors = _norms.leaf_norms(grads, axis_name) / jnp.where(known, original_norms, 1)
+    return jnp.where(known & jnp.isfinite(factors), factors, 1.0)
 
 
 def rescaled(
@@ -468,7 +470,7 @@ def rms(moments: Moments, grads: Any) -> Any:
     factors = _scale_factors(moments, grads)
 
     def leaf_rms(square, g, i):
-        root = jnp.sqrt(square) * factors[i]
+        root = _numerics.root(square) * factors[i]
         # Where a square or the sum of the squares is not finite, the result is |ḡ|.
         return jnp.maximum(jnp.where(_numerics.is_finite(root), root, 0), jnp.abs(g))
 

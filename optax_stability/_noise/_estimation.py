@@ -57,7 +57,10 @@ def _require_moments(moments: Moments | None) -> Moments:
 
 
 def _param_rms(params: Any, known, state: EstimateNoiseScaleState, axis_name):
-    """Root mean square of the parameters of each stream, over the known leaves."""
+    """Root mean square of the parameters of each stream, over the known leaves.
+
+    It is −1 for a stream without known leaves.
+    """
     # Not with the overflow-safe norms: their loop would copy the parameters.
     leaves = jax.tree.leaves(params)
     (squares,) = leafwise_sums(
@@ -66,7 +69,10 @@ def _param_rms(params: Any, known, state: EstimateNoiseScaleState, axis_name):
         outputs=1,
     )
     squares = _mesh_axes.sum_shards(squares, leaves, axis_name)
-    return jnp.sqrt(sum_by_stream(jnp.where(known, squares, 0.0), state) / state.size)
+    sums = sum_by_stream(jnp.where(known, squares, 0.0), state)
+    measured = state.size > 0
+    mean_squares = sums / jnp.where(measured, state.size, 1.0)
+    return jnp.where(measured, jnp.sqrt(mean_squares), -1.0)
 
 
 def _squared_norms(moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName):
@@ -78,13 +84,14 @@ def _squared_norms(moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName)
 
 
 def _observe(moments: Moments, squared_norms) -> Observed:
-    """S and G² of each leaf, from the microbatches of one step."""
-    k = moments.num_microbatches
-    trace = moments.deviation.astype(jnp.float32) / jnp.where(k > 1, k - 1, jnp.nan)
+    """S and G² of each leaf, from one step; ±∞ with fewer than two microbatches."""
+    k = moments.num_microbatches.astype(jnp.float32)
+    deviation = moments.deviation.astype(jnp.float32)
+    trace = deviation / jnp.maximum(k - 1, 1)
+    trace = jnp.where(k > 1, trace, jnp.inf)
+    weight = jnp.where(k > 1, moments.weight, 1.0)
     return Observed(
-        trace=trace,
-        grad_sq=squared_norms - trace / moments.weight,
-        weight=moments.weight,
+        trace=trace, grad_sq=squared_norms - trace / weight, weight=moments.weight
     )
 
 
@@ -158,7 +165,7 @@ def estimate_noise_scale(
 
     **Edge cases**
 
-    * ``valid`` is False and ``b_simple`` is NaN until three steps have been seen, and
+    * ``valid`` is False and ``b_simple`` is 0 until three steps have been seen, and
       while the interval has no upper end. ``low`` is then a lower bound of the noise
       scale. ``trace`` and ``grad_sq`` are still reported.
     * With one microbatch per step there is no estimate, unless ``difference=True``.
@@ -174,10 +181,13 @@ def estimate_noise_scale(
       S/n up to 2⁻¹⁸ of ‖g‖² for a microbatch of n.
     * A clip earlier in the chain does not change the estimate: the moments contain ‖ḡ‖
       from before the clip. Clipping single microbatches changes the noise itself.
-    * A leaf with unknown deviation (NaN with a finite norm) is left out of the sums.
-    * Before the first estimate every value is NaN except ``low``, ``high``, ``valid``
-      and ``steps``.
-    * 0/0 is NaN in ``noise_to_weight``, and x/0 is ∞ (zero-initialised parameters).
+    * A leaf with unknown deviation (negative, or NaN with a finite norm) is left out of
+      the sums.
+    * No metric is NaN, so that ``jax.debug_nans`` stops at faults only: ``trace``,
+      ``grad_sq`` and ``noise_to_weight`` are 0 while ``steps`` is 0, and
+      ``noise_to_weight`` also without parameters. :func:`noise_scale` reads all of
+      these as NaN.
+    * 0/0 is 0 in ``noise_to_weight``, and x/0 is ∞ (zero-initialised parameters).
 
     Args:
       decay: weight of a step relative to the next, in [0, 1); the averages are worth at
@@ -268,7 +278,7 @@ def estimate_noise_scale(
                 observed,
             )
         # A leaf with a non-finite norm stays in, so that the step is rejected.
-        known = ~jnp.isnan(moments.deviation) | ~jnp.isfinite(norms)
+        known = (moments.deviation >= 0) | ~jnp.isfinite(norms)
         sizes = _norms.leaf_sizes(updates, axis_name)
         step_decay = decay_for(observed.weight)
         state = update_streams(state, observed, known, sizes, step_decay)
@@ -276,7 +286,8 @@ def estimate_noise_scale(
             _leaves.check_params("estimate_noise_scale", params, updates)
             rms = _param_rms(_tree.pure(params), known, state, axis_name)
             state = state._replace(param_rms=rms)
-        size = moments.weight / jnp.maximum(moments.num_microbatches, 1)
+        count = jnp.maximum(moments.num_microbatches, 1)
+        size = moments.weight / count.astype(jnp.float32)
         return updates, state._replace(
             batch=jnp.where(size > 0, moments.weight, state.batch),
             microbatch=jnp.where(size > 0, size, state.microbatch),

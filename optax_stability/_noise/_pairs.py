@@ -66,8 +66,8 @@ def update_pairs(
       axis_name: under ``shard_map``, the mesh axes that shard the gradient.
 
     Returns:
-      The new stored gradient, and S and G² of the pair: NaN, of weight 0, if there is
-      no pair.
+      The new stored gradient, and S and G² of the pair: ∞, of weight 0, if there is no
+      pair.
     """
     grads = jax.tree.map(lambda g, old: g.astype(old.dtype), grads, pairs.previous)
     finite = jnp.all(jnp.isfinite(_inner_products(grads, grads, axis_name)))
@@ -78,8 +78,8 @@ def update_pairs(
     factor = weight * pairs.weight / jnp.where(complete, total, 1.0)
     products = _inner_products(grads, pairs.previous, axis_name)
     observed = Observed(
-        trace=jnp.where(complete, factor * squares, jnp.nan),
-        grad_sq=jnp.where(complete, products, jnp.nan),
+        trace=jnp.where(complete, factor * squares, jnp.inf),
+        grad_sq=jnp.where(complete, products, jnp.inf),
         weight=jnp.where(complete, total, 0.0),
     )
     store = finite & (weight > 0) & ~complete

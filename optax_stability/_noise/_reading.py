@@ -11,10 +11,11 @@ import math
 from typing import Any, overload
 
 import jax
+import numpy as np
 
 from optax_stability._core import _tree, _validate
 from optax_stability._noise._lookup import find_estimate
-from optax_stability._noise._state import readings
+from optax_stability._noise._state import readings, which_known
 
 
 def _digits(value: float) -> str:
@@ -34,9 +35,10 @@ class NoiseScale:
       low: lower end of its interval; a lower bound where it is not ``valid``.
       high: upper end, ∞ where it is not ``valid``.
       valid: whether the gradient can be distinguished from the noise.
-      trace: mean of S, which estimates tr Σ.
-      grad_sq: mean of G², which estimates ‖G‖²; may be negative.
-      noise_to_weight: √(var_g/var_p), noise of a microbatch relative to the parameters.
+      trace: mean of S, which estimates tr Σ; NaN before the first estimate.
+      grad_sq: mean of G², which estimates ‖G‖²; may be negative; NaN likewise.
+      noise_to_weight: √(var_g/var_p), noise of a microbatch relative to the parameters;
+        NaN where either is not known.
       steps: how many steps of equal weight the averages are worth.
       confidence: of the interval.
       biased: whether the estimate is from pairs of successive gradients.
@@ -102,7 +104,10 @@ def noise_scale(state: Any, *, unit: str = "examples") -> NoiseScale:
       B_simple unknown, over 0 steps
     """
     found = find_estimate(state)
-    values = jax.device_get(readings(found))
+    by_name = readings(found)
+    values, known = jax.device_get((by_name, which_known(found, by_name)))
+    for key, each in known.items():
+        values[key] = np.where(each, values[key], np.nan)
     shared = {
         "confidence": float(found.confidence),
         "biased": bool(found.biased),

@@ -114,7 +114,7 @@ def scale_by_noise_scale(
 
     def update_fn(updates, state, params=None, **extra_args):
         _, estimate = estimator.update(updates, state.estimate, params, **extra_args)
-        readings = _lookup.global_readings(estimate)
+        readings, _ = _lookup.global_readings(estimate)
         size = extra_args["moments"].weight if batch_size is None else batch_size
         size = jnp.maximum(jnp.asarray(size, jnp.float32), _numerics.TINY)
         noise = jnp.where(readings["valid"], readings["b_simple"], 0.0)

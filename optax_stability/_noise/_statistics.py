@@ -72,8 +72,8 @@ class Observed(NamedTuple):
     """S and G² of each leaf, from one step.
 
     Attributes:
-      trace: float32[n_leaves] – S; NaN where it is unknown.
-      grad_sq: float32[n_leaves] – G².
+      trace: float32[n_leaves] – S; not finite where there is no observation.
+      grad_sq: float32[n_leaves] – G², likewise.
       weight: float32[] – total weight of the examples.
     """
 
@@ -86,7 +86,7 @@ class Interval(NamedTuple):
     """The ratio S/G², with a confidence interval.
 
     Attributes:
-      ratio: float32[n] – ratio of the means, NaN where it is not ``valid``.
+      ratio: float32[n] – ratio of the means, 0 where it is not ``valid``.
       low: float32[n] – lower end, 0 where it is unknown.
       high: float32[n] – upper end, ∞ where there is none.
       valid: bool[n] – whether G² can be distinguished from 0.
@@ -122,6 +122,8 @@ def update_averages(averages: Averages, trace, grad_sq, decay) -> Averages:
       decay: float32[] – weight of the earlier steps relative to this one, in the
         longest memory.
     """
+    learnable = (jnp.abs(trace) <= _LARGEST) & (jnp.abs(grad_sq) <= _LARGEST)
+    trace, grad_sq = (jnp.where(learnable, x, 0.0)[None] for x in (trace, grad_sq))
     old, decay = averages, decay ** jnp.array(_DECAY_POWERS, jnp.float32)[:, None]
     total = decay * old.total + 1
     trace_step, grad_sq_step = trace - old.trace, grad_sq - old.grad_sq
@@ -143,7 +145,7 @@ def update_averages(averages: Averages, trace, grad_sq, decay) -> Averages:
             root_decay * old.grad_sq_spread, jnp.abs(cos * added - sin * shared)
         ),
     )
-    known = (jnp.abs(trace) <= _LARGEST) & (jnp.abs(grad_sq) <= _LARGEST)
+    known = learnable[None]
     for field in new:
         known &= jnp.isfinite(field)
     return jax.tree.map(lambda after, before: jnp.where(known, after, before), new, old)
@@ -197,10 +199,10 @@ def interval(averages: Averages, confidence) -> Interval:
     root = jnp.sqrt(jnp.maximum(jnp.square(a * c - s * b) + d * d * q0, 0))
     bounded = enough & (q2 > 0)
     low = jnp.where((q0 > 0) & (q1 + root > 0), ratio(q0, q1 + root), 0.0)
-    high = jnp.where(bounded, ratio(jnp.maximum(q1 + root, 0), q2), jnp.inf)
+    high = ratio(jnp.maximum(q1 + root, 0), q2)
     unit = ratio(upper_unit, lower_unit)
     return Interval(
-        ratio=jnp.where(bounded, ratio(averages.trace, averages.grad_sq), jnp.nan),
+        ratio=jnp.where(bounded, ratio(averages.trace, averages.grad_sq), 0.0),
         low=jnp.where(enough & (lower_unit > 0), low * unit, 0.0),
         high=jnp.where(bounded, high * unit, jnp.inf),
         valid=bounded,

@@ -46,11 +46,12 @@ class WhenNoisyState(NamedTuple):
 
 
 def _bounds(estimate, measure: Measure):
-    """Lower and upper bound of the measure; equal if it has no interval."""
-    readings = _lookup.global_readings(estimate)
+    """Lower and upper bound of the measure; equal if known and without interval."""
+    readings, known = _lookup.global_readings(estimate)
     if measure == "b_simple":
         return readings["low"], readings["high"]
-    return readings[measure], readings[measure]
+    value = readings[measure]
+    return value, jnp.where(known[measure], value, jnp.inf)
 
 
 def when_noisy(

@@ -36,6 +36,10 @@ from optax_stability._core._losses import given_losses, loss_of
 
 States = list[tuple[tuple, Any]]
 
+# Marks what was not recorded, in place of NaN: jax.debug_nans would stop there. The
+# greatest negative float32 is no loss and no metric.
+_NOT_RECORDED = -_numerics.HUGE
+
 
 class RecordHistoryState(NamedTuple):
     """State of :func:`record_history`.
@@ -44,7 +48,8 @@ class RecordHistoryState(NamedTuple):
       step: int32[] – calls of ``update``.
       rows: real[length, n_numbers], float64 if a parameter is float64 or complex128,
         else float32 – ring buffer of loss and metrics; step i is in
-        row i mod ``length``.
+        row i mod ``length``. What was not recorded, such as a loss that was not given,
+        is −3.4e38.
       has_loss: bool[] – whether a loss was ever given.
       inner_state: state of ``inner``; its structure defines the columns of ``rows``.
     """
@@ -153,6 +158,7 @@ def history(state: Any) -> dict[str, np.ndarray]:
     cheap, costly = _split_by_cost(recorder.inner_state)
     steps = np.arange(max(0, step - len(ring)), step)
     rows = ring[steps % len(ring)]
+    rows = np.where(rows == _NOT_RECORDED, np.float32(np.nan), rows)
     columns = _metrics.by_leaf(cheap + costly, _columns(cheap + costly, rows[:, 1:]))
     loss = {"loss": rows[:, 0]} if has_loss else {}
     return {"step": steps} | loss | columns
@@ -186,8 +192,8 @@ def record_history(
       ``clip_…`` inside that receives this same gradient.
 
     **Edge cases**: counts are kept in float32, exact up to 2²⁴. A loss that is not
-    given is NaN. Histograms are not kept. Under ``shard_map`` each device measures
-    ``adam/…`` on its shard; the mean over devices is kept.
+    given is read as NaN. Histograms are not kept. Under ``shard_map`` each device
+    measures ``adam/…`` on its shard; the mean over devices is kept.
 
     Args:
       inner: the transformation to record: the whole chain.
@@ -229,7 +235,7 @@ def record_history(
         )
         return RecordHistoryState(
             step=jnp.zeros((), jnp.int32),
-            rows=jnp.full((length, 1 + shape.size), jnp.nan, dtype),
+            rows=jnp.full((length, 1 + shape.size), _NOT_RECORDED, dtype),
             has_loss=jnp.zeros((), bool),
             inner_state=inner_state,
         )
@@ -261,7 +267,7 @@ def record_history(
             updates, inner_state = inner.update(
                 updates, state.inner_state, params, **extra_args
             )
-        shown = loss if given else jnp.full_like(loss, jnp.nan)
+        shown = loss if given else jnp.full_like(loss, _NOT_RECORDED)
         row = next_row(state, shown, inner_state, extra_args)
         return updates, RecordHistoryState(
             step=_numerics.increment(state.step),

@@ -125,7 +125,7 @@ def record(
       not finite. With ``look=True`` everything is measured.
     * ``zero_fraction`` of a leaf with a NaN is NaN; Inf counts as nonzero. Bimodality
       is NaN with either.
-    * ``spectral_norm`` of a leaf that is not a matrix is NaN, also of a convolution
+    * ``spectral_norm`` of a leaf that is not a matrix is 0, also of a convolution
       kernel. For the whole tree it is the largest of all matrices.
 
     Args:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optax_stability._core import _numerics, _parts
@@ -98,7 +99,7 @@ def _iterate_all(matrices, usable, spectrum: Spectrum):
 def measure(
     spectrum: Spectrum, parts: Parts, norms
 ) -> tuple[tuple[jax.Array, jax.Array], Spectrum]:
-    """The largest singular value of the tree and of each part; NaN if not a matrix.
+    """The largest singular value of the tree and of each part; 0 if not a matrix.
 
     Never above the true value, up to rounding. A matrix that is zero or not finite
     keeps its previous vector.
@@ -116,12 +117,13 @@ def measure(
         spectrum,
     )
     counts = _parts.count_parts(parts.leaves, parts.layered)
-    values = [jnp.full(count, jnp.nan, norms.dtype) for count in counts]
+    values = [jnp.zeros(count, norms.dtype) for count in counts]
     for i, (_, length) in zip(chosen, found, strict=True):
         values[i] = jnp.atleast_1d(length)
-    relative = _parts.concatenate(values)
-    per_part = norms * jnp.where(usable | jnp.isnan(relative), relative, 1.0)
-    total = jnp.max(per_part, initial=0.0, where=~jnp.isnan(relative))
+    is_matrix = np.repeat(np.isin(np.arange(len(counts)), chosen), counts)
+    measured = norms * jnp.where(usable, _parts.concatenate(values), 1.0)
+    per_part = jnp.where(is_matrix, measured, 0.0)
+    total = jnp.max(per_part, initial=0.0)
     spectrum = Spectrum(
         step=_numerics.increment(spectrum.step), vectors=[v for v, _ in found]
     )

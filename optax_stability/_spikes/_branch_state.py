@@ -205,7 +205,8 @@ def update_state(
     familiar_failed, surprise_failed = failed
     patience = jnp.minimum(2 * state.patience, _MAX_PATIENCE)
     earns = (state.mode == NORMAL) & ~reading.spike & ~reading.nonfinite
-    credit = state.credit + earns - STEPS_PER_ROLLBACK * transition.rolls_back
+    spent = jnp.where(transition.rolls_back, STEPS_PER_ROLLBACK, 0)
+    credit = state.credit + earns.astype(jnp.int32) - spent
     return BranchOnSpikeState(
         mode=mode.astype(jnp.int32),
         probed=state.mode == PROBE,

@@ -116,7 +116,7 @@ def branch_on_spike(
       ``rollback_budget`` of them at most once in 60 steps. Corruption that lasts longer
       is learned.
     * A change without a spike opens no branch: see :func:`spike_guard`.
-    * Reverse-mode differentiation is not supported.
+    * Reverse mode passes: the derivative is that of the steps that are taken.
 
     Args:
       inner: transformation to protect: the whole chain, the learning rate included.

@@ -113,7 +113,8 @@ def prepare_step(
     """
     reading, norms = assessment.reading, assessment.norms
     above = reading.norm > reading.norm_limit
-    factor = reading.norm_limit / reading.norm
+    factor = reading.norm_limit / jnp.where(above, reading.norm, 1.0)
+    factor = jnp.where(above, factor, 1.0)
 
     def scaled(updates):
         return jax.tree.map(lambda x: scale(x, factor), updates)

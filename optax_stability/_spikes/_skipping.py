@@ -117,7 +117,7 @@ def skip_spikes(
       loss as well. ``optax.MultiSteps`` keeps a NaN microbatch in its accumulator, so
       that every later mean is skipped.
     * Skipping does not cure a divergence: the parameters are bad by then. Rewind.
-    * Reverse-mode differentiation is not supported.
+    * Reverse mode passes: the derivative is that of the steps that are taken.
 
     Args:
       inner: transformation to protect: the whole chain from clipping to the learning

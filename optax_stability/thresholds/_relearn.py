@@ -96,6 +96,8 @@ def relearn(
         )
 
     def update(x, state):
+        x = jnp.asarray(x)
+        x = x.astype(_numerics.promote(x.dtype, _numerics.FLOAT32))
         limit, inner = threshold.update(x, state.inner)
         counted = jnp.where(x > limit, _numerics.increment(state.above), 0)
         above = jnp.where(jnp.isfinite(x), counted, state.above)

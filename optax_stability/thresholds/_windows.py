@@ -62,11 +62,11 @@ def _order_statistics(values, count, ranks: list) -> list[jax.Array]:
 def quantile(values, count, q):
     """The q-quantile of the learned values, with linear interpolation."""
     size = jnp.clip(count, 1, values.shape[0])
-    position = q * (size - 1)
+    position = q * (size - 1).astype(jnp.float32)
     below = jnp.floor(position).astype(jnp.int32)
     ranks = [below, jnp.minimum(below + 1, size - 1)]
     low, high = _order_statistics(values, count, ranks)
-    return low + (position - below) * (high - low)
+    return low + (position - below.astype(jnp.float32)) * (high - low)
 
 
 def median(values, count):
@@ -78,7 +78,8 @@ def median(values, count):
 
 def _mean_and_std(values, count):
     """Mean and sample standard deviation (n − 1) of the learned values."""
-    mask, size = filled(values, count), jnp.clip(count, 1, values.shape[0])
+    mask = filled(values, count)
+    size = jnp.clip(count, 1, values.shape[0]).astype(jnp.float32)
     largest = jnp.max(values)
     # Sums and squares of ratios to the largest value cannot overflow.
     ratios = _numerics.relative_to(values, largest)

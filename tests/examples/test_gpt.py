@@ -217,6 +217,12 @@ def test_half_precision_learns_and_its_scale_is_logged(tmp_path, text):
 
 
 @pytest.mark.usefixtures("small")
+def test_a_healthy_run_makes_no_nan(tmp_path, text):
+    with jax.debug_nans(True):
+        train.train(train.Config(data=text, out=tmp_path, **QUICK))
+
+
+@pytest.mark.usefixtures("small")
 @full
 def test_the_penalty_is_part_of_the_loss(tmp_path, text):
     flags = QUICK | {"gradient_penalty": 0.5, "eval_batches": 4}
@@ -343,7 +349,9 @@ def noise(scale, low, high):
     [
         (noise(412.3, 350.1, 505.0), "noise 412 (350–505)"),
         (noise(1234.0, 0.0, 45678.0), "noise 1.2k (0.0–45.7k)"),
+        (noise(0.0, 350.1, math.inf), "noise ≥ 350"),
         (noise(math.nan, 350.1, math.inf), "noise ≥ 350"),
+        (noise(0.0, 0.0, math.inf), "noise –"),
         (noise(math.nan, 0.0, math.inf), "noise –"),
     ],
 )

@@ -107,7 +107,7 @@ def test_without_an_upper_end_the_lower_one_is_that_of_fieller():
     leading, roots = fieller(mean, covariance, stats.t.ppf(0.975, steps - 1))
     assert leading < 0
     assert not found.valid[0]
-    assert np.isnan(found.ratio[0])
+    assert found.ratio[0] == 0
     np.testing.assert_allclose(found.low[0], roots[roots > 0], rtol=1e-4)
     assert found.high[0] == np.inf
 
@@ -131,7 +131,7 @@ def test_where_nothing_is_known_nothing_is_claimed():
         assert not found.valid[0]
         assert found.low[0] == 0
         assert found.high[0] == np.inf
-        assert np.isnan(found.ratio[0])
+        assert found.ratio[0] == 0
     assert interval(learned([1.0, 2, 1], [1.0, 1, 1], [0.9] * 3), 0.95).valid[0]
 
 

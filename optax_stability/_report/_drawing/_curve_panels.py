@@ -178,7 +178,8 @@ def draw_noise(axes: Axes, run: Run) -> None:
         for name in ("b_simple", "low", "high", "batch_size")
     ]
     scale, low, high, batch = (none if each is None else each for each in found)
-    known, bounded = scale > 0, ~np.isfinite(scale) & (low > 0)
+    known = scale > 0  # 0 or NaN is not known.
+    bounded = ~(known & np.isfinite(scale)) & (low > 0)
     # Inf makes a gap in a line, for the steps of the other line; NaN makes no gap.
     bound = np.where(bounded, low, np.where(known, np.inf, np.nan))
     scale = np.where(bounded, np.inf, np.where(known, scale, np.nan))
