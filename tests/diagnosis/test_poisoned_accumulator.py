@@ -1,4 +1,4 @@
-"""A trainer that accumulates around the guard: one NaN freezes the run, and is named."""
+"""A trainer that accumulates around the guard: one NaN freezes the run; it is named."""
 
 import jax
 import jax.numpy as jnp
