@@ -4,12 +4,12 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
-
-import optax_stability as ost
 
 # [end]
 import numpy as np
+import optax
+
+import optax_stability as ost
 
 
 # [before]

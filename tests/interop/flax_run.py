@@ -4,15 +4,15 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+# [end]
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
 import optax_stability as ost
 from optax_stability.flax import TrainState
-
-# [end]
-import numpy as np
 
 
 # [guard]

@@ -1,4 +1,4 @@
-"""A guarded run of NumPyro: the lines of docs/trainers/numpyro.md, and a small model."""
+"""A guarded run of NumPyro: the lines of docs/trainers/numpyro.md, with a model."""
 
 # [imports]
 import jax

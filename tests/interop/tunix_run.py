@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+# [end]
+import orbax.checkpoint as ocp
 from flax import nnx
 from tunix.sft import peft_trainer
 
 import optax_stability as ost
-
-# [end]
-import orbax.checkpoint as ocp
 
 SCHEDULE = optax.schedules.warmup_cosine_decay_schedule(1e-3, 1e-2, 5, 100)
 
