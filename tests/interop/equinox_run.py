@@ -4,8 +4,6 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-
-# [end]
 import numpy as np
 import optax
 

@@ -4,8 +4,6 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-# [end]
 import numpy as np
 import optax
 import orbax.checkpoint as ocp

@@ -5,8 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-# [end]
 import orbax.checkpoint as ocp
 from flax import nnx
 from tunix.sft import peft_trainer
