@@ -67,6 +67,7 @@ from optax_stability._noise._state import (
     EstimateNoiseScaleState,
 )
 from optax_stability._noise._when_noisy import WhenNoisyState, when_noisy
+from optax_stability._recording._extra import RecordExtraState, record_extra
 from optax_stability._recording._histogram import histogram_edges
 from optax_stability._recording._history import (
     RecordHistoryState,
@@ -100,6 +101,7 @@ __all__ = [
     "Finding",
     "Moments",
     "NoiseScale",
+    "RecordExtraState",
     "RecordHistoryState",
     "RecordState",
     "RestartMomentsState",
@@ -137,6 +139,7 @@ __all__ = [
     "plot_history",
     "read_log",
     "record",
+    "record_extra",
     "record_history",
     "restart_moments",
     "safe_adamw",

@@ -273,6 +273,18 @@ CASES = {
         passes_nonfinite=True,
         takes_axis_name=False,  # The buffer in its state is sharded.
     ),
+    "record_extra": Case(
+        ost.record_extra,
+        lambda: ost.record_extra("accuracy"),
+        passes_nonfinite=True,
+        takes_axis_name=False,
+    ),
+    "record_extra entries": Case(
+        ost.record_extra,
+        lambda: ost.record_extra("load", like=np.zeros(2)),
+        passes_nonfinite=True,
+        takes_axis_name=False,
+    ),
     "record_history": Case(
         ost.record_history,
         lambda **kw: ost.record_history(ost.record("grad", **kw), length=3, **kw),
@@ -469,7 +481,11 @@ def test_metric_keys_and_shapes_are_fixed_at_init(case):
     later = jax.eval_shape(ost.metrics, trace(tx, params)[1])
     assert fresh.keys() == later.keys()
     for key, value in later.items():
-        assert value.shape == ((3,) if key.endswith("/per_leaf") else ()), key
+        if key.endswith("/per_entry"):
+            assert value.shape == fresh[key].shape
+            assert value.ndim == 1
+        else:
+            assert value.shape == ((3,) if key.endswith("/per_leaf") else ()), key
         assert value.dtype == fresh[key].dtype
 
 
@@ -658,10 +674,13 @@ def test_is_read_inside_every_wrapper(case, wrapper):
     _, state = trace(tx, params)
     bare = jax.eval_shape(lambda: ost.metrics(case.make().init(params)))
     found = jax.eval_shape(lambda state: ost.metrics(state, params=params), state)
-    scalars = {key for key in bare if not key.endswith("/per_leaf")}
+    vectors = {key for key in bare if key.endswith("/per_leaf")}
+    scalars = {
+        key for key in bare if not key.endswith(("/per_leaf", "/per_entry"))
+    }
     stripped = {re.sub("^(matrix|vector)/", "", key) for key in found}
     assert scalars <= stripped
-    for key in bare.keys() - scalars:
+    for key in vectors:
         stem = key.removesuffix("per_leaf")
         assert f"{stem}dense/kernel" in stripped
         assert all(value.shape == () for value in found.values())
