@@ -25,6 +25,16 @@ from optax_stability._adam._state import (
     from_optax_adam_state,
     to_optax_adam_state,
 )
+from optax_stability._attention._bound import attention_logit_bound
+from optax_stability._attention._clipping import (
+    ClipAttentionLogitsState,
+    clip_attention_logits,
+)
+from optax_stability._attention._heads import AttentionHeads
+from optax_stability._attention._recording import (
+    RecordLogitBoundState,
+    record_logit_bound,
+)
 from optax_stability._clipping._clipping import (
     ClipByThresholdState,
     clip_by_threshold,
@@ -93,8 +103,10 @@ from optax_stability._spikes._skipping import skip_spikes, spike_guard
 
 __all__ = [
     "AccumulateMomentsState",
+    "AttentionHeads",
     "BatchSizeSchedule",
     "BranchOnSpikeState",
+    "ClipAttentionLogitsState",
     "ClipByThresholdState",
     "Decision",
     "EstimateNoiseScaleState",
@@ -103,6 +115,7 @@ __all__ = [
     "NoiseScale",
     "RecordExtraState",
     "RecordHistoryState",
+    "RecordLogitBoundState",
     "RecordState",
     "RestartMomentsState",
     "RewindPolicy",
@@ -114,9 +127,11 @@ __all__ = [
     "WhenNoisyState",
     "accumulate_moments",
     "adopt_state",
+    "attention_logit_bound",
     "batch_efficiency",
     "batch_size_schedule",
     "branch_on_spike",
+    "clip_attention_logits",
     "clip_by_leaf_history",
     "clip_by_quantile",
     "clip_by_threshold",
@@ -141,6 +156,7 @@ __all__ = [
     "record",
     "record_extra",
     "record_history",
+    "record_logit_bound",
     "restart_moments",
     "safe_adamw",
     "scale_by_noise_scale",

@@ -70,6 +70,17 @@ def with_moments(tx):
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
+def halves(params):
+    """Each matrix as an attention head: its first columns are those of the query."""
+    named = zip(ost.leaf_names(params), jax.tree.leaves(params), strict=True)
+
+    def split(x):
+        cut = x.shape[1] // 2
+        return ost.AttentionHeads(x[:, None, :cut], x[:, None, cut:])
+
+    return {name: split(x) for name, x in named if x.ndim == 2}
+
+
 QUICK_ZSCORE = ost.thresholds.zscore(warmup=2)
 
 CASES = {
@@ -113,6 +124,22 @@ CASES = {
         ost.clip_by_leaf_history,
         lambda **kw: ost.clip_by_leaf_history(**{"warmup": 2, **kw}),
         hyperparameters={"ratio": 1.1, "decay": 0.9},
+    ),
+    "clip_attention_logits": Case(
+        ost.clip_attention_logits,
+        lambda: ost.clip_attention_logits(optax.identity(), 1e6, heads_of=halves),
+        passes_nonfinite=True,
+        takes_axis_name=False,
+    ),
+    "clip_attention_logits active": Case(
+        ost.clip_attention_logits,
+        lambda: ost.skip_spikes(
+            ost.clip_attention_logits(ost.safe_adamw(0.1), 1.0, heads_of=halves)
+        ),
+        can_be_inactive=False,
+        takes_axis_name=False,
+        reports_loss=True,
+        longest_pause=5,
     ),
     "skip_spikes": Case(
         ost.skip_spikes,
@@ -285,6 +312,12 @@ CASES = {
         passes_nonfinite=True,
         takes_axis_name=False,
     ),
+    "record_logit_bound": Case(
+        ost.record_logit_bound,
+        lambda: ost.record_logit_bound(halves, every=2),
+        passes_nonfinite=True,
+        takes_axis_name=False,
+    ),
     "record_history": Case(
         ost.record_history,
         lambda **kw: ost.record_history(ost.record("grad", **kw), length=3, **kw),
@@ -294,6 +327,7 @@ CASES = {
 }
 NOT_FACTORIES = {
     "adopt_state",
+    "attention_logit_bound",
     "batch_efficiency",
     "batch_size_schedule",
     "critical_batch_range",
@@ -675,9 +709,7 @@ def test_is_read_inside_every_wrapper(case, wrapper):
     bare = jax.eval_shape(lambda: ost.metrics(case.make().init(params)))
     found = jax.eval_shape(lambda state: ost.metrics(state, params=params), state)
     vectors = {key for key in bare if key.endswith("/per_leaf")}
-    scalars = {
-        key for key in bare if not key.endswith(("/per_leaf", "/per_entry"))
-    }
+    scalars = {key for key in bare if not key.endswith(("/per_leaf", "/per_entry"))}
     stripped = {re.sub("^(matrix|vector)/", "", key) for key in found}
     assert scalars <= stripped
     for key in vectors:

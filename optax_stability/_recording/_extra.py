@@ -34,13 +34,6 @@ class RecordExtraState(NamedTuple):
     entries: Any
 
 
-def mark_entries(shape: tuple[int, ...]) -> Any:
-    """One mark per entry of an array, so that ``[2, 3]`` has the name ``2/3``."""
-    if not shape:
-        return _tree.Leaf()
-    return tuple(mark_entries(shape[1:]) for _ in range(shape[0]))
-
-
 def _shapes(tree: Any) -> Any:
     return jax.tree.map(np.shape, tree)
 
@@ -115,7 +108,7 @@ def record_extra(
             metrics={key: jnp.zeros(() if single else (size,), jnp.float32)},
             entries=None
             if single
-            else jax.tree.map(lambda leaf: mark_entries(np.shape(leaf)), like),
+            else jax.tree.map(lambda leaf: _tree.mark_entries(np.shape(leaf)), like),
         )
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -41,7 +41,9 @@ def test_entries_of_an_array_are_named_by_their_indices(like):
     load = np.arange(6).reshape(2, 3)
     kept = run([load], "load", like)
     found = {key: x[0] for key, x in kept.items() if key.startswith("extra/")}
-    assert found == {f"extra/load/{i}/{j}": load[i, j] for i in (0, 1) for j in range(3)}
+    assert found == {
+        f"extra/load/{i}/{j}": load[i, j] for i in (0, 1) for j in range(3)
+    }
 
 
 def test_metrics_are_named_with_parameters_and_one_vector_without():
