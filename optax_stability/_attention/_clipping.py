@@ -195,7 +195,7 @@ def clip_attention_logits(
       >>> import optax
       >>> from optax_stability import AttentionHeads, spike_guard
       >>> def heads_of(params):
-      ...     kernel = params["qkv"].reshape(4, 3, 2, 2)  # width, q k v, heads, head_dim
+      ...     kernel = params["qkv"].reshape(4, 3, 2, 2)  # width, qkv, heads, dim
       ...     return {"block": AttentionHeads(kernel[:, 0], kernel[:, 1])}
       >>> tx = spike_guard(clip_attention_logits(optax.adamw(1e-3), heads_of=heads_of))
 

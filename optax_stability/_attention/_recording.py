@@ -92,7 +92,7 @@ def record_logit_bound(
       >>> import jax.numpy as jnp
       >>> from optax_stability import AttentionHeads, metrics
       >>> def heads_of(params):
-      ...     kernel = params["qkv"].reshape(4, 3, 2, 2)  # width, q k v, heads, head_dim
+      ...     kernel = params["qkv"].reshape(4, 3, 2, 2)  # width, qkv, heads, dim
       ...     return {"block": AttentionHeads(kernel[:, 0], kernel[:, 1])}
       >>> params = {"qkv": jnp.ones((4, 12))}
       >>> tx = record_logit_bound(heads_of)

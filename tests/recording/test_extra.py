@@ -68,7 +68,7 @@ def test_where_the_value_is_missing_the_last_one_stays():
 def test_other_shapes_than_those_of_like_raise():
     tx = ost.record_extra("load", like={"a": np.zeros(2)})
     for wrong in ({"a": np.zeros(3)}, {"b": np.zeros(2)}, 1.0):
-        with pytest.raises(ValueError, match="load has the shapes .* give like="):
+        with pytest.raises(ValueError, match=r"load has the shapes .* give like="):
             tx.update(PARAMS, tx.init(PARAMS), PARAMS, load=wrong)
 
 
