@@ -5,13 +5,13 @@ shares its matrix with the token embedding. Parameters are float32.
 """
 
 import dataclasses
-import math
+import functools
 
+import devices
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 INIT_STD = 0.02
@@ -43,6 +43,7 @@ class Size:
     context: int  # longest sequence, in tokens
     vocabulary: int  # minimum; data with more ids needs a larger vocabulary
     learning_rate: float  # default peak of the schedule
+    qk_norm: bool = False  # whether queries and keys are normalised
 
     def flops_per_token(self, parameters: int) -> float:
         """FLOPs of a training step: 2 forward and 4 backward per weight and token.
@@ -60,22 +61,6 @@ SIZES = {
 }
 
 
-def _split_first(x: jax.Array, *axes: str) -> jax.Array:
-    """Constrains the sharding: only the first dimension is split, over these axes.
-
-    Without it, the compiler might move activations instead of split parameters.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in axes if axis in mesh.axis_names)
-    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
-        return x  # There may be fewer examples than devices.
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
-
-
-def _by_example(x: jax.Array) -> jax.Array:
-    return _split_first(x, "data", "fsdp")
-
-
 def _linear(fan_in: int, fan_out: int, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
     init = nnx.initializers.normal(std)
     return nnx.Linear(fan_in, fan_out, kernel_init=init, dtype=dtype, rngs=rngs)
@@ -86,12 +71,16 @@ class Block(nnx.Module):
 
     def __init__(self, size: Size, dtype: DTypeLike, rngs: nnx.Rngs):
         """Initialises as GPT-2 does; computes in ``dtype`` on float32 parameters."""
-        width = size.width
+        width, dim = size.width, size.width // size.heads
         # The residual stream is a sum of 2·layers branches; this keeps its scale.
         residual_std = INIT_STD / (2 * size.layers) ** 0.5
         self.heads = size.heads
         self.attention_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.query_key_value = _linear(width, 3 * width, INIT_STD, dtype, rngs)
+        # Dehghani et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters".
+        norm = functools.partial(nnx.LayerNorm, dim, use_bias=False, dtype=dtype)
+        self.query_norm = norm(rngs=rngs) if size.qk_norm else jax.nn.identity
+        self.key_norm = norm(rngs=rngs) if size.qk_norm else jax.nn.identity
         self.attention_out = _linear(width, width, residual_std, dtype, rngs)
         self.mlp_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.mlp_in = _linear(width, 4 * width, INIT_STD, dtype, rngs)
@@ -106,14 +95,15 @@ class Block(nnx.Module):
         if each.dtype == jnp.float16:  # CPUs do not support attention in float16.
             each = each.astype(jnp.float32)
         query, key, value = jnp.moveaxis(each, 3, 0)
+        query, key = self.query_norm(query), self.key_norm(key)
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return self.attention_out(mixed.reshape(x.shape))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Adds both branches to the residual stream ``x[batch, length, width]``."""
-        x = _by_example(x + self.attend(self.attention_norm(x)))
+        x = devices.by_example(x + self.attend(self.attention_norm(x)))
         changed = self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x))))
-        return _by_example(x + changed)
+        return devices.by_example(x + changed)
 
 
 class GPT(nnx.Module):
@@ -138,9 +128,11 @@ class GPT(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps int[batch, length] to logits, float32[batch, length, vocabulary]."""
         # The table is gathered, like other parameters; lookups are split by example.
-        table = _split_first(self.tokens.embedding[...], "model").astype(self.dtype)
+        table = devices.split_first(self.tokens.embedding[...], "model").astype(
+            self.dtype
+        )
         positions = self.positions.embedding[: tokens.shape[1]].astype(self.dtype)
-        x = _by_example(jnp.take(table, tokens, axis=0) + positions)
+        x = devices.by_example(jnp.take(table, tokens, axis=0) + positions)
         for block in self.blocks:
             x = block(x)
         return self.tokens.attend(self.final_norm(x)).astype(jnp.float32)

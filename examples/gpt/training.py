@@ -1,5 +1,7 @@
 """The optimizer, which uses optax_stability, and one training step with it."""
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import faults
@@ -9,6 +11,7 @@ import optax
 from config import Config
 from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
+from heads import fused_heads
 from model import GPT, SIZES, next_token_loss
 
 import optax_stability as ost
@@ -21,8 +24,8 @@ HISTORY_LENGTH, MEASURE_EVERY = 1000, 10
 # The usual limit of the global-norm clip, for plain optax.
 MAX_NORM = 1.0
 # The metrics of the optimizer that are logged, if the chain has them.
-SHOWN = """grad/norm grad/zero_fraction clip/fraction skip/skipped skip/total
-skip/value_limit when_noisy/active branch/mode branch/probed branch/length
+SHOWN = """attention/logit_bound grad/norm grad/zero_fraction clip/fraction skip/skipped
+skip/total skip/value_limit when_noisy/active branch/mode branch/probed branch/length
 branch/rollbacks branch/accepted noise_scale/b_simple noise_scale/low noise_scale/high
 noise_scale/noise_to_weight"""
 
@@ -91,6 +94,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         ),
         "params": ost.record("params", of="params", spectral=True, every=MEASURE_EVERY),
     }
+    if not config.qk_norm:  # With it, the size of these weights does not matter.
+        heads = functools.partial(fused_heads, heads=SIZES[config.size].heads)
+        recorders["attention"] = ost.record_logit_bound(heads, every=MEASURE_EVERY)
     chain = optax.named_chain(*recorders.items(), ("step", step))
     return ost.record_history(chain, length=HISTORY_LENGTH, slow_every=MEASURE_EVERY)
 
@@ -98,7 +104,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
 def create(config: Config, vocabulary: int) -> tuple[GPT, nnx.Optimizer]:
     """A new model and its optimizer."""
     dtype = jnp.dtype(config.dtype)
-    model = GPT(SIZES[config.size], vocabulary, dtype, nnx.Rngs(config.seed))
+    size = dataclasses.replace(SIZES[config.size], qk_norm=config.qk_norm)
+    model = GPT(size, vocabulary, dtype, nnx.Rngs(config.seed))
     optimizer = nnx.Optimizer(model, make_optimizer(config), wrt=nnx.Param)
     return model, optimizer
 
@@ -130,12 +137,7 @@ def _loss_fn(config: Config, wrt: Any, gradient_factor: jax.Array | None):
         )
     if gradient_factor is None:
         return loss_fn
-
-    def faulty(model, windows):
-        loss = loss_fn(model, windows)
-        return loss + (gradient_factor - 1) * (loss - jax.lax.stop_gradient(loss))
-
-    return faulty
+    return faults.scale_gradient(loss_fn, gradient_factor)
 
 
 def _measure(config: Config, model: GPT, optimizer: nnx.Optimizer, grads) -> Metrics:
