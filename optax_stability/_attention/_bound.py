@@ -187,14 +187,15 @@ def attention_logit_bound(
 
     def project(weight, offset):
         """Norms, Gram matrices and offsets of the heads of a projection."""
-        weight = weight.astype(jnp.float32)
+        # A NumPy array would be scaled in place, while the product below reads it.
+        weight = jnp.asarray(weight, jnp.float32)
         added = jnp.zeros(weight.shape[1:], jnp.float32)
         if bias is not None:
-            added = _contract("w,whd->hd", bias.astype(jnp.float32), weight)
+            added = _contract("w,whd->hd", jnp.asarray(bias, jnp.float32), weight)
         if offset is not None:
-            added += _parts.replicated(offset.astype(jnp.float32))
+            added += _parts.replicated(jnp.asarray(offset, jnp.float32))
         if scale is not None:
-            weight *= scale.astype(jnp.float32)[:, None, None]
+            weight *= jnp.asarray(scale, jnp.float32)[:, None, None]
         return *_grams(weight), added
 
     q_size, q_gram, a = project(query, query_bias)

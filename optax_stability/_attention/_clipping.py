@@ -66,31 +66,35 @@ def _factor(logits, limit):
     return jnp.where(above, limit / jnp.where(above, size, 1.0), 1.0)
 
 
+def _add_to_query(heads: AttentionHeads, each) -> AttentionHeads:
+    """Adds the number of each head to its queries and their biases."""
+    query, bias = heads.query, heads.query_bias
+    return heads._replace(
+        query=query + each[..., None, :, None],
+        query_bias=None if bias is None else bias + each[..., None],
+    )
+
+
+def _add_to_key(heads: AttentionHeads, each) -> AttentionHeads:
+    """Adds the number of each head to its keys and their biases."""
+    key, bias = heads.key, heads.key_bias
+    return heads._replace(
+        key=key + each[..., None, :, None],
+        key_bias=None if bias is None else bias + each[..., None],
+    )
+
+
 def _excess(heads: AttentionHeads, factor) -> AttentionHeads:
     """By how much each query and key is multiplied, minus 1; 0 for all else.
 
     Query and key share the factor of a head; a key of several heads is not changed, and
     their queries take it alone.
     """
-    shared = heads.key.shape[-2] != heads.query.shape[-2]
-    of_query = factor if shared else jnp.sqrt(factor)
-    of_key = None if shared else of_query
-
-    def over(x, each, axes):
-        """Zeros like x, plus the factor − 1 of its heads, with axes added."""
-        if x is None:
-            return None
-        zeros = jnp.zeros_like(x)
-        return zeros if each is None else zeros + jnp.expand_dims(each - 1, axes)
-
-    return AttentionHeads(
-        query=over(heads.query, of_query, (-3, -1)),
-        key=over(heads.key, of_key, (-3, -1)),
-        scale=over(heads.scale, None, ()),
-        bias=over(heads.bias, None, ()),
-        query_bias=over(heads.query_bias, of_query, -1),
-        key_bias=over(heads.key_bias, of_key, -1),
-    )
+    zeros = jax.tree.map(jnp.zeros_like, heads)
+    if heads.key.shape[-2] != heads.query.shape[-2]:
+        return _add_to_query(zeros, factor - 1)
+    of_each = jnp.sqrt(factor) - 1
+    return _add_to_key(_add_to_query(zeros, of_each), of_each)
 
 
 def _spread(heads_of: HeadsOf, params: Any, factors: Logits) -> Any:
