@@ -170,7 +170,7 @@ def ends(found, rates) -> list[float]:
 def alarms(found, rates) -> dict[str, Any]:
     """Of the bad and the good runs, those with an alarm, and its lead."""
     best = rates[int(np.nanargmin(ends(found, rates)))]
-    level = min(ends(found, rates))
+    level = float(np.nanmin(ends(found, rates)))
     counts = {name: {"bad": [0, 0], "good": [0, 0], "lead": []} for name in LEVELS}
     for (rate, seed), run in found.items():
         bad = rate > best and not run.end < level + BEHIND

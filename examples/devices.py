@@ -168,20 +168,3 @@ def look(step: int, every: int) -> bool | None:
     On a CPU a condition costs nothing. Elsewhere the host chooses between two programs.
     """
     return None if jax.default_backend() == "cpu" else step % every == 0
-
-
-def split_first(x: jax.Array, *axes: str) -> jax.Array:
-    """Constrains the sharding: only the first dimension is split, over these axes.
-
-    Without it, the compiler might move activations instead of split parameters.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in axes if axis in mesh.axis_names)
-    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
-        return x  # There may be fewer examples than devices.
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
-
-
-def by_example(x: jax.Array) -> jax.Array:
-    """Constrains activations: each device has those of its own examples."""
-    return split_first(x, "data", "fsdp")

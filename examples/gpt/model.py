@@ -6,12 +6,13 @@ shares its matrix with the token embedding. Parameters are float32.
 
 import dataclasses
 import functools
+import math
 
-import devices
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 INIT_STD = 0.02
@@ -61,6 +62,22 @@ SIZES = {
 }
 
 
+def _split_first(x: jax.Array, *axes: str) -> jax.Array:
+    """Constrains the sharding: only the first dimension is split, over these axes.
+
+    Without it, the compiler might move activations instead of split parameters.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in axes if axis in mesh.axis_names)
+    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x  # There may be fewer examples than devices.
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
+def _by_example(x: jax.Array) -> jax.Array:
+    return _split_first(x, "data", "fsdp")
+
+
 def _linear(fan_in: int, fan_out: int, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
     init = nnx.initializers.normal(std)
     return nnx.Linear(fan_in, fan_out, kernel_init=init, dtype=dtype, rngs=rngs)
@@ -101,9 +118,9 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Adds both branches to the residual stream ``x[batch, length, width]``."""
-        x = devices.by_example(x + self.attend(self.attention_norm(x)))
+        x = _by_example(x + self.attend(self.attention_norm(x)))
         changed = self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x))))
-        return devices.by_example(x + changed)
+        return _by_example(x + changed)
 
 
 class GPT(nnx.Module):
@@ -128,11 +145,9 @@ class GPT(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps int[batch, length] to logits, float32[batch, length, vocabulary]."""
         # The table is gathered, like other parameters; lookups are split by example.
-        table = devices.split_first(self.tokens.embedding[...], "model").astype(
-            self.dtype
-        )
+        table = _split_first(self.tokens.embedding[...], "model").astype(self.dtype)
         positions = self.positions.embedding[: tokens.shape[1]].astype(self.dtype)
-        x = devices.by_example(jnp.take(table, tokens, axis=0) + positions)
+        x = _by_example(jnp.take(table, tokens, axis=0) + positions)
         for block in self.blocks:
             x = block(x)
         return self.tokens.attend(self.final_norm(x)).astype(jnp.float32)

@@ -13,6 +13,7 @@ from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
 from heads import fused_heads
 from model import GPT, SIZES, next_token_loss
+from shown import no_skips, shown_metrics
 
 import optax_stability as ost
 import optax_stability.flax as ost_flax
@@ -23,11 +24,6 @@ Metrics = dict[str, jax.Array]
 HISTORY_LENGTH, MEASURE_EVERY = 1000, 10
 # The usual limit of the global-norm clip, for plain optax.
 MAX_NORM = 1.0
-# The metrics of the optimizer that are logged, if the chain has them.
-SHOWN = """attention/logit_bound grad/norm grad/zero_fraction clip/fraction skip/skipped
-skip/total skip/value_limit when_noisy/active branch/mode branch/probed branch/length
-branch/rollbacks branch/accepted noise_scale/b_simple noise_scale/low noise_scale/high
-noise_scale/noise_to_weight"""
 
 
 class TrainState(NamedTuple):
@@ -142,17 +138,10 @@ def _loss_fn(config: Config, wrt: Any, gradient_factor: jax.Array | None):
 
 def _measure(config: Config, model: GPT, optimizer: nnx.Optimizer, grads) -> Metrics:
     """The metrics of the optimizer; plain optax has only the norm and the limit."""
-    no_skips = {"skip/skipped": jnp.zeros(()), "skip/total": jnp.zeros(())}
     if config.baseline:
         norm, limit = optax.tree.norm(grads), jnp.float32(MAX_NORM)
-        return no_skips | {"grad/norm": norm, "clip/limit": limit}
-    params = nnx.state(model, optimizer.wrt)
-    measured = no_skips | ost.metrics(optimizer.opt_state, params=params)
-    limit = measured["clip/limit"]  # 0 before a clip is switched on
-    clips = (limit > 0) & measured.get("when_noisy/active", True)
-    shown = [key for key in measured if key in SHOWN.split() or "histogram" in key]
-    limit = jnp.where(clips, limit, jnp.inf)
-    return {key: measured[key] for key in shown} | {"clip/limit": limit}
+        return no_skips() | {"grad/norm": norm, "clip/limit": limit}
+    return shown_metrics(optimizer.opt_state, nnx.state(model, optimizer.wrt))
 
 
 def train_step(

@@ -43,7 +43,9 @@ class RecordLogitBoundState(NamedTuple):
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
-        """``attention/logit_bound``: the largest, and that of each head."""
+        """``attention/logit_bound``: the largest, and that of each head; if any."""
+        if not self.bound.size:
+            return {}
         return {
             "attention/logit_bound": jnp.max(self.bound, initial=0.0),
             "attention/logit_bound/per_entry": self.bound,
@@ -68,8 +70,8 @@ def record_logit_bound(
 
     **Edge cases**: between two measurements the value stays. The first step is
     measured. A head with a weight that is not finite is reported as NaN, and the others
-    are not affected. Models that normalise queries and keys need no bound: leave it
-    out.
+    are not affected. Where ``heads_of`` finds no head there is no metric. Models that
+    normalise queries and keys need no bound: leave it out.
 
     Args:
       heads_of: a function from the parameters to a dict: for each layer, by its name,

@@ -75,6 +75,11 @@ def test_a_value_that_is_not_finite_does_not_stay():
     assert np.isfinite(state.metrics["attention/logit_bound"])
 
 
+def test_without_heads_there_is_no_metric():
+    tx = ost.record_logit_bound(lambda params: {})
+    assert kept(tx, {"w": np.ones(2, np.float32)}).keys() == {"step"}
+
+
 def test_without_parameters_it_raises():
     tx, params = ost.record_logit_bound(fused), fused_params()
     with pytest.raises(ValueError, match="pass params to update"):
