@@ -38,6 +38,7 @@ ANYWHERE = (
     "batch_invariance",
     "diagnosis",
     "early_warning",
+    "attention_saturation",
     "reliability",
     "mutations",
 )

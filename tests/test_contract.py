@@ -91,6 +91,17 @@ def with_probe(tx):
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def halves(params):
+    """Each matrix as an attention head: its first columns are those of the query."""
+    named = zip(ost.leaf_names(params), jax.tree.leaves(params), strict=True)
+
+    def split(x):
+        cut = x.shape[1] // 2
+        return ost.AttentionHeads(x[:, None, :cut], x[:, None, cut:])
+
+    return {name: split(x) for name, x in named if x.ndim == 2}
+
+
 QUICK_ZSCORE = ost.thresholds.zscore(warmup=2)
 
 CASES = {
@@ -134,6 +145,22 @@ CASES = {
         ost.clip_by_leaf_history,
         lambda **kw: ost.clip_by_leaf_history(**{"warmup": 2, **kw}),
         hyperparameters={"ratio": 1.1, "decay": 0.9},
+    ),
+    "clip_attention_logits": Case(
+        ost.clip_attention_logits,
+        lambda: ost.clip_attention_logits(optax.identity(), 1e6, heads_of=halves),
+        passes_nonfinite=True,
+        takes_axis_name=False,
+    ),
+    "clip_attention_logits active": Case(
+        ost.clip_attention_logits,
+        lambda: ost.skip_spikes(
+            ost.clip_attention_logits(ost.safe_adamw(0.1), 1.0, heads_of=halves)
+        ),
+        can_be_inactive=False,
+        takes_axis_name=False,
+        reports_loss=True,
+        longest_pause=5,
     ),
     "skip_spikes": Case(
         ost.skip_spikes,
@@ -305,6 +332,24 @@ CASES = {
         passes_nonfinite=True,
         takes_axis_name=False,  # The buffer in its state is sharded.
     ),
+    "record_extra": Case(
+        ost.record_extra,
+        lambda: ost.record_extra("accuracy"),
+        passes_nonfinite=True,
+        takes_axis_name=False,
+    ),
+    "record_extra entries": Case(
+        ost.record_extra,
+        lambda: ost.record_extra("load", like=np.zeros(2)),
+        passes_nonfinite=True,
+        takes_axis_name=False,
+    ),
+    "record_logit_bound": Case(
+        ost.record_logit_bound,
+        lambda: ost.record_logit_bound(halves, every=2),
+        passes_nonfinite=True,
+        takes_axis_name=False,
+    ),
     "record_history": Case(
         ost.record_history,
         lambda **kw: ost.record_history(ost.record("grad", **kw), length=3, **kw),
@@ -314,6 +359,7 @@ CASES = {
 }
 NOT_FACTORIES = {
     "adopt_state",
+    "attention_logit_bound",
     "batch_efficiency",
     "batch_size_schedule",
     "check",
@@ -504,7 +550,11 @@ def test_metric_keys_and_shapes_are_fixed_at_init(case):
     later = jax.eval_shape(ost.metrics, trace(tx, params)[1])
     assert fresh.keys() == later.keys()
     for key, value in later.items():
-        assert value.shape == ((3,) if key.endswith("/per_leaf") else ()), key
+        if key.endswith("/per_entry"):
+            assert value.shape == fresh[key].shape
+            assert value.ndim == 1
+        else:
+            assert value.shape == ((3,) if key.endswith("/per_leaf") else ()), key
         assert value.dtype == fresh[key].dtype
 
 
@@ -747,10 +797,11 @@ def test_is_read_inside_every_wrapper(case, wrapper):
     _, state = trace(tx, params)
     bare = jax.eval_shape(lambda: ost.metrics(case.make().init(params)))
     found = jax.eval_shape(lambda state: ost.metrics(state, params=params), state)
-    scalars = {key for key in bare if not key.endswith("/per_leaf")}
+    vectors = {key for key in bare if key.endswith("/per_leaf")}
+    scalars = {key for key in bare if not key.endswith(("/per_leaf", "/per_entry"))}
     stripped = {re.sub("^(matrix|vector)/", "", key) for key in found}
     assert scalars <= stripped
-    for key in bare.keys() - scalars:
+    for key in vectors:
         stem = key.removesuffix("per_leaf")
         assert f"{stem}dense/kernel" in stripped
         assert all(value.shape == () for value in found.values())

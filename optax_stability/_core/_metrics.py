@@ -16,8 +16,15 @@ import jax
 
 from optax_stability._core import _states, _tree
 
-PER_LEAF = "/per_leaf"
+# A vector with one entry per leaf of the parameters, which ``state.leaves`` names, and
+# one with entries of another kind, such as heads, which ``state.entries`` names.
+PER_LEAF, PER_ENTRY = "/per_leaf", "/per_entry"
 State = TypeVar("State")
+
+
+def is_vector(key: str) -> bool:
+    """Whether the metric of this name is a vector, with a name for each entry."""
+    return key.endswith((PER_LEAF, PER_ENTRY))
 
 
 def _is_snapshot(node: Any) -> bool:
@@ -53,14 +60,19 @@ def _distinguish(paths: list[tuple]) -> list[str]:
 
 
 def _split_vectors(state: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Replaces each ``key/per_leaf`` vector by scalars ``key/<leaf name>``."""
+    """Replaces each ``key/per_leaf`` vector by scalars ``key/<leaf name>``.
+
+    And each ``key/per_entry`` vector by scalars ``key/<name of the entry>``.
+    """
     scalars = {}
     for key, value in values.items():
-        if key.endswith(PER_LEAF):
-            names, stem = _tree.names_of_marks(state.leaves), key.removesuffix(PER_LEAF)
-            scalars |= {f"{stem}/{name}": value[i] for i, name in enumerate(names)}
-        else:
+        if not is_vector(key):
             scalars[key] = value
+            continue
+        stem, _, kind = key.rpartition("/")
+        marks = state.leaves if f"/{kind}" == PER_LEAF else state.entries
+        names = _tree.names_of_marks(marks)
+        scalars |= {f"{stem}/{name}": value[i] for i, name in enumerate(names)}
     return scalars
 
 
@@ -145,7 +157,8 @@ def metrics(state: Any, *, params: Any = None) -> dict[str, jax.Array]:
       state: any optimizer state, or an object that holds one.
       params: the parameters (or any tree with the same structure). If given, each
         ``<key>/per_leaf`` vector becomes scalars ``<key>/<leaf name>``; leaves that a
-        mask hides from a transformation are left out.
+        mask hides from a transformation are left out. A ``<key>/per_entry`` vector,
+        which has no entry per leaf but one per head or the like, is split as well.
 
     Returns:
       Dict from metric name to array.

@@ -38,6 +38,13 @@ def mark_leaves(tree: Any) -> Any:
     return jax.tree.map(lambda _: Leaf(), pure(tree))
 
 
+def mark_entries(shape: tuple[int, ...]) -> Any:
+    """One mark per entry of an array, so that ``[2, 3]`` has the name ``2/3``."""
+    if not shape:
+        return Leaf()
+    return tuple(mark_entries(shape[1:]) for _ in range(shape[0]))
+
+
 def number_leaves(marks: Any) -> Any:
     """Numbers the leaves of a tree from :func:`mark_leaves`: 0, 1, 2 …."""
     count = itertools.count()

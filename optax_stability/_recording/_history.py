@@ -78,11 +78,11 @@ def _split_by_cost(inner_state: Any) -> tuple[States, States]:
 
 
 def _recorded_metrics(node: Any) -> dict[str, jax.Array]:
-    """The metrics of a state that are scalars, or vectors with one entry per leaf."""
+    """The metrics of a state that are scalars, or vectors with named entries."""
     return {
         key: value
         for key, value in sorted(node.metrics.items())
-        if value.ndim == key.endswith(_metrics.PER_LEAF)
+        if value.ndim == _metrics.is_vector(key)
     }
 
 
@@ -179,7 +179,7 @@ def record_history(
 
     **Rule**: after every step of ``inner`` one row overwrites the oldest row. It holds
     the loss and all metrics of the inner states that are scalars, or vectors with one
-    entry per leaf.
+    entry per leaf, or per entry of :func:`record_extra`.
 
     **Guarantees**
 

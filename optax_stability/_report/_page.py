@@ -20,6 +20,7 @@ TITLES = {
     "loss_stuck": "The loss is exactly the same",
     "learning_rate_zero": "The learning rate is 0",
     "learning_rate_too_high": "The learning rate is too high",
+    "attention_saturates": "Attention saturates",
     "update_too_large": "Updates are too large for the weights",
     "growing_spectral_norm": "A weight matrix grows faster and faster",
     "vanishing_gradient": "A gradient vanished",

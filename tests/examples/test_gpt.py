@@ -520,6 +520,31 @@ def test_bad_input_gets_one_clear_line(
     assert printed.out == ""
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_with_normalised_queries_their_size_does_not_matter(qk_norm):
+    size = model.Size(1, 16, 2, 8, 16, 0.0, qk_norm)
+    gpt = model.GPT(size, 16, jnp.float32, nnx.Rngs(0))
+    gpt.final_norm.scale[...] += 1
+    tokens = jnp.arange(8)[None]
+    before = gpt(tokens)
+    kernel = gpt.blocks[0].query_key_value.kernel
+    of_queries = jnp.arange(48) // 8 % 3 == 0
+    kernel[...] = jnp.where(of_queries, 1e3 * kernel[...], kernel[...])
+    moved = float(jnp.abs(gpt(tokens) - before).max())
+    assert moved < 1e-3 if qk_norm else moved > 1e-2
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_bound_on_the_logits_is_recorded_where_there_is_one(qk_norm):
+    tx = training.make_optimizer(train.Config(qk_norm=qk_norm))
+    size = model.Size(1, 16, 4, 8, 16, 0.0, qk_norm)
+    gpt = nnx.eval_shape(lambda: model.GPT(size, 16, jnp.float32, nnx.Rngs(0)))
+    params = nnx.state(gpt, nnx.Param)
+    found = jax.eval_shape(lambda p: ost.metrics(tx.init(p), params=p), params)
+    heads = {f"attention/logit_bound/blocks/0/{i}" for i in range(4)}
+    assert (heads <= found.keys()) is not qk_norm
+
+
 @pytest.mark.parametrize("size", ["tiny", "small"])
 @full
 def test_the_first_loss_is_that_of_no_opinion(size):
