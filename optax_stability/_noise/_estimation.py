@@ -26,13 +26,14 @@ from optax_stability._core._look import is_due
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Moments
 from optax_stability._noise import _pairs
+from optax_stability._noise._drift import init_drift
 from optax_stability._noise._state import (
     EstimateNoiseScaleState,
     init_state,
     sum_by_stream,
     update_streams,
 )
-from optax_stability._noise._statistics import Observed
+from optax_stability._noise._statistics import Observed, init_averages
 
 
 def _require_moments(moments: Moments | None) -> Moments:
@@ -76,7 +77,10 @@ def _observe(moments: Moments, squared_norms) -> Observed:
     trace = jnp.where(k > 1, moments.deviation / jnp.maximum(k - 1, 1), jnp.inf)
     weight = jnp.where(k > 1, moments.weight, 1.0)
     return Observed(
-        trace=trace, grad_sq=squared_norms - trace / weight, weight=moments.weight
+        trace=trace,
+        grad_sq=squared_norms - trace / weight,
+        weight=moments.weight,
+        parts=k,
     )
 
 
@@ -87,8 +91,11 @@ def _observe_pair(state: EstimateNoiseScaleState, grads, moments: Moments, axis_
     first step with several microbatches resets averages that come from pairs.
     """
     several = moments.num_microbatches > 1
-    averages = jax.tree.map(
-        lambda x: jnp.where(several & state.biased, 0, x), state.averages
+    streams = state.size.shape[0]
+    averages, drift = jax.tree.map(
+        lambda new, old: jnp.where(several & state.biased, new, old),
+        (init_averages(streams), init_drift(streams)),
+        (state.averages, state.drift),
     )
     only_pairs = state.biased | ~jnp.any(averages.total > 0)
     use_pair = (moments.num_microbatches == 1) & only_pairs
@@ -97,7 +104,7 @@ def _observe_pair(state: EstimateNoiseScaleState, grads, moments: Moments, axis_
     )
     biased = jnp.where(several, False, state.biased | (observed.weight > 0))
     return (
-        state._replace(averages=averages, pairs=pairs, biased=biased),
+        state._replace(averages=averages, drift=drift, pairs=pairs, biased=biased),
         observed,
         use_pair,
     )
