@@ -55,7 +55,7 @@ _RETURN = 0.1
 # a step, as log likelihood: one step alone decides nothing.
 _OUTLYING, _LARGEST_EVIDENCE, _SMALLEST_TRUST = 2.0, 1.0, 1e-12
 # The last trace is a mean with the tenth power of ``decay``, the unit θ with its fifth.
-_TRACE_POWER, _UNIT_POWER = 10, 5
+_TRACE_POWER, _UNIT_POWER = 15, 5
 # A trace of so many means does not enter the mean whole, once so many are in it.
 _LARGEST_TRACE, _FEW = 20.0, 5.0
 # From step to step ρ moves by about this share of itself, whatever its trend.
@@ -69,7 +69,8 @@ class Drift(NamedTuple):
 
     Attributes:
       trace: float32[n] – mean of S over the last steps.
-      trace_total: float32[n] – sum of its weights.
+      trend: float32[n] – mean of S relative to that mean, which lags.
+      trace_total: float32[n] – sum of their weights.
       signal: float32[n_rates, n] – ρ under each hypothesis with a change.
       variance: float32[n_rates, n] – its variance, in units of θ.
       belief: float32[1 + n_rates, n] – probabilities, the constant first.
@@ -79,6 +80,7 @@ class Drift(NamedTuple):
     """
 
     trace: jax.Array
+    trend: jax.Array
     trace_total: jax.Array
     signal: jax.Array
     variance: jax.Array
@@ -111,11 +113,15 @@ def init_drift(streams: int) -> Drift:
     zeros = jnp.zeros(streams, jnp.float32)
     by_rate = jnp.zeros((len(_RATES), streams), jnp.float32)
     belief = jnp.broadcast_to(_column(_PRIOR), (len(_PRIOR), streams))
-    return Drift(zeros, zeros, by_rate, by_rate, belief, zeros, zeros, zeros)
+    return Drift(zeros, zeros, zeros, by_rate, by_rate, belief, zeros, zeros, zeros)
 
 
 def _column(values):
     return jnp.array(values, jnp.float32)[:, None]
+
+
+def _positive_or_one(size):
+    return jnp.where(size > 0, size, 1.0)
 
 
 def _variance_of_step(signal, observed: Observed):
@@ -129,8 +135,10 @@ def _mean_trace(drift: Drift, trace, decay) -> Drift:
     """The mean trace of the last steps; a spike raises it by a bounded factor."""
     limit = jnp.where(drift.trace_total > _FEW, _LARGEST_TRACE * drift.trace, jnp.inf)
     total = decay**_TRACE_POWER * drift.trace_total + 1
-    step = (jnp.minimum(trace, limit) - drift.trace) / total
-    return drift._replace(trace=drift.trace + step, trace_total=total)
+    trace = jnp.minimum(trace, limit)
+    mean = drift.trace + (trace - drift.trace) / total
+    trend = drift.trend + (trace / _positive_or_one(mean) - drift.trend) / total
+    return drift._replace(trace=mean, trend=trend, trace_total=total)
 
 
 def _believe(belief, errors, spread, decay):
@@ -171,7 +179,8 @@ def _follow(drift: Drift, constant: Averages, value, observed: Observed, decay):
     """
     scored = drift.unit_total > 0
     variance = jnp.where(scored, _moved(drift, decay), drift.variance)
-    predicted = jnp.concatenate([constant.grad_sq[None], drift.signal])
+    mean = ratio(constant.grad_sq, constant.trace)
+    predicted = jnp.concatenate([mean[None], drift.signal])
     of_step = _variance_of_step(predicted, observed)
     of_mean = of_step[:1] / jnp.maximum(constant.steps, 1)
     spread = of_step + jnp.concatenate([of_mean, variance])
@@ -186,8 +195,9 @@ def _follow(drift: Drift, constant: Averages, value, observed: Observed, decay):
 
     total = decay**_UNIT_POWER * drift.unit_total + 1
     mean_square = jnp.sum(belief * trust * squares, 0)
-    gain = variance / (variance + of_step[1:] / jnp.maximum(trust[1:], _SMALLEST_TRUST))
-    variance = variance * (1 - gain)
+    own = of_step[1:] / jnp.maximum(trust[1:], _SMALLEST_TRUST)
+    gain = variance / (variance + own)
+    variance = variance * (own / (variance + own))
     steps = jnp.concatenate([constant.steps[None] + 1, of_step[1:] / variance])
     return drift._replace(
         signal=drift.signal + gain * error[1:],
@@ -222,13 +232,14 @@ def update(
     """
     known = is_learnable(observed.trace, observed.grad_sq)
     trace, grad_sq = (jnp.where(known, x, 0.0) for x in observed[:2])
-    size = jnp.where(drift.trace > 0, drift.trace, jnp.where(trace > 0, trace, 1.0))
+    size = jnp.where(drift.trace > 0, drift.trace, _positive_or_one(trace))
     averages = update_averages(constant, trace / size, grad_sq / size, decay)
-    value = jnp.clip(grad_sq / size, -_LARGEST_RATIO, _LARGEST_RATIO)
-    later = _follow(drift, constant, value, observed, decay)
-    first = _first_step(drift, value, observed)
+    present_trace = _mean_trace(drift, trace, decay)
+    value = grad_sq / _positive_or_one(present_trace.trace * present_trace.trend)
+    value = jnp.clip(value, -_LARGEST_RATIO, _LARGEST_RATIO)
+    later = _follow(present_trace, constant, value, observed, decay)
+    first = _first_step(present_trace, value, observed)
     new = jax.tree.map(lambda a, b: jnp.where(constant.total > 0, a, b), later, first)
-    new = _mean_trace(new, trace, decay)
     for field in (*new, *averages):
         known &= jnp.all(jnp.isfinite(field.reshape(-1, known.size)), 0)
     return jax.tree.map(
@@ -280,7 +291,8 @@ def present(drift: Drift, constant: Averages, confidence) -> Present:
     silent = ~(drift.trace > 0)
     share = drift.belief[0]
     signal = share * ratio(constant.grad_sq, constant.trace) + (1 - share) * mean
-    signal_low = share * fixed.signal_low + (1 - share) * low
+    # An average that knows nothing, such as that of a spike, has no more than its share.
+    signal_low = share * jnp.maximum(fixed.signal_low, -high) + (1 - share) * low
     least = share * fixed.low + (1 - share) * ratio(1.0, high)
     valid = enough & jnp.where(silent, fixed.valid, (signal_low > 0) & (signal > 0))
     most = jnp.where(silent, fixed.high, ratio(1.0, signal_low))
