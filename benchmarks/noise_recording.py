@@ -1,18 +1,21 @@
 """Records S and G² of every step of a run, and the noise scale as it truly was.
 
-Trains the GPT of ``examples/gpt`` with its default chain. At some steps the parameters
-are frozen, and the gradients of many other windows say what tr Σ and ‖G‖² are there.
-From n microbatch gradients of b windows both are U-statistics of the Gram matrix::
+Trains the GPT of ``examples/gpt`` with its default chain. Before some steps the
+parameters are frozen, and the gradients of many other windows say what tr Σ and ‖G‖²
+are there. From n microbatch gradients of b windows both are U-statistics of the Gram
+matrix::
 
   ‖G‖² = mean of ⟨gᵢ, gⱼ⟩, i ≠ j        tr Σ = b·(mean of ‖gᵢ‖² − ‖G‖²)
 
 so that neither has a bias. Their error is that of the jackknife, which leaves out one
-microbatch at a time. Windows are added until the error of log(tr Σ/‖G‖²) is at most
-``ERROR``, or there are ``MOST`` of them.
+microbatch at a time: a bootstrap would draw pairs of the same microbatch. Windows are
+added until the error of log(tr Σ/‖G‖²) is at most ``ERROR``, or there are ``MOST``.
+
+Run by ``python benchmarks/noise_truth.py --record``.
 """
 
+import dataclasses
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +40,61 @@ FROZEN += (350, 400, 450, 500, 600)
 # Windows per microbatch, added at a time, and in all.
 PART, MORE, MOST = 8, 192, 384
 ERROR = 0.12
-GROUPS = ("all", "embedding", "norm", "attention", "perceptron")
+# The whole gradient, and the groups of leaves that make it up.
+GROUPS = ("whole gradient", "embeddings", "norms", "attention", "perceptrons")
+PARTS = Config().microbatches
+
+
+class Run(NamedTuple):
+    """A run to record: the trainer's default but for these settings."""
+
+    batch_size: int
+    decaying: bool
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """What the run is called in tables."""
+        rate = "decaying" if self.decaying else "constant"
+        return f"batch {self.batch_size}, {rate} rate, seed {self.seed}"
+
+    @property
+    def config(self) -> Config:
+        """The settings of the trainer."""
+        config = Config(batch_size=self.batch_size, steps=600, seed=self.seed)
+        if self.decaying:
+            return config
+        rate = config.value("learning_rate")
+        return dataclasses.replace(config, min_learning_rate=rate)
+
+
+RUNS = (
+    Run(8, True, 0, 600),
+    Run(8, True, 1, 600),
+    Run(8, False, 0, 600),
+    Run(32, True, 0, 300),
+    Run(8, True, 2, 600),
+)
+
+
+class Recording(NamedTuple):
+    """A run, as it was recorded.
+
+    Attributes:
+      examples: windows per step.
+      series: float32[steps, groups − 1, 2] – S and G² of the groups of leaves.
+      skipped: bool[steps] – whether the guard skipped the step.
+      at: int[points] – the frozen steps.
+      truth: float32[points, groups, 3] – tr Σ, ‖G‖² and the error of the log of their
+        ratio, the whole gradient first.
+    """
+
+    examples: int
+    series: np.ndarray
+    skipped: np.ndarray
+    at: np.ndarray
+    truth: np.ndarray
 
 
 class Observation(NamedTuple):
@@ -66,44 +123,39 @@ def observe() -> optax.GradientTransformationExtraArgs:
 def group_of(path: str) -> str:
     """The group of a leaf."""
     if "norm" in path:
-        return "norm"
+        return "norms"
     if "embedding" in path:
-        return "embedding"
-    return "perceptron" if "mlp" in path else "attention"
+        return "embeddings"
+    return "perceptrons" if "mlp" in path else "attention"
 
 
 def sum_by_group(groups: list[str], values: np.ndarray) -> np.ndarray:
     """Sums over the leaves, the first axis, for every group."""
-    member = [[name in ("all", group) for group in groups] for name in GROUPS]
+    member = [[name in (GROUPS[0], group) for group in groups] for name in GROUPS]
     return np.tensordot(np.array(member, np.float64), values, 1)
 
 
-def truth(gram: np.ndarray, part: int) -> dict[str, list[float]]:
-    """tr Σ, ‖G‖², and the error of the log of their ratio, for every group.
+def u_statistics(gram: np.ndarray) -> np.ndarray:
+    """The trace tr Σ, ‖G‖², and the error of the log of their ratio, float64[groups, 3].
 
     Args:
-      gram: float64[groups, n, n] – inner products of the microbatch gradients.
-      part: windows per microbatch.
+      gram: float64[groups, n, n] – inner products of the gradients of n microbatches.
     """
     count = gram.shape[-1]
-    own = np.trace(gram, axis1=1, axis2=2)
-    shared = gram.sum((1, 2)) - own
-    # Without one of them, [groups, n].
-    own_without = own[:, None] - np.diagonal(gram, axis1=1, axis2=2)
-    rows = gram.sum(2) - np.diagonal(gram, axis1=1, axis2=2)
-    shared_without = shared[:, None] - 2 * rows
+    diagonal = np.diagonal(gram, axis1=1, axis2=2)
+    own, whole = diagonal.sum(1), gram.sum((1, 2))
 
     def both(own, shared, count):
         grad_sq = shared / (count * (count - 1))
-        return part * (own / count - grad_sq), grad_sq
+        return PART * (own / count - grad_sq), grad_sq
 
-    trace, grad_sq = both(own, shared, count)
-    less = both(own_without, shared_without, count - 1)
-    floor = 1e-30
-    logs = np.log(less[0] / np.maximum(less[1], floor))
-    spread = ((logs - logs.mean(1, keepdims=True)) ** 2).sum(1) * (count - 1) / count
-    found = {"trace": trace, "grad_sq": grad_sq, "error": np.sqrt(spread)}
-    return {name: values.tolist() for name, values in found.items()}
+    # Without each of the microbatches, [groups, n].
+    own_less = own[:, None] - diagonal
+    whole_less = whole[:, None] - 2 * gram.sum(2) + diagonal
+    trace, grad_sq = both(own_less, whole_less - own_less, count - 1)
+    logs = np.log(trace / np.maximum(grad_sq, 1e-30))
+    error = np.sqrt((count - 1) * logs.var(1))
+    return np.stack([*both(own, whole - own, count), error], 1)
 
 
 class Recorder:
@@ -134,7 +186,7 @@ class Recorder:
             _, optimizer = nnx.merge(graphdef, state.arrays)
             seen = optimizer.opt_state[0]
             kept = seen.trace[...], seen.grad_sq[...], metrics["skip/skipped"]
-            return jax.tree.leaves(state), (*kept, metrics["loss"])
+            return jax.tree.leaves(state), kept
 
         def gradient(leaves, windows):
             state = jax.tree.unflatten(self._structure, leaves)
@@ -153,48 +205,63 @@ class Recorder:
             )
         )
 
-    def truth(self, at: int, most: int = MOST) -> dict[str, Any]:
-        """The noise scale of the present parameters, from other windows."""
+    def truth(self, at: int, most: int) -> np.ndarray:
+        """The noise scale of the present parameters, from windows of another order."""
         seed = 1000 * (1 + self._config.seed) + at
         drawn = data.Windows(self._corpus.train, self._shape[0], PART, seed)
         gradients: list[list[jax.Array]] = []
-        count = MORE
         while True:
-            done = len(gradients)
-            gradients += [
-                self._gradient(self._leaves, drawn(i))
-                for i in range(done, count // PART)
-            ]
+            start = len(gradients)
+            more = range(start, start + MORE // PART)
+            gradients += [self._gradient(self._leaves, drawn(i)) for i in more]
             gram = np.asarray(self._gram(gradients), np.float64)
-            found = truth(sum_by_group(self._groups, gram), PART)
-            if found["error"][0] <= ERROR or count >= most:
-                return {"windows": count} | found
-            count += MORE
+            found = u_statistics(sum_by_group(self._groups, gram))
+            if found[0, 2] <= ERROR or PART * len(gradients) >= most:
+                return found
 
-    def run(self, frozen: tuple[int, ...], most: int = MOST) -> dict[str, Any]:
-        """Trains to the last frozen step; the series and the truths."""
+    def run(self, frozen: tuple[int, ...], most: int = MOST) -> Recording:
+        """Trains to the last frozen step."""
         batches = data.Windows(self._corpus.train, *self._shape, self._config.seed)
-        series, skipped, losses, truths = [], [], [], {}
+        series, skipped, truths = [], [], []
         for at in range(1, frozen[-1] + 1):
             if at in frozen:
-                # The parameters of which this step takes the gradient.
-                start = time.perf_counter()
-                truths[at] = self.truth(at, most)
-                seconds = time.perf_counter() - start
-                scale = truths[at]["trace"][0] / truths[at]["grad_sq"][0]
-                sys.stderr.write(
-                    f"{at} truth {scale:.3g} ± {truths[at]['error'][0]:.2f} "
-                    f"{truths[at]['windows']} {seconds:.0f} s\n"
-                )
+                # Of the parameters whose gradient this step takes.
+                truths.append(self.truth(at, most))
             self._leaves, seen = self._step(self._leaves, batches(at - 1))
-            trace, grad_sq, skip, loss = jax.device_get(seen)
-            series.append(sum_by_group(self._groups, np.array([trace, grad_sq]).T))
+            trace, grad_sq, skip = jax.device_get(seen)
+            series.append(sum_by_group(self._groups, np.array([trace, grad_sq]).T)[1:])
             skipped.append(bool(skip))
-            losses.append(float(loss))
-        # [steps, groups, 2]
+        return Recording(
+            examples=self._config.batch_size,
+            series=np.array(series, np.float32),
+            skipped=np.array(skipped),
+            at=np.array(frozen),
+            truth=np.array(truths, np.float32),
+        )
+
+
+def record(path: Path, runs: tuple[Run, ...]) -> None:
+    """Records runs, and writes each into the file as soon as it is done."""
+    arrays: dict[str, Any] = {}
+    for run in runs:
+        frozen = tuple(step for step in FROZEN if step <= run.steps)
+        recording = Recorder(run.config).run(frozen)
+        arrays |= {f"{run.name}/{key}": x for key, x in recording._asdict().items()}
+        path.parent.mkdir(exist_ok=True)
+        np.savez_compressed(path, **arrays)
+
+
+def load(path: Path) -> dict[str, Recording]:
+    """The recordings of a file, by the name of the run."""
+    with np.load(path) as arrays:
+        names = dict.fromkeys(key.partition("/")[0] for key in arrays.files)
         return {
-            "series": np.array(series),
-            "skipped": np.array(skipped),
-            "losses": np.array(losses),
-            "truths": truths,
+            name: Recording(*(arrays[f"{name}/{key}"] for key in Recording._fields))
+            for name in names
         }
+
+
+def short_run() -> dict[str, Recording]:
+    """A run of forty steps, with a truth that is hardly known."""
+    run = Run(8, True, 0, 40)
+    return {run.name: Recorder(run.config).run((10, 20, 40), most=1)}

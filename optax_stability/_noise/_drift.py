@@ -60,6 +60,10 @@ _TRACE_POWER, _UNIT_POWER = 15, 5
 _LARGEST_TRACE, _FEW = 20.0, 5.0
 # From step to step ρ moves by about this share of itself, whatever its trend.
 _MOVES = 0.2
+# So many standard deviations above 0, ρ is taken for positive.
+_POSITIVE = 1.25
+# An interval of the average alone is at most so many times as far away.
+_WIDEST = 1e3
 # Bounds that keep every product within float32.
 _SMALLEST_UNIT, _LARGEST_RATIO = 1e-10, 1e12
 
@@ -265,7 +269,7 @@ def _changing(drift: Drift, constant: Averages):
 def _ends_of_changing(mean, variance, quantile):
     """Interval of a positive ρ: log-normal, unless it may as well be 0."""
     deviation = jnp.sqrt(variance)
-    positive = mean > deviation
+    positive = mean > _POSITIVE * deviation
     relative = jnp.where(positive, variance / jnp.where(positive, mean, 1.0) ** 2, 1.0)
     factor = jnp.exp(quantile * jnp.sqrt(jnp.log1p(relative)))
     middle = jnp.maximum(mean, 0) / jnp.sqrt(1 + relative)
@@ -291,9 +295,13 @@ def present(drift: Drift, constant: Averages, confidence) -> Present:
     silent = ~(drift.trace > 0)
     share = drift.belief[0]
     signal = share * ratio(constant.grad_sq, constant.trace) + (1 - share) * mean
-    # An average that knows nothing, such as that of a spike, has no more than its share.
-    signal_low = share * jnp.maximum(fixed.signal_low, -high) + (1 - share) * low
-    least = share * fixed.low + (1 - share) * ratio(1.0, high)
+    # An average that knows nothing, such as that of a spike, has its share of a say.
+    fixed_low = jnp.maximum(fixed.signal_low, -high)
+    fixed_high = jnp.where(fixed.low > 0, ratio(1.0, fixed.low), jnp.inf)
+    fixed_high = jnp.minimum(fixed_high, _WIDEST * high)
+    signal_low = share * fixed_low + (1 - share) * low
+    signal_high = share * fixed_high + (1 - share) * high
+    least = ratio(1.0, signal_high)
     valid = enough & jnp.where(silent, fixed.valid, (signal_low > 0) & (signal > 0))
     most = jnp.where(silent, fixed.high, ratio(1.0, signal_low))
     return Present(
