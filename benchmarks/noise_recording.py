@@ -136,7 +136,7 @@ def sum_by_group(groups: list[str], values: np.ndarray) -> np.ndarray:
 
 
 def u_statistics(gram: np.ndarray) -> np.ndarray:
-    """The trace tr Σ, ‖G‖², and the error of the log of their ratio, float64[groups, 3].
+    """The trace, ‖G‖² and the error of the log of their ratio, float64[groups, 3].
 
     Args:
       gram: float64[groups, n, n] – inner products of the gradients of n microbatches.

@@ -6,25 +6,25 @@ outvote the new ones for hundreds of steps. An average over few steps knows litt
 fast the noise scale changes is not known either, and changes along the run.
 
 *Rule*: the ratio ρ = ‖G‖²/tr Σ = 1/B_simple is followed under four hypotheses: it is
-constant, or it changes by about ``_RATES`` of itself per √(1/(1 − decay)) steps. Each
+constant, or it changes by about ``_RATES`` of itself over 1/(1 − decay) steps. Each
 predicts the next G² from the past. The probability of a hypothesis grows with the
-likelihood of what it predicted. All values are in units of the mean trace of the last
-steps, which makes the variance of G² nearly independent of the step::
+likelihood of what it predicted. G² is taken relative to the trace of now, which makes
+its variance nearly independent of the step::
 
-  y   = G²/(mean S of the past)           E y = ρ
+  y   = G²/(mean S of the last steps)     E y = ρ
   h   = K/N² + 2(K − 1)·ρ/N               Var y = θ·h, for Gaussian noise in all
                                           directions alike, θ the variance of S/tr Σ
 
 θ is learned from the errors of the predictions, so that other noise changes the unit
-only. A value far from its prediction counts less, as under Student's distribution.
+only. A value far from its prediction counts less, and in the end not at all.
 
-*Cost*: 14 scalars per stream; element-wise.
+*Cost*: 17 scalars per stream; element-wise.
 
 *Source*: Kalman, "A New Approach to Linear Filtering and Prediction Problems", 1960, J.
 Basic Eng. 82(1). Magill, "Optimal Adaptive Estimation of Sampled Stochastic Processes",
 1965, IEEE Trans. Autom. Control 10(4), for the hypotheses. West, "Robust Sequential
 Approximate Bayesian Estimation", 1981, J. R. Stat. Soc. B 43(2), for the values that
-count less.
+count less. How well it works: ``benchmarks/noise_truth.py``.
 """
 
 from typing import NamedTuple
@@ -42,8 +42,8 @@ from optax_stability._noise._statistics import (
     update_averages,
 )
 
-# Relative change of ρ, as standard deviation, over 1/(1 − decay) steps: within one to
-# two steps, ten and a hundred of them at the default decay, ρ may be another one.
+# Relative change of ρ, as standard deviation, over 1/(1 − decay) steps: at the default
+# decay 2 %, 10 % and 30 % from one step to the next.
 _RATES = (0.2, 1.0, 3.0)
 # What is believed before the first step, the constant first: changes are the exception,
 # so that a constant noise scale is known as well as from its average alone.
@@ -54,9 +54,10 @@ _RETURN = 0.1
 # From here on, in standard deviations, a value counts less; and the largest evidence of
 # a step, as log likelihood: one step alone decides nothing.
 _OUTLYING, _LARGEST_EVIDENCE, _SMALLEST_TRUST = 2.0, 1.0, 1e-12
-# The last trace is a mean with the tenth power of ``decay``, the unit θ with its fifth.
+# The mean trace of the last steps decays with the 15th power of ``decay``, the unit θ
+# with the fifth.
 _TRACE_POWER, _UNIT_POWER = 15, 5
-# A trace of so many means does not enter the mean whole, once so many are in it.
+# A trace above so many means counts as so many, once there is a mean of so many steps.
 _LARGEST_TRACE, _FEW = 20.0, 5.0
 # From step to step ρ moves by about this share of itself, whatever its trend.
 _MOVES = 0.2

@@ -42,7 +42,7 @@ class WhenNoisyState(NamedTuple):
 
 
 def _bounds(estimate, measure: Measure):
-    """Lower and upper bound of the measure; equal if it is known and has no interval."""
+    """Lower and upper bound of the measure; if it has no interval, equal once known."""
     readings, known = _lookup.global_readings(estimate)
     if measure == "b_simple":
         return readings["low"], readings["high"]
