@@ -38,6 +38,7 @@ ANYWHERE = (
     "batch_invariance",
     "diagnosis",
     "early_warning",
+    "noise_truth",
     "reliability",
     "mutations",
 )

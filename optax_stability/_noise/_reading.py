@@ -177,7 +177,7 @@ def batch_efficiency(b_simple: Any, batch_size: Any) -> Any:
 def critical_batch_range(estimate: NoiseScale) -> tuple[float, float]:
     """The range of the critical batch size, according to the noise scale.
 
-    **Rule**: the interval of B_simple at the present point of the run. The upper end is
+    **Rule**: the interval of B_simple of the model as it is now. The upper end is
     ∞ where the interval has none.
 
     Limits, in addition to those of :func:`batch_efficiency`: the critical batch size

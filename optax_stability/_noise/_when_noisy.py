@@ -66,8 +66,8 @@ def when_noisy(
       off  if high < below
       else unchanged; off at first
 
-    The interval acts as hysteresis: random fluctuations within it do not switch. A
-    noise scale without an upper end can switch on, but not off.
+    The noise scale is that of now. Its interval acts as hysteresis: random fluctuations
+    within it do not switch. A noise scale without an upper end can switch on, but not off.
 
     **Guarantees**
 
