@@ -73,8 +73,8 @@ RUNS = (
     Run(8, True, 0, 600),
     Run(8, True, 1, 600),
     Run(8, False, 0, 600),
-    Run(32, True, 0, 300),
     Run(8, True, 2, 600),
+    Run(32, True, 0, 300),
 )
 
 

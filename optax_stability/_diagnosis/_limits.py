@@ -101,7 +101,7 @@ ZERO_FRACTION, ZERO_RISE = 0.2, 0.3
 # B_simple/B. A step makes 1/(1 + B_simple/B) of the progress of a step without noise
 # (McCandlish et al. 2018, arXiv:1812.06162, equation 2.7): here less than 5 %. Small
 # batches are efficient, so that only an extreme value is a finding. The lower end of
-# the interval of now: 29 and more for a gradient of pure noise (benchmarks/diagnosis.py;
+# the interval of now: from 29 on for a gradient of pure noise (benchmarks/diagnosis.py;
 # a limit of 100 was never reached), at most 12 in healthy runs (noise_truth.py).
 # Choice.
 NOISE_RATIO, NOISE_ROWS = 20.0, 32

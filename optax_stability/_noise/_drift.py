@@ -115,10 +115,23 @@ class Present(NamedTuple):
 
 def init_drift(streams: int) -> Drift:
     """The state before the first step."""
-    zeros = jnp.zeros(streams, jnp.float32)
-    by_rate = jnp.zeros((len(_RATES), streams), jnp.float32)
+
+    # No array stands in two places: a state is donated.
+    def zeros(*shape):
+        return jnp.zeros((*shape, streams), jnp.float32)
+
     belief = jnp.broadcast_to(_column(_PRIOR), (len(_PRIOR), streams))
-    return Drift(zeros, zeros, zeros, by_rate, by_rate, belief, zeros, zeros, zeros)
+    return Drift(
+        trace=zeros(),
+        trend=zeros(),
+        trace_total=zeros(),
+        signal=zeros(len(_RATES)),
+        variance=zeros(len(_RATES)),
+        belief=belief,
+        unit=zeros(),
+        unit_total=zeros(),
+        steps=zeros(),
+    )
 
 
 def _column(values):

@@ -67,7 +67,8 @@ def when_noisy(
       else unchanged; off at first
 
     The noise scale is that of now. Its interval acts as hysteresis: random fluctuations
-    within it do not switch. A noise scale without an upper end can switch on, but not off.
+    within it do not switch. A noise scale without an upper end can switch on, but not
+    off.
 
     **Guarantees**
 

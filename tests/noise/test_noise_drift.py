@@ -209,9 +209,13 @@ def test_one_step_decides_nothing():
     trace, grad_sq = gaussian(0, np.full(200, 10.0), np.ones(200), 100, PARTS, BATCH, 1)
     before = follow(trace, grad_sq).found.ratio[-1, 0]
     grad_sq[-1] = 30 * grad_sq.mean()
-    found = jax.tree.map(lambda x: x[-1, 0], follow(trace, grad_sq).found)
+    after = follow(trace, grad_sq)
+    found = jax.tree.map(lambda x: x[-1, 0], after.found)
     assert found.low < before < found.high
     assert found.ratio > before / 3
+    # Nor what is believed: one hypothesis gains on another by e at most.
+    gained = np.diff(np.log(after.drift.belief[-2:, :, 0]), axis=0)[0]
+    assert np.ptp(gained) <= 1.02
 
 
 def test_streams_are_followed_each_on_its_own():
