@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import ndtri
 
 from optax_stability._core._numerics import ratio
 from optax_stability._noise._statistics import (
@@ -61,8 +62,8 @@ _TRACE_POWER, _UNIT_POWER = 15, 5
 _LARGEST_TRACE, _FEW = 20.0, 5.0
 # From step to step ρ moves by about this share of itself, whatever its trend.
 _MOVES = 0.2
-# So many standard deviations above 0, ρ is taken for positive.
-_POSITIVE = 1.25
+# So many standard deviations above 0, ρ may be 0, and cannot be any more.
+_MAY_BE_0, _POSITIVE = 1.0, 1.5
 # An interval of the average alone is at most so many times as far away.
 _WIDEST = 1e3
 # Bounds that keep every product within float32.
@@ -281,16 +282,23 @@ def _changing(drift: Drift, constant: Averages):
 
 
 def _ends_of_changing(mean, variance, quantile):
-    """Interval of a positive ρ: log-normal, unless it may as well be 0."""
+    """Interval of a positive ρ: log-normal, unless it may as well be 0.
+
+    Between both the lower end goes to 0, so that B_simple loses its upper end without a
+    jump.
+    """
     deviation = jnp.sqrt(variance)
-    positive = mean > _POSITIVE * deviation
+    positive = mean > _MAY_BE_0 * deviation
+    above = ratio(mean, deviation) - _MAY_BE_0
+    certain = jnp.clip(above / (_POSITIVE - _MAY_BE_0), 0, 1)
+    certain = jnp.where(deviation > 0, certain, 1.0)
     relative = jnp.where(positive, variance / jnp.where(positive, mean, 1.0) ** 2, 1.0)
     factor = jnp.exp(quantile * jnp.sqrt(jnp.log1p(relative)))
     middle = jnp.maximum(mean, 0) / jnp.sqrt(1 + relative)
     low = jnp.minimum(mean - quantile * deviation, 0)
     high = jnp.maximum(mean, 0) + quantile * deviation
     return (
-        jnp.where(positive, middle / factor, low),
+        jnp.where(positive, certain * middle / factor, low),
         jnp.where(positive, middle * factor, high),
     )
 
@@ -302,9 +310,9 @@ def present(drift: Drift, constant: Averages, confidence) -> Present:
     and between them the mean of the ends, weighted by what is believed.
     """
     fixed = interval(constant, confidence)
-    enough, quantile = student(constant, confidence)
+    enough, _ = student(constant, confidence)
     mean, variance = _changing(drift, constant)
-    low, high = _ends_of_changing(mean, variance, quantile)
+    low, high = _ends_of_changing(mean, variance, ndtri((1 + confidence) / 2))
     # Without any noise there is no ρ, and nothing to follow.
     silent = ~(drift.trace > 0)
     share = drift.belief[0]
