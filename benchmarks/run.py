@@ -39,6 +39,7 @@ ANYWHERE = (
     "diagnosis",
     "early_warning",
     "attention_saturation",
+    "noise_truth",
     "reliability",
     "mutations",
 )

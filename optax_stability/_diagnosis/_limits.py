@@ -108,9 +108,9 @@ ATTENTION_LOGIT, LOGIT_BOUND = 50.0, 250.0
 ZERO_FRACTION, ZERO_RISE = 0.2, 0.3
 # B_simple/B. A step makes 1/(1 + B_simple/B) of the progress of a step without noise
 # (McCandlish et al. 2018, arXiv:1812.06162, equation 2.7): here less than 5 %. Small
-# batches are efficient, so that only an extreme value is a finding. The averaging
-# length bounds the lower end of the interval: 29 for a gradient of pure noise
-# (benchmarks/diagnosis.py; a limit of 100 was never reached), 6 in healthy runs.
+# batches are efficient, so that only an extreme value is a finding. The lower end of
+# the interval of now: from 29 on for a gradient of pure noise (benchmarks/diagnosis.py;
+# a limit of 100 was never reached), at most 12 in healthy runs (noise_truth.py).
 # Choice.
 NOISE_RATIO, NOISE_ROWS = 20.0, 32
 # Share of clipped steps. By design, ZClip clips about 4 %, and AutoClip at its 10th

@@ -52,7 +52,7 @@ def batch_size_schedule(
     """Lets the number of accumulated microbatches follow the noise scale.
 
     **Rule**, with b the mean microbatch size of the last step and ``low`` the lower end
-    of the interval of B_simple after it, in the same unit::
+    of the interval of B_simple as it is after it, in the same unit::
 
       K = the largest power of two ≤ fraction·low/b, at least min_k and at most max_k
 

@@ -81,6 +81,7 @@ def update_pairs(
         trace=jnp.where(complete, factor * squares, jnp.inf),
         grad_sq=jnp.where(complete, products, jnp.inf),
         weight=jnp.where(complete, total, 0.0),
+        parts=jnp.float32(2),
     )
     store = finite & (weight > 0) & ~complete
     previous = jax.tree.map(

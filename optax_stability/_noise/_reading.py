@@ -28,18 +28,19 @@ def _digits(value: float) -> str:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class NoiseScale:
-    """An estimate of the gradient noise scale, as :func:`noise_scale` reads it.
+    """The gradient noise scale of now, as :func:`noise_scale` reads it.
 
     Attributes:
-      b_simple: tr Σ/‖G‖², in ``unit``; NaN where it is not ``valid``.
+      b_simple: tr Σ/‖G‖² of the model as it is at the last step, in ``unit``; NaN where
+        it is not ``valid``.
       low: lower end of its interval; a lower bound where it is not ``valid``.
       high: upper end, ∞ where it is not ``valid``.
       valid: whether the gradient can be distinguished from the noise.
-      trace: mean of S, which estimates tr Σ; NaN before the first estimate.
-      grad_sq: mean of G², which estimates ‖G‖²; may be negative; NaN likewise.
+      trace: tr Σ, the mean of S over the last steps; NaN before the first estimate.
+      grad_sq: ‖G‖² of now; may be negative; NaN likewise.
       noise_to_weight: √(var_g/var_p), noise of a microbatch relative to the parameters;
         NaN where either is not known.
-      steps: how many steps of equal weight the averages are worth.
+      steps: how many steps of equal weight would say as much; not how old it is.
       confidence: of the interval.
       biased: whether the estimate is from pairs of successive gradients.
       unit: what the weights of the microbatches count.
@@ -60,17 +61,17 @@ class NoiseScale:
     per_leaf: dict[str, "NoiseScale"] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """One line: the estimate, its interval, and the number of steps."""
+        """One line: the estimate, its interval, and how many steps it is worth."""
         confidence = f"{100 * self.confidence:g} %"
         if self.valid:
             low, high = _digits(self.low), _digits(self.high)
-            text = f"B_simple = {_digits(self.b_simple)} {self.unit} "
+            text = f"B_simple now = {_digits(self.b_simple)} {self.unit} "
             text += f"({confidence}: {low}–{high})"
         elif self.low > 0:
-            text = f"B_simple ≥ {_digits(self.low)} {self.unit} ({confidence})"
+            text = f"B_simple now ≥ {_digits(self.low)} {self.unit} ({confidence})"
         else:
             text = "B_simple unknown"
-        text += f", over {self.steps:.0f} steps"
+        text += f", worth {self.steps:.0f} steps"
         return text + (", biased: from successive steps" if self.biased else "")
 
 
@@ -101,7 +102,7 @@ def noise_scale(state: Any, *, unit: str = "examples") -> NoiseScale:
       >>> from optax_stability import estimate_noise_scale
       >>> params = {"w": jnp.ones(2)}
       >>> noise_scale(estimate_noise_scale().init(params))
-      B_simple unknown, over 0 steps
+      B_simple unknown, worth 0 steps
     """
     found = find_estimate(state)
     by_name = readings(found)
@@ -178,7 +179,7 @@ def batch_efficiency(b_simple: Any, batch_size: Any) -> Any:
 def critical_batch_range(estimate: NoiseScale) -> tuple[float, float]:
     """The range of the critical batch size, according to the noise scale.
 
-    **Rule**: the interval of B_simple at the present point of the run. The upper end is
+    **Rule**: the interval of B_simple of the model as it is now. The upper end is
     ∞ where the interval has none.
 
     Limits, in addition to those of :func:`batch_efficiency`: the critical batch size

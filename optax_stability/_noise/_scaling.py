@@ -49,7 +49,7 @@ def scale_by_noise_scale(
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the updates by a factor that decreases with the noise scale.
 
-    **Rule**, for a batch of size B and the noise scale after this step::
+    **Rule**, for a batch of size B and the noise scale of now, after this step::
 
       scale = max_scale/(1 + B_simple/B), but at least min_scale
       while B_simple is not valid, the last scale; max_scale at first

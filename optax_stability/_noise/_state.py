@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_stability._core import _numerics, _scopes, _tree
-from optax_stability._noise import _pairs, _statistics
+from optax_stability._noise import _drift, _pairs, _statistics
+from optax_stability._noise._drift import Drift
 from optax_stability._noise._statistics import Averages, Observed
 
 
@@ -17,7 +18,9 @@ class EstimateNoiseScaleState(NamedTuple):
     """State of :func:`estimate_noise_scale`. Stream 0 is the whole gradient.
 
     Attributes:
-      averages: of S and G², float32[n_memories, n_streams] each.
+      averages: of S and G² in units of the mean trace, float32[n_streams] each: what
+        the noise scale is if it is constant.
+      drift: what it is if it changes.
       size: float32[n_streams] – number of entries that were measured, d.
       param_rms: float32[n_streams] – root mean square of the parameters; −1 where it is
         not known.
@@ -33,6 +36,7 @@ class EstimateNoiseScaleState(NamedTuple):
     """
 
     averages: Averages
+    drift: Drift
     size: jax.Array
     param_rms: jax.Array
     batch: jax.Array
@@ -64,17 +68,19 @@ class EstimateNoiseScaleState(NamedTuple):
 
 def readings(state: EstimateNoiseScaleState) -> dict[str, jax.Array]:
     """The estimates of all streams, by name, [n_streams] each; 0 where not known."""
-    averages = _statistics.longest_consistent(state.averages)
-    scale = _statistics.interval(averages, state.confidence)
+    scale = _drift.present(state.drift, state.averages, state.confidence)
+    trace = state.drift.trace
+    # Without noise the signal is in the unit of the gradient.
+    size = jnp.where(trace > 0, trace, 1.0)
     return {
         "b_simple": scale.ratio,
         "low": scale.low,
         "high": scale.high,
         "valid": scale.valid,
-        "trace": averages.trace,
-        "grad_sq": averages.grad_sq,
-        "noise_to_weight": _noise_to_weight(averages.trace, state),
-        "steps": averages.steps,
+        "trace": trace,
+        "grad_sq": scale.signal * size,
+        "noise_to_weight": _noise_to_weight(trace, state),
+        "steps": state.drift.steps,
     }
 
 
@@ -129,6 +135,7 @@ def init_state(
     streams = 1 + max(stream, default=0)
     return EstimateNoiseScaleState(
         averages=_statistics.init_averages(streams),
+        drift=_drift.init_drift(streams),
         size=jnp.zeros((streams,), jnp.float32),
         param_rms=jnp.full((streams,), -1.0, jnp.float32),
         batch=jnp.zeros((), jnp.float32),
@@ -159,7 +166,10 @@ def update_streams(
         return jnp.where(size > 0, sums, jnp.inf)
 
     trace, grad_sq = total(observed.trace), total(observed.grad_sq)
+    summed = observed._replace(trace=trace, grad_sq=grad_sq)
+    drift, averages = _drift.update(state.drift, state.averages, summed, decay)
     return state._replace(
-        averages=_statistics.update_averages(state.averages, trace, grad_sq, decay),
+        averages=averages,
+        drift=drift,
         size=jnp.where(jnp.isfinite(trace), size, state.size),
     )

@@ -46,7 +46,7 @@ class WhenNoisyState(NamedTuple):
 
 
 def _bounds(estimate, measure: Measure):
-    """Lower and upper bound of the measure; equal if known and without interval."""
+    """Lower and upper bound of the measure; if it has no interval, equal once known."""
     readings, known = _lookup.global_readings(estimate)
     if measure == "b_simple":
         return readings["low"], readings["high"]
@@ -70,8 +70,9 @@ def when_noisy(
       off  if high < below
       else unchanged; off at first
 
-    The interval acts as hysteresis: random fluctuations within it do not switch. A
-    noise scale without an upper end can switch on, but not off.
+    The noise scale is that of now. Its interval acts as hysteresis: random fluctuations
+    within it do not switch. A noise scale without an upper end can switch on, but not
+    off.
 
     **Guarantees**
 

@@ -56,7 +56,7 @@ SCALARS = {
     "branch/rollbacks": "branches rolled back so far",
     "branch/accepted": "branches accepted so far",
     "accumulate/rejected_total": "microbatches rejected so far",
-    "noise_scale/b_simple": "simple noise scale",
+    "noise_scale/b_simple": "simple noise scale of this step",
     "noise_scale/low": "lower end of its confidence interval",
     "noise_scale/high": "upper end of its confidence interval",
     "noise_scale/batch_size": "batch size",

@@ -104,7 +104,7 @@ def test_one_command_trains_and_leaves_a_log_and_a_picture(tmp_path, text):
         assert shown in done.stdout
     assert re.search(r"noise \d+(\.\d)? \(\d+(\.\d)?–\d+(\.\d)?\)", done.stdout)
     assert re.search(
-        r"\nB_simple = .* examples \(95 %: .*\), over 12 steps", done.stdout
+        r"\nB_simple now = .* examples \(95 %: .*\), worth \d+ steps", done.stdout
     )
     rows, evaluations = read_log(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 13))

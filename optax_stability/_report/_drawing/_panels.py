@@ -77,6 +77,7 @@ PANELS = (
     Panel(
         "noise",
         "Gradient noise scale",
+        "Of the model as it is at each step, with its interval. "
         "If the noise scale is far below the batch size, a larger batch is wasted; if "
         "it is far above, a larger batch would pay off. This is a rule of thumb, not a "
         "measurement of the best batch size.",
