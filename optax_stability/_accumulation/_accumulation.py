@@ -232,8 +232,7 @@ def accumulate_moments(
     if not (callable(every_k) or isinstance(every_k, ChoosesMicrobatches)):
         _validate.check_count("every_k", every_k, 1, "1 takes a step on every call")
     _validate.check_flags(mean_square=mean_square, reject_nonfinite=reject_nonfinite)
-    if accumulator_dtype is not None:
-        _validate.check_float_dtype("accumulator_dtype", accumulator_dtype)
+    _validate.check_float_dtype("accumulator_dtype", accumulator_dtype, optional=True)
     _validate.check_axis_name("axis_name", axis_name)
     inner = optax.with_extra_args_support(inner)
 

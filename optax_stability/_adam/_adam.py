@@ -317,8 +317,7 @@ def scale_by_safe_adam(
     _check_limits(update_rms_max, spike_ratio)
     _validate.check_choice("second_moment", second_moment, get_args(SecondMoment))
     for name, dtype in (("mu_dtype", mu_dtype), ("rms_dtype", rms_dtype)):
-        if dtype is not None:
-            _validate.check_float_dtype(name, dtype)
+        _validate.check_float_dtype(name, dtype, optional=True)
     b1, b2 = _below_one(b1), _below_one(b2)
     if spike_ratio is not None:
         spike_ratio = _validate.as_float32(spike_ratio)

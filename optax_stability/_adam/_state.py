@@ -215,7 +215,8 @@ def from_optax_adam_state(
     _validate.check_interval("b1", b1, "[0, 1)", "0.9 is usual")
     _validate.check_interval("b2", b2, "(0, 1)", "0.999 is usual")
     _validate.check_interval("eps", eps, "[0, inf)", "it is for the metrics alone")
-    _validate.check_float_dtype("rms_dtype", rms_dtype)
+    for name, dtype in (("mu_dtype", mu_dtype), ("rms_dtype", rms_dtype)):
+        _validate.check_float_dtype(name, dtype, optional=True)
 
     def convert(adam: optax.ScaleByAdamState) -> SafeAdamState:
         def root(nu):
@@ -268,6 +269,7 @@ def to_optax_adam_state(
     Raises:
       ValueError: there is no safe Adam state in ``state``.
     """
+    _validate.check_float_dtype("mu_dtype", mu_dtype, optional=True)
     _validate.check_float_dtype("nu_dtype", nu_dtype)
 
     def convert(safe: SafeAdamState) -> optax.ScaleByAdamState:

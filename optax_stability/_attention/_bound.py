@@ -68,7 +68,7 @@ def _grams(weight):
     m is the largest absolute entry of the head, so that no square overflows.
     """
     largest = _parts.replicated(jnp.max(jnp.abs(weight), axis=(0, 2)))
-    unit = weight / jnp.where(largest > 0, largest, 1.0)[:, None]
+    unit = weight / jnp.where(largest > 0, largest, 1.0)[None, :, None]
     return largest, _contract("whd,whe->hde", unit, unit)
 
 

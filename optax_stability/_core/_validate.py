@@ -129,8 +129,10 @@ def check_transformation(name: str, tx: Any) -> None:
         )
 
 
-def check_float_dtype(name: str, dtype: Any) -> None:
-    """Raises unless ``dtype`` is a floating-point dtype."""
+def check_float_dtype(name: str, dtype: Any, *, optional: bool = False) -> None:
+    """Raises unless ``dtype`` is a floating-point dtype, or None where it may be."""
+    if optional and dtype is None:
+        return
     if isinstance(dtype, jax.Array):
         raise TypeError(
             f"{name} must be a dtype, got an array; under optax.inject_hyperparams add "

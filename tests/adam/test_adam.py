@@ -167,7 +167,7 @@ def test_eps_may_be_a_schedule_that_starts_at_step_zero():
     grads = noisy(40, scale=1e-2)
 
     def schedule(step):
-        return 1e-1 * 0.8 ** step.astype(jnp.float32)
+        return 1e-1 * 0.8 ** jnp.asarray(step, jnp.float32)
 
     expected = run_reference(grads, eps=schedule)
     updates, state = run(ost.scale_by_safe_adam(eps=schedule), grads)
@@ -595,7 +595,9 @@ def test_bias_correction_is_exact_when_the_betas_change():
         return jnp.where(step < 5, 0.9, jnp.where(step < 10, 0.0, 0.97))
 
     def b2(step):
-        return jnp.where(step < 7, 0.95, 0.9 + 0.005 * (step % 19).astype(jnp.float32))
+        return jnp.where(
+            step < 7, 0.95, 0.9 + 0.005 * jnp.asarray(step % 19, jnp.float32)
+        )
 
     tx = INJECT(ost.scale_by_safe_adam)(b1=b1, b2=b2)
     grads = np.tile(np.array([2.0, -1e-20, 3e15], np.float32), (60, 1))
