@@ -36,7 +36,7 @@ class Config:
     tokenizer: Path | None = None
     """Tokenizer file, tokenizer.json or *.tiktoken; by default each byte is a token."""
     qk_norm: bool = False
-    """Normalise queries and keys, so that attention cannot saturate."""
+    """Normalise queries and keys: their size then does not affect attention."""
     steps: int = 600
     """Optimizer steps."""
     batch_size: int = 8

@@ -121,9 +121,12 @@ def test_of_many_heads_the_highest_and_the_lowest_are_drawn():
     history = only("attention/logit_bound/blocks/0/0")
     history["attention/logit_bound/blocks/0/1"] = np.full(200, 3.0)
     shown = texts(picture(history))
-    assert "highest, last 93.0" in shown
-    assert "lowest, last 3" in shown
+    assert "highest bound, last 93.0" in shown
+    assert "lowest bound, last 3" in shown
     assert "level 250" in shown
+    shown = texts(picture(only("extra/accuracy", "extra/load/0", "extra/load/1")))
+    assert any(each.startswith("value, last 0.") for each in shown)
+    assert any(each.startswith("lowest, last ") for each in shown)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3])

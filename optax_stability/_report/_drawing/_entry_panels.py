@@ -49,7 +49,8 @@ def curves_of(history: History, name: str) -> dict[str, np.ndarray]:
 def draw_attention(axes: Axes, run: Run) -> None:
     """Draws the attention logits, or their bound, and the level of the finding."""
     name = next((name for name in LEVELS if curves_of(run.train, name)), BOUND)
-    _draw(axes, run, name, LEVELS[name])
+    what = " logit" if name == MEASURED else " bound"
+    _draw(axes, run, name, what, LEVELS[name])
 
 
 def drawer(name: str) -> Callable[[Axes, Run], None]:
@@ -57,11 +58,19 @@ def drawer(name: str) -> Callable[[Axes, Run], None]:
     return functools.partial(_draw, name=name)
 
 
-def _draw(axes: Axes, run: Run, name: str, level: float | None = None) -> None:
+def _draw(
+    axes: Axes, run: Run, name: str, what: str = "", level: float | None = None
+) -> None:
     curves = curves_of(run.train, name)
-    looks = {"highest": (BLUE, 1.3), "lowest": (GREY, 1.0), "value": (BLUE, 1.3)}
-    for label, values in curves.items():
-        color, width = looks[label]
+    # A number of all heads is that of the highest.
+    single = f"highest{what}" if what else "value"
+    looks = {
+        "highest": (BLUE, 1.3, f"highest{what}"),
+        "lowest": (GREY, 1.0, f"lowest{what}"),
+        "value": (BLUE, 1.3, single),
+    }
+    for key, values in curves.items():
+        color, width, label = looks[key]
         known = values[np.isfinite(values)]
         last = f", last {_axes.short(known[-1])}" if len(known) else ""
         _curve_panels.draw_curve(
