@@ -189,12 +189,21 @@ def judge_run(rule: Rule, recording: Recording) -> list[Judged]:
     judged = []
     for stream in range(len(GROUPS)):
         trace, grad_sq, error = recording.truth[:, stream].T
-        each = [values[row, stream] for values in found]
-        here = [values[recording.at - 1] for values in each]
-        beyond = float(np.mean(~np.isfinite(each[2][50:])))
+        scale, low, high = (values[row, stream] for values in found)
+        here = recording.at - 1
         with np.errstate(divide="ignore"):
             truth = np.where(grad_sq > 0, trace / grad_sq, np.inf)
-        judged.append(Judged(recording.at, truth, error, *here, beyond))
+        judged.append(
+            Judged(
+                recording.at,
+                truth,
+                error,
+                scale[here],
+                low[here],
+                high[here],
+                float(np.mean(~np.isfinite(high[50:]))),
+            )
+        )
     return judged
 
 
@@ -236,7 +245,9 @@ def judge_regression(rule: Rule, steps: int, runs: int) -> list[Judged]:
             at,
             truth[at - 1, i],
             np.zeros(len(at)),
-            *(values[at - 1, i] for values in found),
+            found.scale[at - 1, i],
+            found.low[at - 1, i],
+            found.high[at - 1, i],
             float(np.mean(~np.isfinite(found.high[50:, i]))),
         )
         for i in range(runs)
