@@ -111,8 +111,9 @@ def observe() -> optax.GradientTransformationExtraArgs:
         zeros = jnp.zeros(len(jax.tree.leaves(params)), jnp.float32)
         return Observation(zeros, zeros)
 
-    def update_fn(updates, state, params=None, *, moments, **extra_args):
+    def update_fn(updates, state, params=None, *, moments=None, **extra_args):
         del state, params, extra_args
+        assert moments is not None
         trace = moments.deviation / (moments.num_microbatches - 1)
         squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(updates)]
         return updates, Observation(trace, jnp.stack(squares) - trace / moments.weight)

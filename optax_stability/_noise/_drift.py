@@ -65,7 +65,7 @@ _MOVES = 0.2
 # So many standard deviations above 0, ρ may be 0, and cannot be any more.
 _MAY_BE_0, _POSITIVE = 1.0, 1.5
 # An interval of the average alone is at most so many times as far away.
-_WIDEST = 1e3
+_WIDEST = 10.0
 # Bounds that keep every product within float32.
 _SMALLEST_UNIT, _LARGEST_RATIO = 1e-10, 1e12
 
@@ -278,28 +278,33 @@ def _changing(drift: Drift, constant: Averages):
     variance = variance + jnp.square(signal) * of_trace
     mean = jnp.sum(belief * signal, 0)
     variance = jnp.sum(belief * (variance + jnp.square(signal - mean)), 0)
-    return mean, variance + jnp.square(_MOVES * jnp.maximum(mean, 0))
+    return mean, variance
 
 
-def _ends_of_changing(mean, variance, quantile):
-    """Interval of a positive ρ: log-normal, unless it may as well be 0.
+def _interval_of_changing(mean, variance, quantile):
+    """Low, middle and high of a positive ρ: log-normal, unless it may as well be 0.
 
     Between both the lower end goes to 0, so that B_simple loses its upper end without a
-    jump.
+    jump. The middle is the median; what ρ moves from step to step widens the interval.
     """
-    deviation = jnp.sqrt(variance)
+    deviation = jnp.sqrt(variance + jnp.square(_MOVES * jnp.maximum(mean, 0)))
     positive = mean > _MAY_BE_0 * deviation
     above = ratio(mean, deviation) - _MAY_BE_0
     certain = jnp.clip(above / (_POSITIVE - _MAY_BE_0), 0, 1)
     certain = jnp.where(deviation > 0, certain, 1.0)
     relative = jnp.where(positive, variance / jnp.where(positive, mean, 1.0) ** 2, 1.0)
-    factor = jnp.exp(quantile * jnp.sqrt(jnp.log1p(relative)))
-    middle = jnp.maximum(mean, 0) / jnp.sqrt(1 + relative)
-    low = jnp.minimum(mean - quantile * deviation, 0)
-    high = jnp.maximum(mean, 0) + quantile * deviation
+    median = jnp.maximum(mean, 0) / jnp.sqrt(1 + relative)
+    factor = jnp.exp(quantile * jnp.sqrt(jnp.log1p(relative + _MOVES**2)))
     return (
-        jnp.where(positive, certain * middle / factor, low),
-        jnp.where(positive, middle * factor, high),
+        jnp.where(
+            positive,
+            certain * median / factor,
+            jnp.minimum(mean - quantile * deviation, 0),
+        ),
+        jnp.where(positive, median, mean),
+        jnp.where(
+            positive, median * factor, jnp.maximum(mean, 0) + quantile * deviation
+        ),
     )
 
 
@@ -312,11 +317,12 @@ def present(drift: Drift, constant: Averages, confidence) -> Present:
     fixed = interval(constant, confidence)
     enough, _ = student(constant, confidence)
     mean, variance = _changing(drift, constant)
-    low, high = _ends_of_changing(mean, variance, ndtri((1 + confidence) / 2))
+    quantile = ndtri((1 + confidence) / 2)
+    low, middle, high = _interval_of_changing(mean, variance, quantile)
     # Without any noise there is no ρ, and nothing to follow.
     silent = ~(drift.trace > 0)
     share = drift.belief[0]
-    signal = share * ratio(constant.grad_sq, constant.trace) + (1 - share) * mean
+    signal = share * ratio(constant.grad_sq, constant.trace) + (1 - share) * middle
     # An average that knows nothing, such as that of a spike, has its share of a say.
     fixed_low = jnp.maximum(fixed.signal_low, -high)
     fixed_high = jnp.where(fixed.low > 0, ratio(1.0, fixed.low), jnp.inf)

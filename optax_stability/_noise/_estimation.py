@@ -258,7 +258,7 @@ def estimate_noise_scale(
       >>> for i in range(100):
       ...     state = step(state, w, jax.random.key(i))
       >>> noise_scale(state)
-      B_simple now = 74.4 examples (95 %: 47.3–162), worth 92 steps
+      B_simple now = 74.5 examples (95 %: 47.3–162), worth 92 steps
 
     References:
       McCandlish et al., 2018, arXiv:1812.06162, App. A.1, with microbatches in place of

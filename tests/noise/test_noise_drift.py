@@ -36,8 +36,10 @@ def follow(trace, grad_sq, parts=PARTS, batch=BATCH, decay=0.99) -> Followed:
     """Takes in S and G² of shape [steps, n], step by step."""
 
     def step(state, observed):
-        both = Observed(*observed, jnp.float32(batch), jnp.float32(parts))
-        drift, averages = _drift.update(*state, both, jnp.float32(decay))
+        trace, grad_sq = observed
+        both = Observed(trace, grad_sq, jnp.float32(batch), jnp.float32(parts))
+        drift, averages = state
+        drift, averages = _drift.update(drift, averages, both, jnp.float32(decay))
         found = present(drift, averages, 0.95)
         return (drift, averages), Followed(drift, averages, found)
 
@@ -82,8 +84,9 @@ def simulate(d, k, batch, b_simple, decay, steps):
         along = 1 + jnp.sqrt(variance / batch) * jax.random.normal(keys[1], (RUNS,))
         across = 2 * jax.random.gamma(keys[2], (d - 1) / 2, (RUNS,))
         norm_sq = along**2 + variance / batch * across
-        both = trace, norm_sq - trace / batch, jnp.float32(batch), jnp.float32(k)
-        return _drift.update(*state, Observed(*both), decay), None
+        grad_sq, (drift, averages) = norm_sq - trace / batch, state
+        both = Observed(trace, grad_sq, jnp.float32(batch), jnp.float32(k))
+        return _drift.update(drift, averages, both, decay), None
 
     keys = jax.random.split(jax.random.key(0), steps)
     return jax.lax.scan(step, (init_drift(RUNS), init_averages(RUNS)), keys)[0]
@@ -131,17 +134,19 @@ def test_the_interval_covers_where_the_delta_method_does_not(setting):
 @pytest.mark.parametrize("setting", HOPELESS.values(), ids=HOPELESS)
 @full
 def test_a_hopeless_case_is_called_so_and_its_bound_holds(setting):
-    found = present(*simulate(*setting), 0.95)
+    drift, averages = simulate(*setting)
+    found = present(drift, averages, 0.95)
     assert jnp.mean(found.valid) < 0.1
     # A mean below 0 counts as 0, so that it errs on one side only: 2.5 %, not 5.
     assert 0.96 <= covered(found, setting[3]) <= 0.98 + CHANCE
-    assert delta_method(simulate(*setting)[1], setting[3]) < 0.75
+    assert delta_method(averages, setting[3]) < 0.75
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.8, 0.99])
 @full
 def test_the_confidence_is_kept(confidence):
-    share = covered(present(*simulate(100, 8, 32, 50.0, 0.97, 200), confidence), 50)
+    drift, averages = simulate(100, 8, 32, 50.0, 0.97, 200)
+    share = covered(present(drift, averages, confidence), 50)
     np.testing.assert_allclose(share, confidence, atol=0.03)
 
 
@@ -213,9 +218,10 @@ def test_one_step_decides_nothing():
     found = jax.tree.map(lambda x: x[-1, 0], after.found)
     assert found.low < before < found.high
     assert found.ratio > before / 3
-    # Nor what is believed: one hypothesis gains on another by e at most.
+    # Nor what is believed: one hypothesis gains on another by e at most, and by the
+    # little of the prior that returns.
     gained = np.diff(np.log(after.drift.belief[-2:, :, 0]), axis=0)[0]
-    assert np.ptp(gained) <= 1.02
+    assert np.ptp(gained) <= 1.2
 
 
 def test_streams_are_followed_each_on_its_own():
