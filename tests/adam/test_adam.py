@@ -172,7 +172,7 @@ def test_eps_may_be_a_schedule_that_starts_at_step_zero():
     expected = run_reference(grads, eps=schedule)
     updates, state = run(ost.scale_by_safe_adam(eps=schedule), grads)
     np.testing.assert_allclose(updates, expected, rtol=RTOL, atol=ATOL)
-    assert float(state.eps) == pytest.approx(schedule(39), rel=RTOL)
+    assert float(state.eps) == pytest.approx(float(schedule(39)), rel=RTOL)
 
 
 def test_two_steps_by_hand():
