@@ -1,8 +1,8 @@
 """The tables of the docs, and a page per device, made from ``benchmarks/results``.
 
-Between ``<!-- table NAME -->`` and ``<!-- end -->`` a page of ``docs/evidence`` shows
-what the function of that name says below, and under it where the numbers come from. The
-page ``results/<device>.md`` shows every table of every suite.
+Between ``<!-- table NAME -->`` and ``<!-- end -->`` the README or a page of
+``docs/evidence`` shows what the function of that name says below, and under it where the
+numbers come from. The page ``results/<device>.md`` shows every table of every suite.
 
     python benchmarks/tables.py    # rewrites them
 """
@@ -31,7 +31,8 @@ import step_cost
 import trainer_step
 from reporting import RESULTS, Report, caption, read, read_all
 
-EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "evidence").glob("*.md"))]
 _BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -47,6 +48,7 @@ def only(tables: Callable[[Report], dict[str, str]]) -> Callable[[Report], str]:
 
 # Name in the docs to the suite whose report it shows, and how.
 TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
+    "stability_short": ("stability_small", stability.short_table),
     "stability": ("stability_small", stability.peers_table),
     "stability_skips": ("stability_small", stability.peers_skips),
     "stability_parts": ("stability_small", stability.parts_table),
@@ -102,19 +104,14 @@ def page(path: Path) -> str:
     return "\n\n".join([f"# {device}", *parts]) + "\n"
 
 
-def evidence() -> dict[Path, str]:
-    """The pages with tables, and their text."""
-    return {path: path.read_text() for path in sorted(EVIDENCE.glob("*.md"))}
-
-
 def main() -> None:
     """Rewrites all pages; says which tables no page shows."""
     for path in RESULTS.glob("*.json"):
         path.with_suffix(".md").write_text(page(path))
-    pages = evidence()
+    pages = {path: path.read_text() for path in PAGES}
     shown = {name for text in pages.values() for _, name, _ in _BLOCK.findall(text)}
     if missing := sorted(TABLES.keys() - shown):
-        sys.exit(f"No page of docs/evidence has a place for {', '.join(missing)}")
+        sys.exit(f"No page has a place for {', '.join(missing)}")
     for path, text in pages.items():
         path.write_text(render(text))
 
