@@ -6,21 +6,25 @@ Pages are Markdown (MyST); the reference is made from the docstrings (autodoc an
 napoleon); notebooks are shown with the output they are stored with, and not run.
 """
 
+import importlib
+import re
 import shutil
 import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
 
+import optax_stability
+import optax_stability.flax
+import optax_stability.orbax
+
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
-import home  # noqa: E402  The folder has to be on the path first.
-
-from optax_stability import __version__  # noqa: E402
+home = importlib.import_module("home")
 
 project = "optax_stability"
 author = "the authors of optax_stability"
-version = release = __version__
+version = release = optax_stability.__version__
 
 extensions = [
     "myst_nb",
@@ -55,6 +59,23 @@ html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 
 
+def public_names() -> dict[str, str]:
+    """What pages call a public name, to where it is."""
+    names = {}
+    for module in ("", ".thresholds", ".flax", ".orbax"):
+        path = f"optax_stability{module}"
+        prefix = f"{module[1:]}." if module else ""
+        for name in sys.modules[path].__all__:
+            names[prefix + name] = f"{path}.{name}"
+    return names
+
+
+NAMES = public_names()
+_CODE_BLOCK = re.compile(r"^( *)(```|:::).*?^\1\2 *$", re.DOTALL | re.MULTILINE)
+_INLINE = re.compile(r"(?<![`\[\w}])`([\w.]+)`(?![`\w])")
+_ABSOLUTE_VALUE = re.compile(r"\|([^|\s`]{1,4})\|")
+
+
 def leaves_the_site(path: Path) -> bool:
     """Whether a link leads to something that is neither a page nor a picture."""
     if path.suffix in (".png", ".svg"):
@@ -62,17 +83,39 @@ def leaves_the_site(path: Path) -> bool:
     return not (path.is_relative_to(DOCS) and path.suffix in (".md", ".ipynb"))
 
 
-def link_to_the_repository(app: Sphinx, name: str, source: list[str]) -> None:
-    """Links to files lead to the repository, or are words alone."""
+def link_names(text: str) -> str:
+    """Public names between backticks, outside code blocks, link to the reference."""
+
+    def link(found: re.Match[str]) -> str:
+        if (path := NAMES.get(found[1])) is None:
+            return found[0]
+        return f"{{py:obj}}`{found[1]} <{path}>`"
+
+    parts, end = [], 0
+    for block in _CODE_BLOCK.finditer(text):
+        parts += [_INLINE.sub(link, text[end : block.start()]), block[0]]
+        end = block.end()
+    return "".join([*parts, _INLINE.sub(link, text[end:])])
+
+
+def prepare_page(app: Sphinx, name: str, source: list[str]) -> None:
+    """Links names to the reference, and files to the repository."""
     page = Path(app.env.doc2path(name))
-    if page.suffix == ".md":
-        source[0] = home.link_files(
-            source[0], page, home.address(), leaves=leaves_the_site
-        )
+    if page.suffix != ".md":
+        return
+    text = home.link_files(source[0], page, home.address(), leaves=leaves_the_site)
+    source[0] = link_names(text)
+
+
+def prepare_docstring(app, what, name, obj, options, lines: list[str]) -> None:
+    """|x| is an absolute value here, not the name of a substitution."""
+    del app, what, name, obj, options
+    lines[:] = [_ABSOLUTE_VALUE.sub("∣\\1∣", line) for line in lines]
 
 
 def copy_notebooks(app: Sphinx) -> None:
     """The notebooks of the examples become pages of the gallery."""
+    del app
     for notebook in (home.ROOT / "examples").glob("*.ipynb"):
         shutil.copy(notebook, DOCS / "gallery" / notebook.name)
 
@@ -80,4 +123,5 @@ def copy_notebooks(app: Sphinx) -> None:
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("builder-inited", copy_notebooks)
-    app.connect("source-read", link_to_the_repository)
+    app.connect("source-read", prepare_page)
+    app.connect("autodoc-process-docstring", prepare_docstring)

@@ -184,6 +184,13 @@ looked at.
 | kind | what |
 |---|---|
 {rows}
+
+```{{toctree}}
+:hidden:
+:glob:
+
+*
+```
 """
 
 
