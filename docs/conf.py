@@ -33,7 +33,6 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.empty_glob"]
 
 # Pages
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -110,7 +109,7 @@ def prepare_page(app: Sphinx, name: str, source: list[str]) -> None:
 def prepare_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     """|x| is an absolute value here, not the name of a substitution."""
     del app, what, name, obj, options
-    lines[:] = [_ABSOLUTE_VALUE.sub("∣\\1∣", line) for line in lines]
+    lines[:] = [_ABSOLUTE_VALUE.sub("\N{DIVIDES}\\1\N{DIVIDES}", line) for line in lines]
 
 
 def copy_notebooks(app: Sphinx) -> None:

@@ -35,10 +35,10 @@ def link_files(
     """
 
     def target(found: re.Match[str]) -> Path | None:
-        name = found["target"].split("#")[0]
-        if ":" in found["target"] or not name:
+        if ":" in found["target"]:
             return None
-        path = (page.parent / name).resolve()
+        name = found["target"].split("#")[0]
+        path = (page.parent / name).resolve() if name else page
         return path if leaves(path) else None
 
     def picture(found: re.Match[str]) -> str:
@@ -54,6 +54,8 @@ def link_files(
         if home is None:
             return found["text"]
         kind = "tree" if path.is_dir() else "blob"
-        return f"[{found['text']}]({home}/{kind}/HEAD/{path.relative_to(ROOT)})"
+        _, mark, anchor = found["target"].partition("#")
+        file = f"{path.relative_to(ROOT)}{mark}{anchor}"
+        return f"[{found['text']}]({home}/{kind}/HEAD/{file})"
 
     return _LINK.sub(link, _PICTURE.sub(picture, text))
