@@ -23,7 +23,6 @@ sys.path.insert(0, str(DOCS))
 home = importlib.import_module("home")
 
 project = "optax_stability"
-author = "the authors of optax_stability"
 version = release = optax_stability.__version__
 
 extensions = [
@@ -54,6 +53,7 @@ html_title = f"optax_stability {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 
@@ -71,7 +71,8 @@ def public_names() -> dict[str, str]:
 
 NAMES = public_names()
 _CODE_BLOCK = re.compile(r"^( *)(```|:::).*?^\1\2 *$", re.DOTALL | re.MULTILINE)
-_INLINE = re.compile(r"(?<![`\[\w}])`([\w.]+)`(?![`\w])")
+_INLINE = re.compile(r"(?<![`\[\w}])`(([\w.]+)(?:\([^`<>]*\))?)`(?![`\w])")
+_THRESHOLD = re.compile(r"\(<function [^']*'([^']*)'\)")
 _ABSOLUTE_VALUE = re.compile(r"\|([^|\s`]{1,4})\|")
 
 
@@ -86,7 +87,7 @@ def link_names(text: str) -> str:
     """Public names between backticks, outside code blocks, link to the reference."""
 
     def link(found: re.Match[str]) -> str:
-        if (path := NAMES.get(found[1])) is None:
+        if (path := NAMES.get(found[2].removeprefix("ost."))) is None:
             return found[0]
         return f"{{py:obj}}`{found[1]} <{path}>`"
 
@@ -103,13 +104,20 @@ def prepare_page(app: Sphinx, name: str, source: list[str]) -> None:
     if page.suffix != ".md":
         return
     text = home.link_files(source[0], page, home.address(), leaves=leaves_the_site)
-    source[0] = link_names(text)
+    # A doctest ends with a blank line, which a reader need not see.
+    source[0] = link_names(text.replace("\n\n```\n", "\n```\n"))
 
 
 def prepare_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     """|x| is an absolute value here, not the name of a substitution."""
     del app, what, name, obj, options
     lines[:] = [_ABSOLUTE_VALUE.sub("\N{DIVIDES}\\1\N{DIVIDES}", line) for line in lines]
+
+
+def prepare_signature(app, what, name, obj, options, signature, returns):
+    """A threshold among the defaults is shown as the call that made it."""
+    del app, what, name, obj, options
+    return signature and _THRESHOLD.sub(r"\1", signature), returns
 
 
 def copy_notebooks(app: Sphinx) -> None:
@@ -124,3 +132,4 @@ def setup(app: Sphinx) -> None:
     app.connect("builder-inited", copy_notebooks)
     app.connect("source-read", prepare_page)
     app.connect("autodoc-process-docstring", prepare_docstring)
+    app.connect("autodoc-process-signature", prepare_signature)
