@@ -1,6 +1,6 @@
 """Says which built pages would load something from another server.
 
-    python docs/check_site.py build/site
+python docs/check_site.py build/site
 """
 
 import re

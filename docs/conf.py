@@ -111,7 +111,9 @@ def prepare_page(app: Sphinx, name: str, source: list[str]) -> None:
 def prepare_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     """|x| is an absolute value here, not the name of a substitution."""
     del app, what, name, obj, options
-    lines[:] = [_ABSOLUTE_VALUE.sub("\N{DIVIDES}\\1\N{DIVIDES}", line) for line in lines]
+    lines[:] = [
+        _ABSOLUTE_VALUE.sub("\N{DIVIDES}\\1\N{DIVIDES}", line) for line in lines
+    ]
 
 
 def prepare_signature(app, what, name, obj, options, signature, returns):

@@ -14,7 +14,9 @@ from optax_stability import thresholds
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # Pages that people read on the web, in the repository and on the package index.
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), ROOT / "examples" / "README.md", *DOCS.rglob("*.md")]
+)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
