@@ -1,8 +1,8 @@
 """The tables of the docs, and a page per device, made from ``benchmarks/results``.
 
 Between ``<!-- table NAME -->`` and ``<!-- end -->`` the README or a page of
-``docs/evidence`` shows what the function of that name says below, and under it where the
-numbers come from. The page ``results/<device>.md`` shows every table of every suite.
+``docs/evidence`` shows what the function of that name says below, and under it where
+the numbers come from. The page ``results/<device>.md`` shows all tables of all suites.
 
     python benchmarks/tables.py    # rewrites them
 """
