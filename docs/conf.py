@@ -43,6 +43,13 @@ copybutton_exclude = ".linenos, .gp, .go"  # Prompts and output are not copied.
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 maximum_signature_line_length = 70
+# A name in a docstring that leads nowhere is a warning, but for types of others.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:class", r"(jax|jaxlib|numpy|optax|flax|collections|os|pathlib)\..*"),
+    ("py:class", r"optax_stability\.(flax\.)?_.*"),
+    ("py:class", r"ArrayTree|P|dict\[str"),
+]
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
