@@ -105,14 +105,19 @@ def link_names(text: str) -> str:
     return "".join([*parts, _INLINE.sub(link, text[end:])])
 
 
+# The README of a folder of pages stands above them all.
+_ALL_PAGES = "\n```{toctree}\n:hidden:\n:glob:\n\n*\n```\n"
+
+
 def prepare_page(app: Sphinx, name: str, source: list[str]) -> None:
-    """Links names to the reference, and files to the repository."""
+    """Links names to the reference, files to the repository, and pages of a folder."""
     page = Path(app.env.doc2path(name))
     if page.suffix != ".md":
         return
     text = home.link_files(source[0], page, home.address(), leaves=leaves_the_site)
     # A doctest ends with a blank line, which a reader need not see.
-    source[0] = link_names(text.replace("\n\n```\n", "\n```\n"))
+    text = link_names(text.replace("\n\n```\n", "\n```\n"))
+    source[0] = text + _ALL_PAGES if page.stem == "README" else text
 
 
 def prepare_docstring(app, what, name, obj, options, lines: list[str]) -> None:

@@ -184,13 +184,6 @@ looked at.
 | kind | what |
 |---|---|
 {rows}
-
-```{{toctree}}
-:hidden:
-:glob:
-
-*
-```
 """
 
 
