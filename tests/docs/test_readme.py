@@ -4,6 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import accelerator_programs
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,21 @@ def test_the_readme_quotes_what_was_measured():
     (rows,) = cases.values()
     ratio = rows[trainer_step.OURS]["time_ratio"]["median"]
     assert f"takes {ratio:.2f} times as long" in " ".join(README.split())
+
+
+def test_the_readme_quotes_what_was_counted():
+    def ratios(key, targets=""):
+        steps = reporting.read("accelerator_programs")["step"]
+        rows = [rows for title, rows in steps.items() if targets in title]
+        names = accelerator_programs.ORDINARY, accelerator_programs.PLAIN
+        found = [[row[name][key] for name in names] for row in rows]
+        return sorted(ours / plain for ours, plain in found)
+
+    least, *_, most = ratios("bytes")
+    fewest, *_, largest = ratios("kernels", "H100")
+    words = " ".join(README.split())
+    assert f"moves {least:.2f} to {most:.2f} times as many bytes" in words
+    assert f"in {fewest:.2f} to {largest:.2f} times as many kernels" in words
 
 
 def test_the_readme_names_the_versions_that_the_package_allows():
