@@ -29,6 +29,7 @@ def clip_by_zscore(
     decay: float | jax.Array = 0.97,
     warmup: int | jax.Array = 25,
     mode: Mode = "adaptive",
+    published: bool = False,
     relearn_after: int | None = 25,
     scope: Scope = "global",
     stacked: Any = None,
@@ -45,9 +46,11 @@ def clip_by_zscore(
     Args:
       z_max: limit of normal norms in standard deviations above the mean, > 0.
       decay: share of the average kept per step, in [0, 1).
-      warmup: steps before the first finite limit, ≥ 1; before it, no finite gradient is
-        clipped.
+      warmup: steps before the first regular limit, ≥ 1; before it, only a norm above
+        ten times the mean of the norms before it is clipped, to this multiple.
       mode: ``"adaptive"`` (the paper's), ``"mean"`` or ``"max"``.
+      published: True for the warm-up of the paper, in which nothing is clipped and a
+        spike is learned as it is: the clip is then blind for a hundred steps.
       relearn_after: consecutive steps above the limit after which the present level is
         accepted; None for the rule as published.
       scope: see :func:`clip_by_threshold`.
@@ -67,7 +70,9 @@ def clip_by_zscore(
     References:
       Kumar et al., "ZClip", 2025, arXiv:2504.02507.
     """
-    threshold = thresholds.zscore(z_max, decay=decay, warmup=warmup, mode=mode)
+    threshold = thresholds.zscore(
+        z_max, decay=decay, warmup=warmup, mode=mode, published=published
+    )
     threshold = _relearn(threshold, relearn_after)
     return clip_by_threshold(
         threshold, scope=scope, stacked=stacked, axis_name=axis_name

@@ -15,6 +15,9 @@ from optax_stability.thresholds._threshold import Threshold, is_learnable, repr_
 
 # Least standard deviation, as a share of the mean; see zscore.
 _MIN_RELATIVE_STD = 1e-6
+# A value that was learned before the rule is armed counts as at most this multiple of
+# the median.
+_FIRST_VALUES_FACTOR = 10.0
 # Longer windows are sorted; up to this length all pairs are compared.
 _LONG = 64
 
@@ -85,6 +88,17 @@ def _mean_and_std(values, count):
     return mean * largest, std * largest
 
 
+def _without_first_spikes(values, count):
+    """Clips the values of the first half window, which no limit could clip, if larger.
+
+    They are clipped to ten times the median of all learned values.
+    """
+    size = values.shape[0]
+    is_first = jnp.arange(size) - size + count < size // 2
+    limit = jnp.minimum(_FIRST_VALUES_FACTOR * median(values, count), _numerics.HUGE)
+    return jnp.where(is_first, jnp.minimum(values, limit), values)
+
+
 def _learn(x, state: WindowState) -> WindowState:
     return WindowState(_numerics.increment(state.step), push(state.values, x))
 
@@ -121,7 +135,7 @@ def _window_threshold(window: int, limit_of: Callable) -> Threshold:
 
 @repr_as_call
 def window_zscore(
-    num_sigmas: float | jax.Array = 6.0, *, window: int = 128
+    num_sigmas: float | jax.Array = 6.0, *, window: int = 128, published: bool = False
 ) -> Threshold:
     """Mean plus standard deviations of the last values: the rule of OLMo-core.
 
@@ -129,10 +143,13 @@ def window_zscore(
 
       limit = mean + num_sigmas·std,  std² = Σ(xᵢ − mean)²/(n − 1)
       limit = ∞                       while n < window // 2
+      xᵢ of the first window // 2 values of the stream count as at most 10·median(x)
 
     **Guarantees**
 
-    * On finite, positive values it equals the published rule to rounding.
+    * On finite, positive values it equals the published rule to rounding, if none of
+      the first ``window // 2`` is above ten times the median. With ``published=True``,
+      it always does.
     * Values that are zero or not finite are not learned.
     * Multiplying the stream by 2ᵏ multiplies every limit by 2ᵏ.
 
@@ -140,6 +157,8 @@ def window_zscore(
 
     * A value above the limit is learned *without clipping*, as published: it increases
       the deviation, and for ``window`` values the next outlier may not be detected.
+      Before there is a limit, this is not so: one spike in the first half window
+      leaves the limit below nine times the level.
     * While the stream falls, spikes can be missed: the trend increases the deviation.
     * After a lasting rise by any factor, ×10 and ×50 alike, 4 values are abnormal
       (window / (num_sigmas² + 1), rounded up).
@@ -147,6 +166,7 @@ def window_zscore(
     Args:
       num_sigmas: limit in sample standard deviations above the mean, > 0.
       window: number of last values in the window, ≥ 2.
+      published: True to count the first values as they are, like all others.
 
     Returns:
       A :class:`Threshold`. ``rebase(x)`` scales the window so that its median is x.
@@ -157,15 +177,17 @@ def window_zscore(
 
     References:
       OLMo-core ``SkipStepOptimizer``; the same rule in MaxText and Levanter (which
-      divides by n). Deviations: the limit is finite after ``window // 2`` values before
-      the present one, where OLMo-core counts the present one too; std is at least
-      1e-6·mean; values that are not finite are not learned (in OLMo-core one NaN
-      disables the rule for a window).
+      divides by n). Deviations: the first values, unless ``published``; the limit is
+      finite after ``window // 2`` values before the present one, where OLMo-core counts
+      the present one too; std is at least 1e-6·mean; values that are not finite are not
+      learned (in OLMo-core one NaN disables the rule for a window).
     """
     _validate.check_interval("num_sigmas", num_sigmas, "(0, inf)", "6 is usual")
     num_sigmas = _validate.as_float32(num_sigmas)
 
     def limit_of(values, count):
+        if not published:
+            values = _without_first_spikes(values, count)
         mean, std = _mean_and_std(values, count)
         return mean + num_sigmas * jnp.maximum(std, _MIN_RELATIVE_STD * mean)
 

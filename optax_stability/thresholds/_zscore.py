@@ -14,6 +14,9 @@ Mode = Literal["adaptive", "mean", "max"]
 # Least standard deviation, as a share of the mean. A constant stream has deviation 0,
 # and its rounding errors must not be abnormal.
 _MIN_RELATIVE_STD = 1e-6
+# Values of the warm-up that differ by more than this factor from the mean before them
+# are not of one level. In the logs of healthy runs, the factor is at most 7.
+_WARMUP_FACTOR = 10.0
 
 
 class ZScoreState(NamedTuple):
@@ -44,6 +47,12 @@ def _zscore_limit(x, mean, std, z_max, mode: Mode):
     return mean + margin * (margin / jnp.maximum(excess, _numerics.TINY))
 
 
+def _warmup_limit(x, state: ZScoreState):
+    """No limit, as published, unless x is of another level than the values so far."""
+    limit = jnp.minimum(_WARMUP_FACTOR * state.mean, _numerics.HUGE)
+    return jnp.where((state.step > 0) & (x > limit), limit, jnp.inf)
+
+
 def _learn(x, state: ZScoreState, share, shrink) -> tuple[jax.Array, jax.Array]:
     """Updates μ and σ with x, whose weight in the mean is ``share``.
 
@@ -64,12 +73,15 @@ def zscore(
     decay: float | jax.Array = 0.97,
     warmup: int | jax.Array = 25,
     mode: Mode = "adaptive",
+    published: bool = False,
 ) -> Threshold:
     """Exponential mean plus standard deviations of the stream: ZClip.
 
     **Rule**, with z = (x − μ)/σ and μ, σ from past values::
 
       t ≤ warmup:   limit = ∞;  μ, σ = plain mean, population deviation of all values
+                    x > 10·μ: limit = 10·μ, and x counts as 10·μ
+                    x < μ/10: the warm-up starts again, with x as its first value
       z ≤ z_max:    limit = μ + z_max·σ
       z > z_max:    limit = μ + z_max²·σ/z    mode "adaptive"
                     limit = μ                 mode "mean"
@@ -80,8 +92,11 @@ def zscore(
 
     **Guarantees**
 
-    * On finite, positive values it equals the paper's rule to rounding.
-    * After the warm-up, an outlier of any size moves μ by at most (1 − decay)·z_max·σ.
+    * On finite, positive values it equals the paper's rule to rounding, if no value of
+      the warm-up is ten times as large, or as small, as the mean of those before it.
+      With ``published=True``, it always does.
+    * An outlier of any size in the warm-up leaves the limit after it below six times
+      the level; after the warm-up, it moves μ by at most (1 − decay)·z_max·σ.
     * Values that are zero or not finite leave the state unchanged (a zero norm means
       "no gradient"; if it were learned, the next gradient would be abnormal).
     * Multiplying the stream by 2ᵏ multiplies every limit by 2ᵏ.
@@ -89,15 +104,17 @@ def zscore(
     **Edge cases**: as published, a lasting rise is never accepted (except in mode
     "max"): only clipped values are learned, so that mean and limit stay near the old
     level. The adaptation time to a level shift of ×10 or ×50 is therefore *unbounded*;
-    wrap the threshold in :func:`relearn`. An outlier in the warm-up is learned without
-    clipping, and the limit is too high for several 1/(1 − decay) steps; if that
-    matters, put ``clip_by_threshold(constant(max_norm))`` first.
+    wrap the threshold in :func:`relearn`. With ``published=True``, an outlier in the
+    warm-up is learned without clipping: after one of 10⁴ times the level, values of a
+    thousand times the level are normal for the next hundred steps.
 
     Args:
       z_max: limit of normal values in standard deviations above the mean, > 0.
       decay: share of the average kept per value, in [0, 1).
-      warmup: number of values averaged before the first finite limit, ≥ 1.
+      warmup: number of values averaged before the first regular limit, ≥ 1.
       mode: the limit for an abnormal value, see the rule.
+      published: True for the warm-up of the paper: no limit, and every value is learned
+        as it is.
 
     Returns:
       A :class:`Threshold`. ``rebase(x)`` sets μ = x and σ = x/z_max, so that the limit
@@ -108,9 +125,9 @@ def zscore(
 
     References:
       Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025,
-      arXiv:2504.02507. Deviations: σ is at least 1e-6·μ, where the official code adds
-      1e-6 to σ; no additional fixed ``max_grad_norm``; non-finite and zero values are
-      not learned.
+      arXiv:2504.02507. Deviations: the warm-up, unless ``published``; σ is at least
+      1e-6·μ, where the official code adds 1e-6 to σ; no additional fixed
+      ``max_grad_norm``; non-finite and zero values are not learned.
     """
     _validate.check_interval(
         "z_max", z_max, "(0, inf)", "2.5 is the published value, 2 is stricter"
@@ -131,11 +148,14 @@ def zscore(
         x = jnp.asarray(x, jnp.float32)
         armed = state.step >= warmup
         limit = _zscore_limit(x, state.mean, state.std, z_max, mode)
-        limit = jnp.where(armed, limit, jnp.inf)
-        step = _numerics.increment(state.step)
+        early = jnp.inf if published else _warmup_limit(x, state)
+        limit = jnp.where(armed, limit, early)
+        starts_again = ~armed & (x < state.mean / _WARMUP_FACTOR) & (not published)
+        past = optax.tree.where(starts_again, init(), state)
+        step = _numerics.increment(past.step)
         share = jnp.where(armed, 1 - decay, 1 / step.astype(jnp.float32))
         shrink = jnp.where(armed, decay, 1.0)
-        mean, std = _learn(jnp.minimum(x, limit), state, share, shrink)
+        mean, std = _learn(jnp.minimum(x, limit), past, share, shrink)
         learned = ZScoreState(step, mean, std)
         return limit, optax.tree.where(is_learnable(x), learned, state)
 

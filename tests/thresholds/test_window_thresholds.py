@@ -40,9 +40,12 @@ def published_median(past, ratio=3.0):
 
 
 RULES = {
-    "zscore": (thresholds.window_zscore, published_zscore),
+    "zscore": (
+        functools.partial(thresholds.window_zscore, published=True),
+        published_zscore,
+    ),
     "zscore of 2": (
-        functools.partial(thresholds.window_zscore, 2.0),
+        functools.partial(thresholds.window_zscore, 2.0, published=True),
         functools.partial(published_zscore, num_sigmas=2.0),
     ),
     "quantile 0.9": (
