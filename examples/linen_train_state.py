@@ -71,6 +71,8 @@ def main(out: Path, steps: int = 300) -> TrainState:
     model, rng = ByteModel(), np.random.default_rng(0)
     params = jax.jit(model.init)(jax.random.key(0), np.ones((1, LENGTH), int))["params"]
     state = TrainState.create(apply_fn=model.apply, params=params, tx=make_tx(steps))
+    for fault in ost.check(state, params):
+        sys.stdout.write(f"order of the chain: {fault}\n")
     for step in range(1, steps + 1):
         starts = rng.integers(len(text) - LENGTH, size=(BATCH, 1))
         tokens = text[starts + np.arange(LENGTH + 1)].astype(np.int32)

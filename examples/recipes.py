@@ -29,7 +29,8 @@ def unit_wise_agc(clipping: float = 0.01) -> optax.GradientTransformation:
     """Adaptive gradient clipping of NFNets: each unit by the norm of its weights.
 
     optax has this clip, but a NaN in a unit makes the whole unit NaN. So it is wrapped
-    in ``skip_spikes``, here without thresholds: only non-finite steps are skipped.
+    in ``skip_spikes``, here without thresholds: only non-finite steps are skipped. An
+    optimizer behind it still moves the parameters then: put a guard around both.
     Axis 0 is the input of a dense kernel; for stacked layers give optax the ``axis``.
     """
     return ost.skip_spikes(optax.adaptive_grad_clip(clipping), grad_norm=None)

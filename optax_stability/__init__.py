@@ -25,6 +25,7 @@ from optax_stability._adam._state import (
     from_optax_adam_state,
     to_optax_adam_state,
 )
+from optax_stability._checking._check import check
 from optax_stability._clipping._clipping import (
     ClipByThresholdState,
     clip_by_threshold,
@@ -115,6 +116,7 @@ __all__ = [
     "batch_efficiency",
     "batch_size_schedule",
     "branch_on_spike",
+    "check",
     "clip_by_leaf_history",
     "clip_by_quantile",
     "clip_by_threshold",

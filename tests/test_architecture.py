@@ -28,6 +28,7 @@ ALLOWED = {
     "_recording": {"_core"},
     "_gradients": {"_core"},
     "_recovery": {"_core"},
+    "_checking": set(),
     "_diagnosis": set(),
     "_report": {"_core", "_diagnosis"},
     "_doctor": {"_core", "_diagnosis", "_report"},

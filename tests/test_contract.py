@@ -284,6 +284,7 @@ NOT_FACTORIES = {
     "adopt_state",
     "batch_efficiency",
     "batch_size_schedule",
+    "check",
     "critical_batch_range",
     "diagnose",
     "eval_params",

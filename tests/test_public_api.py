@@ -32,7 +32,7 @@ PUBLIC_NAMES = {
         RecordState RestartMomentsState RewindPolicy RunLog SafeAdamState
         ScaleByNoiseScaleState SkipSpikesState StopRequest WhenNoisyState
         accumulate_moments adopt_state batch_efficiency batch_size_schedule
-        branch_on_spike clip_by_leaf_history clip_by_quantile clip_by_threshold
+        branch_on_spike check clip_by_leaf_history clip_by_quantile clip_by_threshold
         clip_by_zscore critical_batch_range diagnose estimate_noise_scale eval_params
         find_damage flax flush from_optax_adam_state has_updated histogram_edges history
         leaf_names metrics microbatch_gradients noise_scale orbax penalize_gradient_norm

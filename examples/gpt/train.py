@@ -249,6 +249,8 @@ def run_training(
         model = f"GPT {config.size}, {console.count(run.parameters)} parameters"
         title = f"{model} · {corpus} · {devices.describe(config.mesh)}"
         screen.say("\n".join([title, *corpus.left_out]), "bold")
+        for fault in ost.check(run.optimizer()):
+            screen.say(f"order of the chain: {fault}", "bold red")
         if newest:
             trainer.resume(newest)
             left = run.step < config.steps

@@ -92,7 +92,8 @@ def skip_spikes(
       :func:`thresholds.detrended_mad`. A finite spike in the very first gradient cannot
       be compared with anything, and stays in Adam's second moment: 1e30 would hold the
       update near 0 for thousands of steps. If that can happen, put
-      ``clip_by_threshold(thresholds.constant(1.0))`` around or before.
+      ``clip_by_threshold(thresholds.constant(1.0))`` first in ``inner``. In front of
+      the guard it would hide a NaN from it.
     * A jump of the norm with a normal loss is a case for clipping: with ``confirm`` the
       step is not skipped, but scaled to the limit.
     * ``max_share`` has its price. The first spike can be skipped after 1/``max_share``
