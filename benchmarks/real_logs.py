@@ -7,6 +7,9 @@ here made; files in a folder ``labelled`` are called ``CAUSE_SEED``. For each lo
 * **actions** on finite rows of ``spike_guard`` with its defaults, of the same with
   ``max_share=1e-3``, of the rule of MaxText, OLMo and Levanter (loss or norm above
   mean + 6 σ of 128), and of ``clip_by_zscore``;
+* **norms alone**, for logs that have them: rows that ``spike_guard(loss=False)`` skips,
+  and those that it scales to its limit; rows that ``skip_spikes`` skips, which has no
+  bound on their share; and mean + 6 σ of the norm;
 * **planted faults**, at random places of the logs in nats: a loss that is higher by one
   or two nats for 1, 5 or 20 rows, and a norm ten times as large with half a nat. Recall
   is the share of places at which a rule acts within the fault; false actions are those
@@ -44,6 +47,12 @@ RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
     "spike_guard": lambda: ost.spike_guard(optax.identity()),
     "max_share=1e-3": lambda: ost.spike_guard(optax.identity(), max_share=SHARE),
     "mean + 6 σ": lambda: peers.maxtext_skip(optax.identity()),
+}
+# Rules that see the norm and no loss.
+WITHOUT_LOSS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "spike_guard(loss=False)": lambda: ost.spike_guard(optax.identity(), loss=False),
+    "skip_spikes": lambda: ost.skip_spikes(optax.identity()),
+    "mean + 6 σ, norm": lambda: peers.maxtext_skip(optax.identity()),
 }
 # Fault → (nats, rows, factor of the norm).
 FAULTS = {
@@ -85,12 +94,15 @@ def stream_of(history: dict[str, np.ndarray]) -> Stream:
 @functools.cache
 def stepper(rule: str) -> tuple[Any, Any]:
     """(initial state, function of a state and a chunk of rows) of a rule."""
-    tx: Any = optax.with_extra_args_support(RULES[rule]())
+    make = (RULES | WITHOUT_LOSS)[rule]
+    tx: Any = optax.with_extra_args_support(make())
 
     def step(state, row):
         loss, norm = row
+        # A constant loss is none for the rule that cannot do without.
+        loss = jnp.zeros(()) if rule in WITHOUT_LOSS else loss
         updates, state = tx.update({"w": norm}, state, PARAMS, value=loss)
-        return state, updates["w"] == 0
+        return state, (updates["w"] == 0, updates["w"] < norm)
 
     def chunk(state, rows):
         return jax.lax.scan(step, state, rows)
@@ -105,8 +117,15 @@ def compiled(rule: str, many: bool) -> Any:
     return jax.jit(jax.vmap(chunk) if many else chunk)
 
 
-def skipped(rule: str, loss: np.ndarray, norm: np.ndarray) -> np.ndarray:
-    """bool, like ``loss``: the finite rows that a rule skips; of one stream or many."""
+class Acts(NamedTuple):
+    """The finite rows on which a rule acts; bool, like the losses of a stream."""
+
+    skipped: np.ndarray
+    changed: np.ndarray
+
+
+def acts(rule: str, loss: np.ndarray, norm: np.ndarray) -> Acts:
+    """What a rule does with one stream or many: skips rows, or scales them down."""
     many = loss.ndim == 2
     state, _ = stepper(rule)
     if many:
@@ -118,9 +137,11 @@ def skipped(rule: str, loss: np.ndarray, norm: np.ndarray) -> np.ndarray:
     for start in range(0, rows[0].shape[-1], CHUNK):
         part = tuple(jnp.asarray(each[..., start : start + CHUNK]) for each in rows)
         state, flags = compiled(rule, many)(state, part)
-        found.append(np.asarray(flags))
+        found.append(np.stack(flags))
     flags = np.concatenate(found, axis=-1)[..., :length]
-    return flags & np.isfinite(loss) & np.isfinite(norm)
+    # A norm of 0 is no step that could be skipped.
+    flags &= np.isfinite(loss) & np.isfinite(norm) & (norm > 0)
+    return Acts(*flags)
 
 
 @functools.cache
@@ -159,6 +180,17 @@ def judge(name: str, kinds: list[str]) -> str:
     return "cannot be told" if cause == "overfit" and not kinds else "missed"
 
 
+def norms_alone(stream: Stream) -> dict[str, list[int]] | None:
+    """[skipped, scaled down] of the rules without a loss, if norms were logged."""
+    if not np.any(stream.norm != 1):
+        return None
+    found = {rule: acts(rule, *stream) for rule in WITHOUT_LOSS}
+    return {
+        rule: [int(each.skipped.sum()), int((each.changed & ~each.skipped).sum())]
+        for rule, each in found.items()
+    }
+
+
 def examine(path: Path) -> dict[str, Any]:
     """All about one log."""
     (log,) = _reading.read(str(path), {})
@@ -168,7 +200,8 @@ def examine(path: Path) -> dict[str, Any]:
         "rows": len(stream.loss),
         "findings": [[each.kind, each.step] for each in found],
         "judged": judge(path.stem, [each.kind for each in found]),
-        "actions": {rule: int(skipped(rule, *stream).sum()) for rule in RULES},
+        "actions": {rule: int(acts(rule, *stream).skipped.sum()) for rule in RULES},
+        "norms_alone": norms_alone(stream),
         "clipped": clipped(stream.norm) if np.any(stream.norm != 1) else None,
     }
 
@@ -207,7 +240,7 @@ def recall(streams: list[Stream], places: int) -> dict[str, Any]:
         losses, norms, rows = plant(streams, fault, places, seed)
         found[name] = {}
         for rule in RULES:
-            flags = skipped(rule, losses, norms)
+            flags = acts(rule, losses, norms).skipped
             inside = flags[:, rows]
             outside = flags[:, CHUNK : rows.start].sum() + flags[:, rows.stop :].sum()
             counted = flags.size - flags[:, :CHUNK].size - inside.size
@@ -256,6 +289,13 @@ def log_cells(name: str, row: dict[str, Any]) -> list[str]:
     return [name, f"{row['rows']:,}", kinds, row["judged"] or "–", *counts, clips]
 
 
+def norm_cells(name: str, row: dict[str, Any]) -> list[str]:
+    """One line of the table of rules without a loss: skipped, and scaled down."""
+    counts = [row["norms_alone"][rule] for rule in WITHOUT_LOSS]
+    cells = [f"{skips:,} + {scaled:,}" for skips, scaled in counts[:-1]]
+    return [name, f"{row['rows']:,}", *cells, f"{counts[-1][0]:,}"]
+
+
 def fault_cells(name: str, row: dict[str, Any]) -> list[str]:
     """One line of the table of planted faults."""
     cells = [name]
@@ -282,7 +322,17 @@ def tables(report: Report) -> dict[str, str]:
     if report["logs"]:
         head = ["log", "rows", "findings (step)", "labelled", *RULES, "clipped"]
         lines = [log_cells(name, row) for name, row in report["logs"].items()]
-        found = {"Findings, and finite rows skipped": markdown(head, lines)} | found
+        by_norm = [
+            norm_cells(name, row)
+            for name, row in report["logs"].items()
+            if row["norms_alone"]
+        ]
+        found = {
+            "Findings, and finite rows skipped": markdown(head, lines),
+            "Without a loss: finite rows skipped + scaled to the limit": markdown(
+                ["log", "rows", *WITHOUT_LOSS], by_norm
+            ),
+        } | found
     return found
 
 

@@ -39,6 +39,11 @@ from optax_stability._core._metrics import metrics
 from optax_stability._core._tree import leaf_names
 from optax_stability._diagnosis._diagnose import diagnose
 from optax_stability._diagnosis._finding import Finding
+from optax_stability._gradients._loss_probe import (
+    loss_probe,
+    probed,
+    with_loss_probe,
+)
 from optax_stability._gradients._penalty import (
     penalize_gradient_norm,
 )
@@ -132,11 +137,13 @@ __all__ = [
     "histogram_edges",
     "history",
     "leaf_names",
+    "loss_probe",
     "metrics",
     "microbatch_gradients",
     "noise_scale",
     "penalize_gradient_norm",
     "plot_history",
+    "probed",
     "read_log",
     "record",
     "record_history",
@@ -152,6 +159,7 @@ __all__ = [
     "to_optax_adam_state",
     "verify_step",
     "when_noisy",
+    "with_loss_probe",
     "write_checksums",
     "write_report",
 ]

@@ -295,15 +295,18 @@ NOT_FACTORIES = {
     "histogram_edges",
     "history",
     "leaf_names",
+    "loss_probe",
     "metrics",
     "microbatch_gradients",
     "noise_scale",
     "penalize_gradient_norm",
     "plot_history",
+    "probed",
     "read_log",
     "scale_learning_rate",
     "to_optax_adam_state",
     "verify_step",
+    "with_loss_probe",  # Of other parameters than here: test_loss_probe.py.
     "write_checksums",
     "write_report",
 }

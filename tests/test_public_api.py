@@ -35,11 +35,12 @@ PUBLIC_NAMES = {
         branch_on_spike check clip_by_leaf_history clip_by_quantile clip_by_threshold
         clip_by_zscore critical_batch_range diagnose estimate_noise_scale eval_params
         find_damage flax flush from_optax_adam_state has_updated histogram_edges history
-        leaf_names metrics microbatch_gradients noise_scale orbax penalize_gradient_norm
-        plot_history read_log record record_history restart_moments safe_adamw
-        scale_by_noise_scale scale_by_safe_adam scale_gradients scale_learning_rate
-        skip_spikes spike_guard thresholds to_optax_adam_state verify_step when_noisy
-        write_checksums write_report
+        leaf_names loss_probe metrics microbatch_gradients noise_scale orbax
+        penalize_gradient_norm plot_history probed read_log record record_history
+        restart_moments safe_adamw scale_by_noise_scale scale_by_safe_adam
+        scale_gradients scale_learning_rate skip_spikes spike_guard thresholds
+        to_optax_adam_state verify_step when_noisy with_loss_probe write_checksums
+        write_report
     """,
     ost.thresholds: """
         DetrendedMadState EmaRatioState RelearnState Threshold WindowState ZScoreState

@@ -19,7 +19,7 @@ FREE |= {"checkpoint_every", "keep_checkpoints", "mesh", "processes"}
 FREE |= {"verify_every", "on_finding"}
 # Settings that may never differ: they determine the structure of the state.
 FIXED = {"size", "tokenizer", "on_spike", "baseline", "clip_after_warmup", "inject"}
-FIXED |= {"clip_when_noisy", "histogram_every", "dtype"}
+FIXED |= {"clip_when_noisy", "histogram_every", "dtype", "optimizer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Config:
     """Steps in which the rate rises to its peak; by default a tenth, at most 50."""
     weight_decay: float = 0.1
     """Decay of the matrices; vectors do not decay."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Muon trains the matrices inside the blocks; everything else is Adam's."""
     gradient_penalty: float = 0.0
     """Weight of the gradient's norm in the loss; makes a step over 3 times as long."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

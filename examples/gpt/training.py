@@ -6,6 +6,7 @@ import faults
 import jax
 import jax.numpy as jnp
 import optax
+import recipes
 from config import Config
 from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
@@ -54,12 +55,11 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """The stability chain: measures the gradient, then skips it, or clips it and steps.
 
-    The noise scale is inside the guard, so it learns only from steps that are taken. A
-    flight recorder around the chain collects the report. The parts have names, so that
-    ``adopt_state`` finds them when another part is added.
+    The noise scale is inside the guard, so it learns only from steps that are taken.
+    The parts have names, so that ``adopt_state`` finds them when another is added.
     """
     adamw = optax.adamw if config.baseline else ost.safe_adamw
-    step = adamw(
+    step = (recipes.muon if config.optimizer == "muon" else adamw)(
         make_schedule(config),
         b1=0.9,
         b2=0.95,

@@ -35,8 +35,11 @@ def loss_of(
                 "the loss is watched, but no loss was given: call tx.update(grads, "
                 "state, params, value=loss); with NNX optimizer.update(model, grads, "
                 "value=loss); with Linen use optax_stability.flax.TrainState and call "
-                "apply_gradients(grads=grads, extra_args={'value': loss}). To watch "
-                "only the gradient norm, give value=None and confirm=None."
+                "apply_gradients(grads=grads, extra_args={'value': loss}). If a "
+                "trainer calls update, and gives no loss: spike_guard(inner, "
+                "loss=False) watches the gradient norm alone; with skip_spikes or "
+                "branch_on_spike that is value=None, confirm=None. docs/trainers has a "
+                "page for each trainer."
             )
         return jnp.zeros((), jnp.float32)
     if jnp.shape(value) != ():

@@ -60,15 +60,26 @@ def _accumulator_holds_it(history: History, row: int) -> bool:
 
     They are if the loss stays finite, or if every such step was skipped.
     """
-    norm, loss = _norm_with_nan(history), loss_of(history)
-    skipped = history.first("skip/skipped")
-    if norm is None or history.length - row < limits.VANISHED_ROWS:
+    loss, skipped = loss_of(history), history.first("skip/skipped")
+    if history.length - row < limits.VANISHED_ROWS:
         return False
-    if np.isfinite(norm.values[row:]).any() or not np.isfinite(norm.values[:row]).any():
+    if not any(_is_lost_from(norm.values, row) for norm in _norms_with_nan(history)):
         return False
     if loss is not None and loss.key == "loss":
         return bool(np.isfinite(loss.values[row:]).mean() > 0.9)
     return skipped is not None and bool(np.all(skipped.values[row:] == 1))
+
+
+def _norms_with_nan(history: History) -> list[Series]:
+    """The norms of the gradient that was accumulated, and of the one before."""
+    norms = [_norm_with_nan(history), history.first("skip/norm")]
+    return [norm for norm in norms if norm is not None]
+
+
+def _is_lost_from(values: np.ndarray, row: int) -> bool:
+    """Whether a norm was finite before a row, and never is from there on."""
+    finite = np.isfinite(values)
+    return bool(finite[:row].any() and not finite[row:].any())
 
 
 def _norm_with_nan(history: History) -> Series | None:
@@ -174,9 +185,10 @@ def _nonfinite_loss(loss: Series, norm: Series | None, blank: np.ndarray) -> np.
 def _recovery_of(history: History, row: int, key: str) -> str:
     """Whether what broke became finite again; a share is that of the gradient."""
     own = key if key in ("loss", "skip/value") else None
-    norm = _norm_with_nan(history)
-    if own is None and norm is not None:
-        own = norm.key
+    norms = _norms_with_nan(history)
+    if own is None and norms:
+        lost = [norm for norm in norms if _is_lost_from(norm.values, row)]
+        own = (lost or norms)[0].key
     if own is None:
         return "neither loss nor gradient norm was recorded"
     rest = np.isfinite(history.columns[own][row + 1 :])

@@ -11,6 +11,7 @@ are evaluated together and one accumulator; with ``mean_square`` one more accumu
 loss scale adds a multiplication wherever a microbatch gradient is read, and no memory.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -28,6 +29,7 @@ from optax_stability._core._mesh_axes import (
     varying_axes,
 )
 from optax_stability._moments import _moments
+from optax_stability._moments._differentiable import split_static
 from optax_stability._moments._moments import Aggregate, Moments
 
 Params = TypeVar("Params")
@@ -216,6 +218,10 @@ def microbatch_gradients(
     * Clipping each microbatch differs from clipping their mean. A clip in the optimizer
       chain clips the mean.
     * ``jax.checkpoint`` inside ``loss_fn`` works as usual.
+    * Leaves of ``params`` that are not arrays of floats or complex numbers (functions,
+      strings, Python numbers, integers, keys) reach ``loss_fn`` as they are, and have
+      None in the gradient: so a module of Equinox can be given as it is, as to
+      ``eqx.filter_value_and_grad``.
 
     Args:
       loss_fn: ``loss_fn(params, microbatch) -> loss``, a float scalar; with ``has_aux``
@@ -252,7 +258,8 @@ def microbatch_gradients(
     Raises:
       TypeError: a size is not an integer, or the loss scale is not a number.
       ValueError: ``vmap_size`` does not divide K, K does not divide the batch, the loss
-        scale is not above 0, or devices share the parameters but not the loss.
+        scale is not above 0, ``params`` holds nothing that can be differentiated, or
+        devices share the parameters but not the loss.
 
     Example:
       >>> import jax.numpy as jnp
@@ -279,8 +286,11 @@ def microbatch_gradients(
     groups = num_microbatches // vmap_size
     weigh = count_examples if weight_fn is None else weight_fn
 
-    def evaluate(params, microbatch, loss_scale):
-        value_and_grad = _value_and_grad(loss_fn, has_aux, loss_scale)
+    def evaluate(join, params, microbatch, loss_scale):
+        def loss_of_joined(params, microbatch):
+            return loss_fn(join(params), microbatch)
+
+        value_and_grad = _value_and_grad(loss_of_joined, has_aux, loss_scale)
         value, grads = value_and_grad(params, microbatch)
         loss, aux = value if has_aux else (value, None)
         _check_loss(loss, params)
@@ -291,9 +301,9 @@ def microbatch_gradients(
     def kept(weight, finite):
         return jnp.where(finite, weight, 0) if reject_nonfinite else weight
 
-    def add_one(total, params, microbatches, loss_scale):
+    def add_one(join, total, params, microbatches, loss_scale):
         microbatch = jax.tree.map(lambda leaf: leaf[0], microbatches)
-        grads, loss, weight, aux = evaluate(params, microbatch, loss_scale)
+        grads, loss, weight, aux = evaluate(join, params, microbatch, loss_scale)
         axes = sharding_axes(grads, loss)
         sq_distances = (
             None if total is None else _moments.squared_distances(total, grads, axes)
@@ -306,9 +316,11 @@ def microbatch_gradients(
         total = part if total is None else _moments.merge(total, part, sq_distances)
         return total, jax.tree.map(lambda leaf: leaf[None], aux)
 
-    def add_group(total, params, microbatches, loss_scale):
+    def add_group(join, total, params, microbatches, loss_scale):
         grads, losses, weights, aux = jax.vmap(
-            evaluate, in_axes=(None, 0, None), spmd_axis_name=spmd_axis_name
+            functools.partial(evaluate, join),
+            in_axes=(None, 0, None),
+            spmd_axis_name=spmd_axis_name,
         )(params, microbatches, loss_scale)
         axes = sharding_axes(grads, losses)
         weights = kept(weights, _moments.each_finite(grads, losses, axes))
@@ -320,9 +332,8 @@ def microbatch_gradients(
         sq_distances = _moments.squared_distances(total, part.mean, axes)
         return _moments.merge(total, part, sq_distances), aux
 
-    add = add_one if vmap_size == 1 else add_group
-
-    def evaluate_all(params, batch, loss_scale) -> tuple[Aggregate, Any]:
+    def evaluate_all(join, params, batch, loss_scale) -> tuple[Aggregate, Any]:
+        add = functools.partial(add_one if vmap_size == 1 else add_group, join)
         if groups == 1:
             group = jax.tree.map(lambda leaf: leaf[0], batch)
             return add(None, params, group, loss_scale)
@@ -343,7 +354,8 @@ def microbatch_gradients(
         parts = _split(
             batch, groups, vmap_size, across_devices=spmd_axis_name is not None
         )
-        total, aux = evaluate_all(params, parts, loss_scale)
+        params, join = split_static(params)
+        total, aux = evaluate_all(join, params, parts, loss_scale)
         grads = optax.tree.cast_like(total.mean, params)
         moments = total.moments._replace(norm=_norms.leaf_norms(grads))
         loss = jnp.where(moments.weight > 0, total.value, jnp.nan)

@@ -1,0 +1,103 @@
+"""A guarded run with Equinox: the lines of docs/trainers/equinox.md, and a model."""
+
+# [imports]
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_stability as ost
+
+
+# [before]
+def make_step_before(loss_fn, tx):
+    @eqx.filter_jit
+    def step(model, state, batch):
+        loss, grads = eqx.filter_value_and_grad(loss_fn)(model, batch)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, state = tx.update(grads, state, params)
+        return eqx.apply_updates(model, updates), state, loss
+
+    return step
+
+
+# [guard]
+def make_tx(learning_rate):
+    chain = optax.chain(ost.clip_by_zscore(), ost.safe_adamw(learning_rate))
+    return ost.record_history(ost.spike_guard(chain), length=1024)
+
+
+def make_step(loss_fn, tx):
+    @eqx.filter_jit
+    def step(model, state, batch):
+        loss, grads = eqx.filter_value_and_grad(loss_fn)(model, batch)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return eqx.apply_updates(model, updates), state, loss
+
+    return step
+
+
+# [microbatches]
+def make_step_of_microbatches(loss_fn, tx, num_microbatches):
+    value_and_grad = ost.microbatch_gradients(loss_fn, num_microbatches)
+
+    @eqx.filter_jit
+    def step(model, state, batch):
+        loss, grads, moments = value_and_grad(model, batch)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, state = tx.update(grads, state, params, value=loss, moments=moments)
+        return eqx.apply_updates(model, updates), state, loss
+
+    return step
+
+
+# [train]
+def train(step, tx, model, batches, log, state=None):
+    if state is None:
+        state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+    for batch in batches:
+        model, state, loss = step(model, state, batch)
+        log({"loss": loss} | ost.metrics(state))
+    return model, state
+
+
+# [restart]
+def save(path, model, state):
+    eqx.tree_serialise_leaves(path, (model, state))
+
+
+def restore(path, like_model, tx):
+    like = like_model, tx.init(eqx.filter(like_model, eqx.is_inexact_array))
+    return eqx.tree_deserialise_leaves(path, like)
+
+
+# [rate]
+def make_tx_with_its_rate(schedule):
+    return optax.inject_hyperparams(make_tx)(learning_rate=schedule)
+
+
+def rate_of(state):
+    return state.hyperparams["learning_rate"]
+
+
+# [end]
+
+
+def make_model(seed=0):
+    """A network whose activation and dropout rate are leaves, and no arrays."""
+    return eqx.nn.MLP(3, 1, 8, 1, activation=jnp.tanh, key=jax.random.key(seed))
+
+
+def loss_fn(model, batch):
+    x, y = batch
+    return jnp.mean((jax.vmap(model)(x) - y) ** 2)
+
+
+def batches(number, factors=None):
+    """Batches of 8 rows; ``factors`` multiply what is to be learned in some."""
+    for step in range(number):
+        x = np.random.default_rng(step).standard_normal((8, 3)).astype(np.float32)
+        factor = np.float32((factors or {}).get(step, 1.0))
+        yield x, factor * np.sin(x.sum(1, keepdims=True))
