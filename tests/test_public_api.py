@@ -119,3 +119,5 @@ def test_the_version_is_that_of_the_package():
     assert f'version = "{ost.__version__}"' in pyproject
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert f"## {ost.__version__}" in changelog
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {ost.__version__}\n" in citation
