@@ -5,13 +5,17 @@ the data, and not what an optimizer counts.
 """
 
 import functools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import optax
 import peers
 
 import optax_stability as ost
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 Optimizer = Callable[[], optax.GradientTransformation]
 
@@ -64,6 +68,18 @@ def fixed_clip() -> optax.GradientTransformation:
     return ost.spike_guard(optax.chain(fixed, adaptive()))
 
 
+def muon(*behind: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon on the matrices inside the blocks, Adam on the rest, at one rate."""
+    import recipes
+
+    return optax.chain(recipes.muon(1.0, weight_decay=0.1), *behind, scale_by_rate())
+
+
+def clip_then_muon() -> optax.GradientTransformation:
+    """The clip where it belongs."""
+    return optax.chain(ost.clip_by_zscore(), muon())
+
+
 def in_steps_of_eight(
     inner: optax.GradientTransformation, **options: Any
 ) -> optax.GradientTransformation:
@@ -98,6 +114,15 @@ BRANCHES: dict[str, Optimizer] = {
     "skip ≤ 25": functools.partial(guarded, max_consecutive=25),
     "branch": branching,
     "branch, all kept": functools.partial(branching, keep="all"),
+}
+MUONS: dict[str, Optimizer] = {
+    CLIP: clipped,
+    "muon": muon,
+    "guard": lambda: ost.spike_guard(muon()),
+    "clip in front": clip_then_muon,
+    OURS: lambda: ost.spike_guard(clip_then_muon()),
+    # It cuts an orthogonal update to a norm that has nothing to do with it.
+    "guard, clip behind": lambda: ost.spike_guard(muon(optax.clip_by_global_norm(1.0))),
 }
 ACCUMULATORS: dict[str, Optimizer] = {
     CLIP: lambda: in_steps_of_eight(clipped()),

@@ -11,6 +11,7 @@ from contenders import (
     ACCUMULATORS,
     BRANCHES,
     CLIP,
+    MUONS,
     OURS,
     PARTS,
     PEERS,
@@ -96,6 +97,14 @@ SCALES = {
     "loss scale 1e-4": Fault(multiplied(1e-4, ALL), good=True),
     "loss scale 1e-12": Fault(multiplied(1e-12, ALL), good=True),
     "loss scale 1e-20": Fault(multiplied(1e-20, ALL), good=True),
+}
+
+# Where the clip belongs if the update is orthogonal whatever the gradient's size.
+AROUND_MUON = {
+    "NaN at 120": FAULTS["NaN at 120"],
+    "5 random batches at 45": CORRUPTED["5 random batches at 45"],
+    "5 random batches at 120": CORRUPTED["5 random batches at 120"],
+    "gradient × 1e4 at 120": Fault(multiplied(1e4, at(LATE))),
 }
 
 # Whether a step can be taken back: faults at other times, of other lengths and kinds,
@@ -215,6 +224,8 @@ GRIDS = {
         },
         ACCUMULATORS,
     ),
+    # With updates as large as those of AdamW, at the best rate of both.
+    "muon": Grid(Setting(learning_rate=1e-2), CLEAN | AROUND_MUON, MUONS),
 }
 QUICK = Grid(
     Setting(calls=120),

@@ -1,8 +1,8 @@
 """Gradient accumulation across calls, as a replacement for ``optax.MultiSteps``.
 
 *Problem*: ``optax.MultiSteps`` runs the inner optimizer on every call, keeps three more
-copies of the parameters, never recovers from one NaN, drops extra arguments and
-discards the information in Σg².
+copies of the parameters, never recovers from one NaN, hands on the loss of the last
+call alone (in a chain none at all), and discards the information in Σg².
 
 *Where in the chain*: outermost, around every transformation that must see whole
 batches.

@@ -100,3 +100,56 @@ def test_the_learning_rate_has_a_floor_and_ignores_nan():
     _, state = run(tx, with_norms(norms))
     assert float(state.scale) == pytest.approx(0.05)
     assert jnp.isfinite(state.scale)
+
+
+# --- Muon ------------------------------------------------------------------------
+
+BLOCKS = {
+    "blocks": {"kernel": np.eye(4, 3, dtype=np.float32), "bias": np.ones(3)},
+    "tokens": {"embedding": np.ones((5, 4), np.float32)},
+}
+
+
+def muon_leaves(state):
+    """The leaves for which Muon keeps a momentum."""
+    (found,) = (
+        node
+        for node in jax.tree.leaves(
+            state, is_leaf=lambda node: isinstance(node, optax.contrib.MuonState)
+        )
+        if isinstance(node, optax.contrib.MuonState)
+    )
+    return ost.leaf_names(found.mu)
+
+
+def test_muon_has_the_matrices_inside_the_blocks_alone():
+    params = jax.tree.map(jnp.float32, BLOCKS)
+    assert muon_leaves(recipes.muon(0.1).init(params)) == ["blocks/kernel"]
+    # What optax would do by itself.
+    everything = optax.contrib.muon(0.1).init(params)
+    assert muon_leaves(everything) == ["blocks/kernel", "tokens/embedding"]
+
+
+def test_guarded_muon_survives_a_nan_and_clips_in_front():
+    params = jax.tree.map(jnp.float32, BLOCKS)
+    grads = optax.tree.ones_like(params)
+    bad = optax.tree.full_like(params, np.nan)
+    tx = recipes.guarded_muon(0.1, weight_decay=0.1)
+    state, step = tx.init(params), jax.jit(tx.update)
+    for each in (grads, bad, grads):
+        updates, state = step(each, state, params, value=1.0)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+    metrics = ost.metrics(state)
+    assert metrics["skip/nan_total"] == 1
+    # The clip sees the gradient, not the orthogonal update.
+    assert metrics["clip/norm"] == pytest.approx(float(optax.tree.norm(grads)))
+
+
+def test_muons_updates_are_as_large_as_those_of_adam():
+    """So that one learning rate serves both; the warm-up of the momentum aside."""
+    params = {"kernel": jnp.zeros((32, 32))}
+    grads = {"kernel": jax.random.normal(jax.random.key(0), (32, 32))}
+    tx = recipes.muon(1.0)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    rms = float(jnp.sqrt(jnp.mean(jnp.square(updates["kernel"]))))
+    assert rms == pytest.approx(0.2, rel=0.3)
