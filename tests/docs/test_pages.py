@@ -27,7 +27,7 @@ def load(path):
     return module
 
 
-home = load(DOCS / "home.py")
+home, check_site = load(DOCS / "home.py"), load(DOCS / "check_site.py")
 
 
 def name_of(page):
@@ -145,6 +145,31 @@ def test_the_address_is_what_the_workflow_says():
     known = {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "o/r"}
     assert home.address(known) == "https://github.com/o/r"
     assert home.address({}) is None
+
+
+@pytest.mark.parametrize("address", ["https://example.com/o/r", None])
+def test_the_description_on_the_package_index_has_whole_links_alone(address):
+    readme = ROOT / "README.md"
+    text = home.link_files(readme.read_text(), readme, address, leaves=lambda _: True)
+    assert "https://github.com/google-deepmind/optax" in LINK.findall(text)
+    assert all(link.startswith("https://") for link in LINK.findall(text))
+
+
+@pytest.mark.parametrize(
+    ("page", "loaded"),
+    [
+        ('<script src="_static/a.js"></script><a href="https://x.org">x</a>', 0),
+        ('<script async src="https://cdn.org/a.js"></script>', 1),
+        ('<link rel="stylesheet" href="//fonts.org/a.css">', 1),
+        ('<link href="https://fonts.org/a.css" rel="stylesheet">', 1),
+        ('<link rel="canonical" href="https://x.org/page.html">', 0),
+        ('<img alt="a" src="https://x.org/a.png">', 1),
+    ],
+)
+def test_what_a_page_would_load_from_elsewhere_is_seen(page, loaded, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(page)
+    assert len(check_site.loads(path)) == loaded
 
 
 # --- code ------------------------------------------------------------------------
