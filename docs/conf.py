@@ -134,16 +134,25 @@ def prepare_signature(app, what, name, obj, options, signature, returns):
     return signature and _THRESHOLD.sub(r"\1", signature), returns
 
 
-def copy_notebooks(app: Sphinx) -> None:
-    """The notebooks of the examples become pages of the gallery."""
+# What lies elsewhere and becomes pages, and where.
+COPIED = {
+    "examples/*.ipynb": DOCS / "gallery",
+    "benchmarks/results/*.md": DOCS / "evidence" / "results",
+}
+
+
+def copy_pages(app: Sphinx) -> None:
+    """Notebooks and results of benchmarks become pages."""
     del app
-    for notebook in (home.ROOT / "examples").glob("*.ipynb"):
-        shutil.copy(notebook, DOCS / "gallery" / notebook.name)
+    for pattern, folder in COPIED.items():
+        folder.mkdir(exist_ok=True)
+        for page in home.ROOT.glob(pattern):
+            shutil.copy(page, folder / page.name)
 
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.connect("builder-inited", copy_notebooks)
+    app.connect("builder-inited", copy_pages)
     app.connect("source-read", prepare_page)
     app.connect("autodoc-process-docstring", prepare_docstring)
     app.connect("autodoc-process-signature", prepare_signature)
