@@ -100,11 +100,10 @@ def guarded_muon(
     """Muon as it should be protected: a clip in front, and the guard outermost.
 
     An orthogonal update is as large after a spike as before, but momentum remembers:
-    after a gradient × 1e4 the update points elsewhere for 140 steps. A clip *behind*
-    Muon cuts an update whose norm is √rank to its limit, so that the learning rate of a
-    layer depends on its width. ``clip_by_leaf_history`` in front clips half the leaves
-    of a healthy run, which costs 0.2 nats. Figures:
-    ``python benchmarks/stability.py --grid muon``.
+    after a gradient × 1e4 the update points elsewhere for more than 100 steps. A clip
+    *behind* Muon cuts an update whose norm is √rank to its limit, so that the learning
+    rate of a layer depends on its width. Do not use ``clip_by_leaf_history`` in front:
+    it clips leaves of a healthy run, and Muon takes the direction alone.
     """
     chain = optax.chain(ost.clip_by_zscore(), muon(learning_rate, **options))
     return ost.spike_guard(chain)

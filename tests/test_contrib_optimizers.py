@@ -133,6 +133,30 @@ def test_the_nan_alone_would_end_it():
     assert not np.isfinite(updates["w"]).any()
 
 
+def last_update(tx, **extra_args):
+    """After a normal gradient, a NaN and another normal one."""
+    state = tx.init(PARAMS)
+    bad = optax.tree.full_like(PARAMS, jnp.nan)
+    step = jax.jit(tx.update)
+    for grads in (PARAMS, bad, PARAMS):
+        updates, state = step(grads, state, PARAMS, **extra_args)
+    return updates["w"]
+
+
+def test_mechanize_goes_inside_the_guard():
+    around = contrib.mechanize(ost.spike_guard(optax.sgd(0.1)))
+    inside = ost.spike_guard(contrib.mechanize(optax.sgd(0.1)))
+    assert not np.isfinite(last_update(around, value=1.0)).all()
+    assert np.isfinite(last_update(inside, value=1.0)).all()
+
+
+def test_sam_takes_no_loss():
+    sam = contrib.sam(optax.sgd(0.1), optax.sgd(0.01), sync_period=2)
+    with pytest.raises(TypeError, match="value"):
+        last_update(ost.spike_guard(sam), value=1.0)
+    assert np.isfinite(last_update(ost.spike_guard(sam, loss=False))).all()
+
+
 # --- what optax asks of an optimizer ----------------------------------------------
 
 OURS = {

@@ -13,13 +13,15 @@ that judges a step by its loss then has none.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _tree
+
+LossFn = TypeVar("LossFn", bound=Callable[..., Any])
 
 NAME = "loss_probe"
 # So small that no norm of the gradient shows it, and far above the smallest float32.
@@ -102,7 +104,7 @@ def loss_probe() -> jax.Array:
     return jnp.zeros((2,), jnp.float32)
 
 
-def probed(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+def probed(loss_fn: LossFn) -> LossFn:
     """The same loss function, whose gradient tells its value.
 
     **Rule**, for the loss l and the probe z: the derivative with respect to z is
@@ -130,7 +132,7 @@ def probed(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
         loss += _tie(z, jax.lax.stop_gradient(loss))
         return (loss, *aux) if isinstance(out, tuple) else loss
 
-    return with_probe
+    return cast(LossFn, with_probe)
 
 
 def with_loss_probe(

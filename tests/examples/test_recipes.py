@@ -153,3 +153,40 @@ def test_muons_updates_are_as_large_as_those_of_adam():
     updates, _ = tx.update(grads, tx.init(params), params)
     rms = float(jnp.sqrt(jnp.mean(jnp.square(updates["kernel"]))))
     assert rms == pytest.approx(0.2, rel=0.3)
+
+
+def astray(tx, factor):
+    """Steps after a spike in which the update points elsewhere than without it."""
+    params = {"kernel": jnp.zeros((8, 8))}
+    noise = jax.random.normal(jax.random.key(0), (260, 8, 8))
+    grads = jax.random.normal(jax.random.key(1), (8, 8)) + 0.3 * noise
+
+    def step(state, grads):
+        updates, state = tx.update({"kernel": grads}, state, params, value=1.0)
+        return state, updates["kernel"].ravel()
+
+    run = jax.jit(lambda grads: jax.lax.scan(step, tx.init(params), grads)[1])
+    spiked = grads.at[40].set(factor * jax.random.normal(jax.random.key(2), (8, 8)))
+    with_it, without = run(spiked), run(grads)
+    cosine = jnp.sum(with_it * without, 1) / (
+        jnp.linalg.norm(with_it, axis=1) * jnp.linalg.norm(without, axis=1)
+    )
+    return int(jnp.sum(~(cosine > 0.9)[40:]))
+
+
+def test_muons_momentum_remembers_a_spike_that_the_guard_leaves_out():
+    assert astray(recipes.muon(1.0), 1e4) > 100
+    assert astray(recipes.guarded_muon(1.0), 1e4) < 20
+
+
+def test_a_clip_behind_muon_makes_the_rate_depend_on_the_width():
+    def norms(tx, width):
+        grads = {"kernel": jax.random.normal(jax.random.key(0), (width, width))}
+        updates, _ = tx.update(grads, tx.init(grads), grads)
+        return float(optax.tree.norm(updates))
+
+    alone = recipes.muon(1.0, consistent_rms=None)
+    behind = optax.chain(alone, optax.clip_by_global_norm(1.0))
+    for width in (16, 64):
+        assert norms(alone, width) == pytest.approx(width**0.5, rel=0.3)
+        assert norms(behind, width) == pytest.approx(1.0)

@@ -208,6 +208,14 @@ def test_brax_gives_neither_loss_nor_params():
     assert skipped == [NAN]
 
 
+def test_brax_finds_the_rate_that_it_adapts():
+    """PPO with ADAPTIVE_KL reads ``hyperparams`` of the outermost state."""
+    import brax_lines
+
+    tx = optax.inject_hyperparams(brax_lines.make_optimizer)(learning_rate=1e-2)
+    assert tx.init(PARAMS).hyperparams["learning_rate"] == np.float32(1e-2)
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.skipif(importlib.util.find_spec("brax") is None, reason="needs brax")
 def test_brax_itself():

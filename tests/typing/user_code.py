@@ -254,6 +254,15 @@ def train_nnx(steps: int, tokens: jax.Array) -> float:
     scale = ost_flax.update_dynamic_scale(scale, moments.num_microbatches == 8)
     optimizer.update(model, grads, value=loss, moments=moments)
 
+    # In a trainer that passes no loss.
+    model.loss_probe = nnx.Param(ost.loss_probe())
+    unaware = nnx.Optimizer(
+        model, ost.with_loss_probe(ost.spike_guard(optax.sgd(0.1))), wrt=nnx.Param
+    )
+    unaware.update(model, nnx.grad(ost.probed(next_token_loss))(model, tokens))
+    guard: optax.GradientTransformation = ost.spike_guard(optax.sgd(0.1), loss=False)
+    nnx.Optimizer(model, guard, wrt=nnx.Param)
+
     norms = (ost_flax.LayerNorm, ost_flax.RMSNorm)
     gradients = ost_flax.per_example_gradients(next_token_loss, only=norms)
     loss, grads, moments = gradients(model, tokens)
