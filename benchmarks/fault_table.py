@@ -437,7 +437,7 @@ def table(rows: dict[str, dict[str, dict[str, Any]]], columns: list[str]) -> str
 
 
 def readme_table(report: Report) -> str:
-    """The part of both tables that the README quotes: where rules differ."""
+    """The part of both tables that the docs quote: where rules differ."""
     rows = rows_of(report)
     return table({name: rows[name] for name in README_RULES}, README_FAULTS)
 

@@ -2,7 +2,7 @@
 
 Every suite writes its report under its own name into ``results/<device>.json``, with
 the versions, the hardware, the date and the command it came from; ``tables.py`` makes
-the README's tables of it.
+the tables of the docs of it.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Everything the README claims, measured by one command.
+"""Everything the docs claim, measured by one command.
 
 Every suite runs in a process of its own and puts its report into the JSON of the device
 that JAX finds; at the end ``tables.py`` writes ``results/<device>.md``, which shows all
-tables, and those of the README. On an accelerator the suites are left out whose numbers
+tables, and those of the docs. On an accelerator the suites are left out whose numbers
 do not depend on the device.
 
     python benchmarks/run.py            # on two CPU cores some three hours

@@ -348,6 +348,21 @@ def peers_table(report: Report) -> str:
     return loss_table(report["grid"], report["cells"], [*PEERS, OURS])
 
 
+# What the README shows of it: faults, then what is no fault.
+SHORT_ROWS = """NaN at 120; 7 NaN at 120; 5 random batches at 120; loss scale 1e-12;
+clean; new domain from 120 on"""
+SHORT_SIDES = CLIP, "apply_if_finite of it", "MaxText, OLMo skip", OURS
+
+
+def short_table(report: Report) -> str:
+    """Loss: a few rows, and the sides that most readers know."""
+    rows = " ".join(SHORT_ROWS.split()).split("; ")
+    cells = {
+        name: {row: report["cells"][name][row] for row in rows} for name in SHORT_SIDES
+    }
+    return loss_table(report["grid"], cells, list(SHORT_SIDES))
+
+
 def peers_skips(report: Report) -> str:
     """Skips: the rules that skip."""
     names = [name for name in PEERS if "skip" in name or "if_finite" in name]

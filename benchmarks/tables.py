@@ -1,8 +1,8 @@
-"""The tables of the README, and a page per device, made from ``benchmarks/results``.
+"""The tables of the docs, and a page per device, made from ``benchmarks/results``.
 
-Between ``<!-- table NAME -->`` and ``<!-- end -->`` the README shows what the function
-of that name says below, and under it where the numbers come from. The page
-``results/<device>.md`` shows every table of every suite.
+Between ``<!-- table NAME -->`` and ``<!-- end -->`` the README or a page of
+``docs/evidence`` shows what the function of that name says below, and under it where
+the numbers come from. The page ``results/<device>.md`` shows all tables of all suites.
 
     python benchmarks/tables.py    # rewrites them
 """
@@ -31,7 +31,8 @@ import step_cost
 import trainer_step
 from reporting import RESULTS, Report, caption, read, read_all
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "evidence").glob("*.md"))]
 _BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -45,8 +46,9 @@ def only(tables: Callable[[Report], dict[str, str]]) -> Callable[[Report], str]:
     return table
 
 
-# Name in the README to the suite whose report it shows, and how.
+# Name in the docs to the suite whose report it shows, and how.
 TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
+    "stability_short": ("stability_small", stability.short_table),
     "stability": ("stability_small", stability.peers_table),
     "stability_skips": ("stability_small", stability.peers_skips),
     "stability_parts": ("stability_small", stability.parts_table),
@@ -103,14 +105,15 @@ def page(path: Path) -> str:
 
 
 def main() -> None:
-    """Rewrites README and pages; says which tables the README does not show."""
+    """Rewrites all pages; says which tables no page shows."""
     for path in RESULTS.glob("*.json"):
         path.with_suffix(".md").write_text(page(path))
-    text = README.read_text()
-    shown = {name for _, name, _ in _BLOCK.findall(text)}
+    pages = {path: path.read_text() for path in PAGES}
+    shown = {name for text in pages.values() for _, name, _ in _BLOCK.findall(text)}
     if missing := sorted(TABLES.keys() - shown):
-        sys.exit(f"README.md has no place for {', '.join(missing)}")
-    README.write_text(render(text))
+        sys.exit(f"No page has a place for {', '.join(missing)}")
+    for path, text in pages.items():
+        path.write_text(render(text))
 
 
 if __name__ == "__main__":

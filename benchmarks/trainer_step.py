@@ -192,7 +192,7 @@ def tables(report: Report) -> dict[str, str]:
 
 
 def readme_table(report: Report) -> str:
-    """This result and those of the other devices, as the README shows them."""
+    """This result and those of the other devices, as the docs show them."""
     others = devices_with("trainer_step").values()
     lines = [
         [title, f"{hardware(each)}, JAX {each['jax']}, {each['date']}", *sides_of(rows)]

@@ -1,6 +1,6 @@
 """Optax gradient transformations that keep the training of large models stable.
 
-The README has the table *need → function → place in the chain*.
+``docs/start/cheat_sheet.md`` has the table *need → function → place in the chain*.
 """
 
 from importlib.metadata import version as _version

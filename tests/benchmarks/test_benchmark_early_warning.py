@@ -1,4 +1,4 @@
-"""What the early-warning benchmark found is what its tables and the README say."""
+"""What the early-warning benchmark found is what its tables and the docs say."""
 
 import json
 

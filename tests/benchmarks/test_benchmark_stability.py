@@ -288,7 +288,7 @@ def cells():
     return reporting.read("stability_small")["cells"]
 
 
-# Made to be run by who needs them; nothing in the README comes from these.
+# Made to be run by who needs them; nothing in the docs comes from these.
 WITHOUT_RESULTS = {"muon"}
 
 

@@ -1,4 +1,4 @@
-"""The README shows what the last full runs have measured, and says where it is from."""
+"""The docs show what the last full runs have measured, and say where it is from."""
 
 import json
 import re
@@ -14,16 +14,18 @@ import trainer_step
 from tiers import full
 
 BENCHMARKS = Path(tables.__file__).parent
-README = tables.README.read_text()
+PAGES = {path: path.read_text() for path in tables.PAGES}
 
 
-def test_the_readme_shows_the_last_full_runs():
-    assert tables.render(README) == README
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_a_page_shows_the_last_full_runs(path):
+    stale = "run: python benchmarks/tables.py"
+    assert tables.render(PAGES[path]) == PAGES[path], stale
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
-def test_every_table_has_one_place_in_the_readme(name):
-    assert README.count(f"<!-- table {name} -->") == 1
+def test_every_table_has_one_place_in_the_docs(name):
+    assert "".join(PAGES.values()).count(f"<!-- table {name} -->") == 1
 
 
 def test_a_number_that_changes_is_written_into_its_table(monkeypatch):

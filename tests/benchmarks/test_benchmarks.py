@@ -16,7 +16,7 @@ import reporting
 from early_warning.learning_rate.statistics import RHO, RHO_LATER
 from tiers import full
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+DIAGNOSIS_PAGE = Path(__file__).parents[2] / "docs" / "evidence" / "diagnosis.md"
 
 # Statistics of some hundred float32 values against float64.
 STATISTICS = 1e-4
@@ -347,9 +347,9 @@ def test_faults_are_where_they_should_be():
 
 
 @full
-def test_the_readme_quotes_the_early_warning_benchmark():
+def test_the_page_quotes_the_early_warning_benchmark():
     report = reporting.read("early_warning")
-    rates, words = report["rates"], " ".join(README.split())
+    rates, words = report["rates"], " ".join(DIAGNOSIS_PAGE.read_text().split())
     shipped = rates["limits"][RHO_LATER]["-0.2"]
     (bad, all_bad), (good, all_good) = (shipped[x] for x in ("bad", "good"))
     assert f"{bad} of {all_bad} runs that end more than 0.1 nat worse" in words

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
 from tiers import full
 
@@ -96,3 +97,31 @@ def test_a_stored_notebook_is_light_and_shows_its_pictures(name):
     assert len(pictures(notebook)) >= 2
     numbers = [cell.execution_count for cell in notebook.cells if "outputs" in cell]
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.parametrize(
+    ("source", "in_a_clone", "installs"),
+    [
+        ("", True, "optax_stability[flax,plot] @ file://{clone}"),
+        ("", False, "optax_stability[flax,plot]"),
+        ("git+https://o/r", True, "optax_stability[flax,plot] @ git+https://o/r"),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_cell_installs_what_can_be_installed(
+    name, source, in_a_clone, installs, tmp_path, monkeypatch
+):
+    clone = tmp_path / "clone"
+    (clone / "examples").mkdir(parents=True)
+    if in_a_clone:
+        (clone / "optax_stability").mkdir()
+    monkeypatch.chdir(clone / "examples")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    installed = []
+    shell = InteractiveShell()
+    shell.register_magic_function(installed.append, magic_name="pip")
+    shell.run_cell(first.source.replace('SOURCE = ""', f'SOURCE = "{source}"'))
+    package = installs.format(clone=clone)
+    assert installed == [f'install -q "{package}" tqdm']
