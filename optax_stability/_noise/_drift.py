@@ -139,6 +139,15 @@ def _column(values):
     return jnp.array(values, jnp.float32)[:, None]
 
 
+def _select(condition, new, old):
+    """``new`` for the streams where the condition holds, else ``old``."""
+
+    def select(new, old):
+        return jnp.where(jnp.broadcast_to(condition, new.shape), new, old)
+
+    return jax.tree.map(select, new, old)
+
+
 def _positive_or_one(size):
     return jnp.where(size > 0, size, 1.0)
 
@@ -172,16 +181,17 @@ def _believe(belief, errors, spread, decay):
     # The likelihood of a normal distribution with exponential tails.
     inside = jnp.minimum(errors, _OUTLYING)
     evidence = jnp.square(inside) / 2 - inside * errors - jnp.log(spread) / 2
-    evidence = jnp.maximum(evidence - jnp.max(evidence, 0), -_LARGEST_EVIDENCE)
+    most = jnp.max(evidence, 0, keepdims=True)
+    evidence = jnp.maximum(evidence - most, -_LARGEST_EVIDENCE)
     returned = _RETURN * (1 - decay)
     belief = (1 - returned) * belief + returned * _column(_PRIOR)
     belief = belief * jnp.exp(evidence)
-    return belief / jnp.sum(belief, 0)
+    return belief / jnp.sum(belief, 0, keepdims=True)
 
 
 def _moved(drift: Drift, decay):
     """The variance of ρ under each change, one step later."""
-    unit = jnp.maximum(drift.unit, _SMALLEST_UNIT)
+    unit = jnp.maximum(drift.unit, _SMALLEST_UNIT)[None]
     reach = jnp.maximum(drift.signal, jnp.sqrt(unit * drift.variance) / 2)
     return drift.variance + jnp.square(_column(_RATES) * reach) * (1 - decay) / unit
 
@@ -196,16 +206,16 @@ def _follow(drift: Drift, constant: Averages, value, observed: Observed, decay):
       observed: K and N of the step.
       decay: float32[] – weight of a step relative to the next.
     """
-    scored = drift.unit_total > 0
+    scored = drift.unit_total[None] > 0
     variance = jnp.where(scored, _moved(drift, decay), drift.variance)
     mean = ratio(constant.grad_sq, constant.trace)
     predicted = jnp.concatenate([mean[None], drift.signal])
     of_step = _variance_of_step(predicted, observed)
-    of_mean = of_step[:1] / jnp.maximum(constant.steps, 1)
+    of_mean = of_step[:1] / jnp.maximum(constant.steps, 1)[None]
     spread = of_step + jnp.concatenate([of_mean, variance])
-    error = value - predicted
+    error = value[None] - predicted
     squares = jnp.square(error) / spread
-    unit = jnp.maximum(drift.unit, _SMALLEST_UNIT)
+    unit = jnp.maximum(drift.unit, _SMALLEST_UNIT)[None]
     errors = jnp.where(scored, jnp.sqrt(squares / unit), 0.0)
     belief = _believe(drift.belief, errors, spread, decay)
     belief = jnp.where(scored, belief, drift.belief)
@@ -232,8 +242,8 @@ def _first_step(drift: Drift, value, observed: Observed) -> Drift:
     """Every hypothesis starts at the first y."""
     of_step = _variance_of_step(value, observed)
     return drift._replace(
-        signal=jnp.broadcast_to(value, drift.signal.shape),
-        variance=jnp.broadcast_to(of_step, drift.variance.shape),
+        signal=jnp.broadcast_to(value[None], drift.signal.shape),
+        variance=jnp.broadcast_to(of_step[None], drift.variance.shape),
         steps=jnp.ones_like(value),
     )
 
@@ -258,27 +268,24 @@ def update(
     value = jnp.clip(value, -_LARGEST_RATIO, _LARGEST_RATIO)
     later = _follow(present_trace, constant, value, observed, decay)
     first = _first_step(present_trace, value, observed)
-    new = jax.tree.map(lambda a, b: jnp.where(constant.total > 0, a, b), later, first)
+    new = _select(constant.total > 0, later, first)
     for field in (*new, *averages):
         known &= jnp.all(jnp.isfinite(field.reshape(-1, known.size)), 0)
-    return jax.tree.map(
-        lambda after, before: jnp.where(known, after, before),
-        (new, averages),
-        (drift, constant),
-    )
+    return _select(known, (new, averages), (drift, constant))
 
 
 def _changing(drift: Drift, constant: Averages):
     """Mean and variance of ρ under the hypotheses of a change, and their steps."""
-    belief = ratio(drift.belief[1:], jnp.sum(drift.belief[1:], 0))
-    signal, variance = drift.signal, drift.unit * drift.variance
+    belief = drift.belief[1:]
+    belief = ratio(belief, jnp.sum(belief, 0, keepdims=True))
+    signal, variance = drift.signal, drift.unit[None] * drift.variance
     # ρ is relative to a mean trace which is uncertain itself.
     spread = ratio(jnp.square(constant.trace_spread), constant.total)
     of_trace = jnp.minimum(spread, 1) / jnp.maximum(2 * drift.trace_total - 1, 1)
-    variance = variance + jnp.square(signal) * of_trace
-    mean = jnp.sum(belief * signal, 0)
+    variance = variance + jnp.square(signal) * of_trace[None]
+    mean = jnp.sum(belief * signal, 0, keepdims=True)
     variance = jnp.sum(belief * (variance + jnp.square(signal - mean)), 0)
-    return mean, variance
+    return mean[0], variance
 
 
 def _interval_of_changing(mean, variance, quantile):
