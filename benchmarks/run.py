@@ -38,6 +38,8 @@ ANYWHERE = (
     "batch_invariance",
     "diagnosis",
     "early_warning",
+    "attention_saturation",
+    "noise_truth",
     "reliability",
     "mutations",
 )

@@ -70,7 +70,9 @@ def panels_of(run: Run, found: Finding) -> list[Panel]:
     values = run.train.columns[found.metric]
 
     def draw(axes: Axes, run: Run) -> None:
-        _curve_panels._curve(axes, run, values, color=_axes.BLUE, lw=1.2, label="value")
+        _curve_panels.draw_curve(
+            axes, run, values, color=_axes.BLUE, lw=1.2, label="value"
+        )
         spread = _curves.finite(values)
         spread = spread[~np.isnan(spread)]
         if spread.min() > 0 and spread.max() > 30 * spread.min():

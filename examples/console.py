@@ -42,7 +42,7 @@ def _noise(row: Row) -> str:
     """The noise scale with its interval, or its lower bound if there is only that."""
     nan = math.nan  # Plain optax has no noise scale.
     scale, low = row.get("noise_scale/b_simple", nan), row.get("noise_scale/low", nan)
-    if math.isfinite(scale):
+    if 0 < scale < math.inf:
         return f"noise {count(scale)} ({count(low)}–{count(row['noise_scale/high'])})"
     return f"noise ≥ {count(low)}" if low > 0 else "noise –"
 

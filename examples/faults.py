@@ -131,6 +131,16 @@ def _flip(x: jax.Array) -> jax.Array:
     return word.at[first].set(word[first] ^ 1).view(x.dtype)
 
 
+def scale_gradient(loss_fn: Callable, factor: jax.Array) -> Callable:
+    """The loss, with a gradient that is multiplied by a factor."""
+
+    def faulty(model, windows):
+        loss = loss_fn(model, windows)
+        return loss + (factor - 1) * (loss - jax.lax.stop_gradient(loss))
+
+    return faulty
+
+
 def scale_by_surge() -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by the extra argument ``surge``; the last part of a chain.
 

@@ -4,6 +4,7 @@ Each is tested in ``tests/examples/test_recipes.py``.
 """
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -160,3 +161,23 @@ def lower_after_spike(
         return updates, LowerAfterSpikeState(scale, learned, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def muon_clip(
+    learning_rate: optax.ScalarOrSchedule,
+    heads_of: Callable[[Any], Mapping[str, ost.AttentionHeads]],
+    limit: float = 100.0,
+    measured: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """MuonClip of Kimi K2 (arXiv:2507.20534): Muon, with a brake on attention logits.
+
+    Give ``measured`` the name of the argument of ``update`` that holds the largest
+    logit of each head; without it the bound from the weights is used, which is several
+    times the logit: then raise ``limit``. A matrix with the queries, keys and values of
+    all heads together is one matrix for Muon; separate kernels serve it better.
+    """
+    chain = optax.chain(ost.clip_by_zscore(), optax.contrib.muon(learning_rate))
+    clipped = ost.clip_attention_logits(
+        chain, limit, heads_of=heads_of, measured=measured
+    )
+    return ost.spike_guard(clipped)

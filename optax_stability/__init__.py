@@ -25,6 +25,16 @@ from optax_stability._adam._state import (
     from_optax_adam_state,
     to_optax_adam_state,
 )
+from optax_stability._attention._bound import attention_logit_bound
+from optax_stability._attention._clipping import (
+    ClipAttentionLogitsState,
+    clip_attention_logits,
+)
+from optax_stability._attention._heads import AttentionHeads
+from optax_stability._attention._recording import (
+    RecordLogitBoundState,
+    record_logit_bound,
+)
 from optax_stability._checking._check import check
 from optax_stability._clipping._clipping import (
     ClipByThresholdState,
@@ -73,6 +83,7 @@ from optax_stability._noise._state import (
     EstimateNoiseScaleState,
 )
 from optax_stability._noise._when_noisy import WhenNoisyState, when_noisy
+from optax_stability._recording._extra import RecordExtraState, record_extra
 from optax_stability._recording._histogram import histogram_edges
 from optax_stability._recording._history import (
     RecordHistoryState,
@@ -98,15 +109,19 @@ from optax_stability._spikes._skipping import skip_spikes, spike_guard
 
 __all__ = [
     "AccumulateMomentsState",
+    "AttentionHeads",
     "BatchSizeSchedule",
     "BranchOnSpikeState",
+    "ClipAttentionLogitsState",
     "ClipByThresholdState",
     "Decision",
     "EstimateNoiseScaleState",
     "Finding",
     "Moments",
     "NoiseScale",
+    "RecordExtraState",
     "RecordHistoryState",
+    "RecordLogitBoundState",
     "RecordState",
     "RestartMomentsState",
     "RewindPolicy",
@@ -118,10 +133,12 @@ __all__ = [
     "WhenNoisyState",
     "accumulate_moments",
     "adopt_state",
+    "attention_logit_bound",
     "batch_efficiency",
     "batch_size_schedule",
     "branch_on_spike",
     "check",
+    "clip_attention_logits",
     "clip_by_leaf_history",
     "clip_by_quantile",
     "clip_by_threshold",
@@ -146,7 +163,9 @@ __all__ = [
     "probed",
     "read_log",
     "record",
+    "record_extra",
     "record_history",
+    "record_logit_bound",
     "restart_moments",
     "safe_adamw",
     "scale_by_noise_scale",

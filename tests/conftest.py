@@ -1,11 +1,13 @@
 """Eight CPU devices, two tiers of tests, and one cache of compiled programs."""
 
 import collections
+import inspect
 import os
 import time
 from pathlib import Path
 
 import jax
+import promotion
 import pytest
 import survival
 import tiers
@@ -71,6 +73,15 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("full"):
         config.hook.pytest_deselected(items=[x for x in items if not tiers.is_quick(x)])
         items[:] = filter(tiers.is_quick, items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Every test runs as the strictest users do."""
+    names = inspect.signature(pyfuncitem.obj).parameters
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    promotion.call(pyfuncitem.obj, arguments)
+    return True
 
 
 @pytest.hookimpl(wrapper=True)

@@ -26,6 +26,7 @@ ALLOWED = {
     "_accumulation": {"_core", "_moments"},
     "_noise": {"_core", "_moments"},
     "_recording": {"_core"},
+    "_attention": {"_core"},
     "_gradients": {"_core"},
     "_recovery": {"_core"},
     "_checking": set(),

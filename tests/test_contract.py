@@ -70,6 +70,38 @@ def with_moments(tx):
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
+def with_probe(tx):
+    """``tx``, whose parameters have a loss probe beside them, and its gradient."""
+
+    def beside(tree, probe):
+        return None if tree is None else {"loss_probe": probe, "rest": tree}
+
+    def init(params):
+        return tx.init(beside(params, ost.loss_probe()))
+
+    def update(updates, state, params=None, **extra_args):
+        updates, state = tx.update(
+            beside(updates, jnp.array([1e-12, 1e-12])),
+            state,
+            beside(params, ost.loss_probe()),
+            **extra_args,
+        )
+        return updates["rest"], state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def halves(params):
+    """Each matrix as an attention head: its first columns are those of the query."""
+    named = zip(ost.leaf_names(params), jax.tree.leaves(params), strict=True)
+
+    def split(x):
+        cut = x.shape[1] // 2
+        return ost.AttentionHeads(x[:, None, :cut], x[:, None, cut:])
+
+    return {name: split(x) for name, x in named if x.ndim == 2}
+
+
 QUICK_ZSCORE = ost.thresholds.zscore(warmup=2)
 
 CASES = {
@@ -114,6 +146,22 @@ CASES = {
         lambda **kw: ost.clip_by_leaf_history(**{"warmup": 2, **kw}),
         hyperparameters={"ratio": 1.1, "decay": 0.9},
     ),
+    "clip_attention_logits": Case(
+        ost.clip_attention_logits,
+        lambda: ost.clip_attention_logits(optax.identity(), 1e6, heads_of=halves),
+        passes_nonfinite=True,
+        takes_axis_name=False,
+    ),
+    "clip_attention_logits active": Case(
+        ost.clip_attention_logits,
+        lambda: ost.skip_spikes(
+            ost.clip_attention_logits(ost.safe_adamw(0.1), 1.0, heads_of=halves)
+        ),
+        can_be_inactive=False,
+        takes_axis_name=False,
+        reports_loss=True,
+        longest_pause=5,
+    ),
     "skip_spikes": Case(
         ost.skip_spikes,
         lambda **kw: ost.skip_spikes(optax.identity(), **kw),
@@ -135,6 +183,17 @@ CASES = {
     "spike_guard": Case(
         ost.spike_guard,
         lambda **kw: with_loss(ost.spike_guard(optax.identity(), **kw)),
+        reports_loss=True,
+    ),
+    "spike_guard without a loss": Case(
+        ost.spike_guard,
+        lambda **kw: ost.spike_guard(optax.identity(), loss=False, **kw),
+        reports_loss=True,
+    ),
+    "with_loss_probe": Case(
+        ost.with_loss_probe,
+        lambda: with_probe(ost.with_loss_probe(ost.spike_guard(optax.identity()))),
+        takes_axis_name=False,
         reports_loss=True,
     ),
     "branch_on_spike": Case(
@@ -273,6 +332,24 @@ CASES = {
         passes_nonfinite=True,
         takes_axis_name=False,  # The buffer in its state is sharded.
     ),
+    "record_extra": Case(
+        ost.record_extra,
+        lambda: ost.record_extra("accuracy"),
+        passes_nonfinite=True,
+        takes_axis_name=False,
+    ),
+    "record_extra entries": Case(
+        ost.record_extra,
+        lambda: ost.record_extra("load", like=np.zeros(2)),
+        passes_nonfinite=True,
+        takes_axis_name=False,
+    ),
+    "record_logit_bound": Case(
+        ost.record_logit_bound,
+        lambda: ost.record_logit_bound(halves, every=2),
+        passes_nonfinite=True,
+        takes_axis_name=False,
+    ),
     "record_history": Case(
         ost.record_history,
         lambda **kw: ost.record_history(ost.record("grad", **kw), length=3, **kw),
@@ -282,6 +359,7 @@ CASES = {
 }
 NOT_FACTORIES = {
     "adopt_state",
+    "attention_logit_bound",
     "batch_efficiency",
     "batch_size_schedule",
     "check",
@@ -306,7 +384,6 @@ NOT_FACTORIES = {
     "scale_learning_rate",
     "to_optax_adam_state",
     "verify_step",
-    "with_loss_probe",  # Of other parameters than here: test_loss_probe.py.
     "write_checksums",
     "write_report",
 }
@@ -473,7 +550,11 @@ def test_metric_keys_and_shapes_are_fixed_at_init(case):
     later = jax.eval_shape(ost.metrics, trace(tx, params)[1])
     assert fresh.keys() == later.keys()
     for key, value in later.items():
-        assert value.shape == ((3,) if key.endswith("/per_leaf") else ()), key
+        if key.endswith("/per_entry"):
+            assert value.shape == fresh[key].shape
+            assert value.ndim == 1
+        else:
+            assert value.shape == ((3,) if key.endswith("/per_leaf") else ()), key
         assert value.dtype == fresh[key].dtype
 
 
@@ -610,6 +691,60 @@ def test_inactive_means_bitwise_identity(case, dtype):
 
 
 @every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_converts_no_dtype_and_adds_no_axis_implicitly(case, dtype):
+    params = make_params(dtype)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        _, state = trace(case.make(), params)
+        jax.eval_shape(lambda state: ost.metrics(state, params=params), state)
+
+
+@every_case
+@pytest.mark.parametrize("jitted", [True, False], ids=["jitted", "eager"])
+@quick_only(*(f"jitted-{name}" for name in ONE_EACH), "eager-clip_by_zscore")
+def test_a_healthy_run_makes_no_nan(case, jitted):
+    """So that jax.debug_nans stops at faults only; a gradient of 0 is healthy."""
+    params = make_params()
+    with jax.debug_nans(True):
+        tx, step = compiled(case.make)
+        step, state = step if jitted else tx.update, tx.init(params)
+        for seed in range(3):
+            grads = make_grads(seed, params)
+            grads["dense"]["bias"] = jnp.zeros_like(grads["dense"]["bias"])
+            _, state = step(grads, state, params)
+            ost.metrics(state, params=params)
+
+
+def loss_after_steps(case, start):
+    """The loss after two steps from ``start``, whose gradients depend on it."""
+    tx, params = case.make(), start
+    state, noise = tx.init(params), make_grads(0, params)
+    for _ in range(2):
+        grads = jax.tree.map(lambda p, n: 0.3 * jnp.cos(p + n), params, noise)
+        updates, state = tx.update(grads, state, params)
+        params = jax.tree.map(lambda p, u: p - 0.1 * u, params, updates)
+    return optax.tree.sum(jax.tree.map(jnp.sin, params))
+
+
+@every_case
+@quick_only("clip_by_zscore", "skip_spikes")
+def test_reverse_mode_is_the_derivative_of_the_steps(case):
+    loss = jax.jit(functools.partial(loss_after_steps, case))
+    params, along = make_params(), make_grads(1, make_params())
+    slope = optax.tree.vdot(jax.jit(jax.grad(loss))(params), along)
+
+    def at(distance):
+        moved = jax.tree.map(lambda p, d: p + distance * d, params, along)
+        return float(loss(moved))
+
+    # Of central differences at 0.03, whose third order and rounding are below 1e-3; the
+    # rounding to bfloat16 makes steps of 1 % in the loss.
+    differences = (at(0.03) - at(-0.03)) / 0.06
+    close = 1e-2 if case.tolerance == REORDERED else 0.2
+    np.testing.assert_allclose(slope, differences, rtol=close, atol=1e-3)
+
+
+@every_case
 def test_an_empty_tree_passes(case):
     assert trace(case.make(), {})[0] == {}
 
@@ -662,10 +797,11 @@ def test_is_read_inside_every_wrapper(case, wrapper):
     _, state = trace(tx, params)
     bare = jax.eval_shape(lambda: ost.metrics(case.make().init(params)))
     found = jax.eval_shape(lambda state: ost.metrics(state, params=params), state)
-    scalars = {key for key in bare if not key.endswith("/per_leaf")}
+    vectors = {key for key in bare if key.endswith("/per_leaf")}
+    scalars = {key for key in bare if not key.endswith(("/per_leaf", "/per_entry"))}
     stripped = {re.sub("^(matrix|vector)/", "", key) for key in found}
     assert scalars <= stripped
-    for key in bare.keys() - scalars:
+    for key in vectors:
         stem = key.removesuffix("per_leaf")
         assert f"{stem}dense/kernel" in stripped
         assert all(value.shape == () for value in found.values())

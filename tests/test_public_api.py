@@ -27,20 +27,24 @@ def exports(module):
 # The public names from before the private modules were moved into packages.
 PUBLIC_NAMES = {
     ost: """
-        AccumulateMomentsState BatchSizeSchedule BranchOnSpikeState ClipByThresholdState
-        Decision EstimateNoiseScaleState Finding Moments NoiseScale RecordHistoryState
-        RecordState RestartMomentsState RewindPolicy RunLog SafeAdamState
+        AccumulateMomentsState AttentionHeads BatchSizeSchedule
+        BranchOnSpikeState ClipAttentionLogitsState ClipByThresholdState
+        Decision EstimateNoiseScaleState Finding Moments NoiseScale
+        RecordExtraState RecordHistoryState RecordLogitBoundState RecordState
+        RestartMomentsState RewindPolicy RunLog SafeAdamState
         ScaleByNoiseScaleState SkipSpikesState StopRequest WhenNoisyState
-        accumulate_moments adopt_state batch_efficiency batch_size_schedule
-        branch_on_spike check clip_by_leaf_history clip_by_quantile clip_by_threshold
-        clip_by_zscore critical_batch_range diagnose estimate_noise_scale eval_params
-        find_damage flax flush from_optax_adam_state has_updated histogram_edges history
-        leaf_names loss_probe metrics microbatch_gradients noise_scale orbax
-        penalize_gradient_norm plot_history probed read_log record record_history
-        restart_moments safe_adamw scale_by_noise_scale scale_by_safe_adam
-        scale_gradients scale_learning_rate skip_spikes spike_guard thresholds
-        to_optax_adam_state verify_step when_noisy with_loss_probe write_checksums
-        write_report
+        accumulate_moments adopt_state attention_logit_bound batch_efficiency
+        batch_size_schedule branch_on_spike check clip_attention_logits
+        clip_by_leaf_history clip_by_quantile clip_by_threshold clip_by_zscore
+        critical_batch_range diagnose estimate_noise_scale eval_params
+        find_damage flax flush from_optax_adam_state has_updated histogram_edges
+        history leaf_names loss_probe metrics microbatch_gradients noise_scale
+        orbax penalize_gradient_norm plot_history probed read_log record
+        record_extra record_history record_logit_bound restart_moments
+        safe_adamw scale_by_noise_scale scale_by_safe_adam scale_gradients
+        scale_learning_rate skip_spikes spike_guard thresholds
+        to_optax_adam_state verify_step when_noisy with_loss_probe
+        write_checksums write_report
     """,
     ost.thresholds: """
         DetrendedMadState EmaRatioState RelearnState Threshold WindowState ZScoreState

@@ -19,7 +19,7 @@ FREE |= {"checkpoint_every", "keep_checkpoints", "mesh", "processes"}
 FREE |= {"verify_every", "on_finding"}
 # Settings that may never differ: they determine the structure of the state.
 FIXED = {"size", "tokenizer", "on_spike", "baseline", "clip_after_warmup", "inject"}
-FIXED |= {"clip_when_noisy", "histogram_every", "dtype", "optimizer"}
+FIXED |= {"clip_when_noisy", "histogram_every", "dtype", "optimizer", "qk_norm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Config:
     """Text file, folder of text, or nanoGPT's .bin; by default Python's own library."""
     tokenizer: Path | None = None
     """Tokenizer file, tokenizer.json or *.tiktoken; by default each byte is a token."""
+    qk_norm: bool = False
+    """Normalise queries and keys, so that attention cannot saturate."""
     steps: int = 600
     """Optimizer steps."""
     batch_size: int = 8

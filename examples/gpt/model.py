@@ -5,6 +5,7 @@ shares its matrix with the token embedding. Parameters are float32.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -43,6 +44,7 @@ class Size:
     context: int  # longest sequence, in tokens
     vocabulary: int  # minimum; data with more ids needs a larger vocabulary
     learning_rate: float  # default peak of the schedule
+    qk_norm: bool = False  # whether queries and keys are normalised
 
     def flops_per_token(self, parameters: int) -> float:
         """FLOPs of a training step: 2 forward and 4 backward per weight and token.
@@ -86,12 +88,16 @@ class Block(nnx.Module):
 
     def __init__(self, size: Size, dtype: DTypeLike, rngs: nnx.Rngs):
         """Initialises as GPT-2 does; computes in ``dtype`` on float32 parameters."""
-        width = size.width
+        width, dim = size.width, size.width // size.heads
         # The residual stream is a sum of 2·layers branches; this keeps its scale.
         residual_std = INIT_STD / (2 * size.layers) ** 0.5
         self.heads = size.heads
         self.attention_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.query_key_value = _linear(width, 3 * width, INIT_STD, dtype, rngs)
+        # Dehghani et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters".
+        norm = functools.partial(nnx.LayerNorm, dim, use_bias=False, dtype=dtype)
+        self.query_norm = norm(rngs=rngs) if size.qk_norm else jax.nn.identity
+        self.key_norm = norm(rngs=rngs) if size.qk_norm else jax.nn.identity
         self.attention_out = _linear(width, width, residual_std, dtype, rngs)
         self.mlp_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.mlp_in = _linear(width, 4 * width, INIT_STD, dtype, rngs)
@@ -106,6 +112,7 @@ class Block(nnx.Module):
         if each.dtype == jnp.float16:  # CPUs do not support attention in float16.
             each = each.astype(jnp.float32)
         query, key, value = jnp.moveaxis(each, 3, 0)
+        query, key = self.query_norm(query), self.key_norm(key)
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return self.attention_out(mixed.reshape(x.shape))
 

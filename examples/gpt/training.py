@@ -1,5 +1,7 @@
 """The optimizer, which uses optax_stability, and one training step with it."""
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import faults
@@ -10,7 +12,9 @@ import recipes
 from config import Config
 from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
+from heads import fused_heads
 from model import GPT, SIZES, next_token_loss
+from shown import no_skips, shown_metrics
 
 import optax_stability as ost
 import optax_stability.flax as ost_flax
@@ -21,11 +25,6 @@ Metrics = dict[str, jax.Array]
 HISTORY_LENGTH, MEASURE_EVERY = 1000, 10
 # The usual limit of the global-norm clip, for plain optax.
 MAX_NORM = 1.0
-# The metrics of the optimizer that are logged, if the chain has them.
-SHOWN = """grad/norm grad/zero_fraction clip/fraction skip/skipped skip/total
-skip/value_limit when_noisy/active branch/mode branch/probed branch/length
-branch/rollbacks branch/accepted noise_scale/b_simple noise_scale/low noise_scale/high
-noise_scale/noise_to_weight"""
 
 
 class TrainState(NamedTuple):
@@ -91,6 +90,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         ),
         "params": ost.record("params", of="params", spectral=True, every=MEASURE_EVERY),
     }
+    if not config.qk_norm:  # With it, the size of these weights does not matter.
+        heads = functools.partial(fused_heads, heads=SIZES[config.size].heads)
+        recorders["attention"] = ost.record_logit_bound(heads, every=MEASURE_EVERY)
     chain = optax.named_chain(*recorders.items(), ("step", step))
     return ost.record_history(chain, length=HISTORY_LENGTH, slow_every=MEASURE_EVERY)
 
@@ -98,7 +100,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
 def create(config: Config, vocabulary: int) -> tuple[GPT, nnx.Optimizer]:
     """A new model and its optimizer."""
     dtype = jnp.dtype(config.dtype)
-    model = GPT(SIZES[config.size], vocabulary, dtype, nnx.Rngs(config.seed))
+    size = dataclasses.replace(SIZES[config.size], qk_norm=config.qk_norm)
+    model = GPT(size, vocabulary, dtype, nnx.Rngs(config.seed))
     optimizer = nnx.Optimizer(model, make_optimizer(config), wrt=nnx.Param)
     return model, optimizer
 
@@ -130,27 +133,15 @@ def _loss_fn(config: Config, wrt: Any, gradient_factor: jax.Array | None):
         )
     if gradient_factor is None:
         return loss_fn
-
-    def faulty(model, windows):
-        loss = loss_fn(model, windows)
-        return loss + (gradient_factor - 1) * (loss - jax.lax.stop_gradient(loss))
-
-    return faulty
+    return faults.scale_gradient(loss_fn, gradient_factor)
 
 
 def _measure(config: Config, model: GPT, optimizer: nnx.Optimizer, grads) -> Metrics:
     """The metrics of the optimizer; plain optax has only the norm and the limit."""
-    no_skips = {"skip/skipped": jnp.zeros(()), "skip/total": jnp.zeros(())}
     if config.baseline:
         norm, limit = optax.tree.norm(grads), jnp.float32(MAX_NORM)
-        return no_skips | {"grad/norm": norm, "clip/limit": limit}
-    params = nnx.state(model, optimizer.wrt)
-    measured = no_skips | ost.metrics(optimizer.opt_state, params=params)
-    limit = measured["clip/limit"]  # 0 before a clip is switched on
-    clips = (limit > 0) & measured.get("when_noisy/active", True)
-    shown = [key for key in measured if key in SHOWN.split() or "histogram" in key]
-    limit = jnp.where(clips, limit, jnp.inf)
-    return {key: measured[key] for key in shown} | {"clip/limit": limit}
+        return no_skips() | {"grad/norm": norm, "clip/limit": limit}
+    return shown_metrics(optimizer.opt_state, nnx.state(model, optimizer.wrt))
 
 
 def train_step(

@@ -26,7 +26,8 @@ from optax_stability._accumulation._state import (
     window_of,
 )
 from optax_stability._core import _mesh_axes, _numerics, _tree, _validate
-from optax_stability._core._losses import given_losses
+from optax_stability._core._checked import checked
+from optax_stability._core._losses import given_losses, loss_of
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Aggregate, Moments
 
@@ -60,12 +61,14 @@ def _incoming(
     """The aggregate of one call: one microbatch or, with moments, several."""
     if moments is None:
         weight = 1.0 if weight is None else weight
+        _validate.check_number("weight", weight)
         return _moments.single(updates, loss, weight, mean_square=mean_square)
+    moments = _moments.visible(moments, updates)
     _check_moments(moments, weight, mean_square)
     moments = moments if mean_square else moments._replace(mean_square=None)
     return Aggregate(
         mean=updates,
-        value=jnp.asarray(loss, jnp.float32),
+        value=jnp.asarray(loss, _numerics.real_dtype(updates)),
         moments=_moments.rescaled(moments, updates, axis_name),
     )
 
@@ -136,7 +139,7 @@ def accumulate_moments(
     *,
     mean_square: bool = True,
     reject_nonfinite: bool = True,
-    accumulator_dtype: Any = _numerics.FLOAT32,
+    accumulator_dtype: Any = None,
     axis_name: _mesh_axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages gradients over ``every_k`` calls, and then lets ``inner`` take a step.
@@ -170,7 +173,8 @@ def accumulate_moments(
 
     **Edge cases**
 
-    * A leaf whose norm is above 8e37, or a weight above it, counts as not finite.
+    * A leaf whose norm is above 8e37 (4e307 in float64), or a weight above 8e37, counts
+      as not finite.
     * A clip or skip *inside*, ``accumulate_moments(chain(clip, adam))``, sees the whole
       batch once. A clip or skip *before* it, ``chain(clip, accumulate_moments(adam))``,
       sees every microbatch.
@@ -178,7 +182,7 @@ def accumulate_moments(
       the last call of the window.
     * Layers that use batch statistics, such as BatchNorm, still see single
       microbatches: accumulation does not make their batch larger.
-    * Reverse-mode differentiation is not supported.
+    * Reverse mode passes: the derivative is that of the steps that are taken.
 
     Args:
       inner: the transformation that takes the steps: the whole chain.
@@ -187,9 +191,10 @@ def accumulate_moments(
       mean_square: also keep Σnₖ·mₖ², for
         ``scale_by_safe_adam(second_moment="microbatch")``; costs one buffer.
       reject_nonfinite: False keeps every microbatch, finite or not.
-      accumulator_dtype: dtype of the mean. A dtype narrower than float32 loses small
-        gradients. Gradients in a narrower dtype than this one need a copy in this dtype
-        while ``inner`` runs.
+      accumulator_dtype: dtype of the mean. None for that of each parameter, but at
+        least float32; the mean of a complex parameter is complex with any dtype. A
+        dtype narrower than float32 loses small gradients. Gradients in a narrower dtype
+        than this one need a copy in this dtype while ``inner`` runs.
       axis_name: under ``shard_map``, the mesh axes that shard the gradient: all devices
         then keep or reject together, and deviations are those of whole leaves. Leave it
         None under ``jit``.
@@ -226,7 +231,10 @@ def accumulate_moments(
     _validate.check_transformation("inner", inner)
     if not (callable(every_k) or isinstance(every_k, ChoosesMicrobatches)):
         _validate.check_count("every_k", every_k, 1, "1 takes a step on every call")
-    _validate.check_float_dtype("accumulator_dtype", accumulator_dtype)
+    _validate.check_flags(mean_square=mean_square, reject_nonfinite=reject_nonfinite)
+    if accumulator_dtype is not None:
+        _validate.check_float_dtype("accumulator_dtype", accumulator_dtype)
+    _validate.check_axis_name("axis_name", axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
@@ -239,7 +247,7 @@ def accumulate_moments(
 
     def update_fn(updates, state, params=None, *, weight=None, moments=None, **extra):
         losses = given_losses(extra)
-        loss = _mesh_axes.mean(next(iter(losses.values()), 0.0), axis_name)
+        loss = loss_of(extra, needed=False, axis_name=axis_name)
         incoming = _incoming(
             updates,
             loss,
@@ -277,4 +285,11 @@ def accumulate_moments(
             like=updates,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "accumulate_moments",
+        AccumulateMomentsState,
+        init_fn,
+        update_fn,
+        stored=lambda state: state.acc_grads,
+        inexact=True,
+    )

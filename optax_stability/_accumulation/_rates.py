@@ -68,7 +68,7 @@ def scale_learning_rate(
 
     Raises:
       TypeError: an argument is not a number.
-      ValueError: K is below 1, or the rule is unknown.
+      ValueError: ``lr`` is negative, K is below 1, or the rule is unknown.
 
     Example:
       >>> scale_learning_rate(1e-3, 4), scale_learning_rate(1e-3, 4, "sqrt")
@@ -84,8 +84,7 @@ def scale_learning_rate(
     if not callable(num_microbatches):
         remedy = "1 changes nothing"
         _validate.check_count("num_microbatches", num_microbatches, 1, remedy)
-    if not callable(lr):
-        _validate.check_number("lr", lr)
+    _validate.check_rate("lr", lr)
     if not callable(lr) and not callable(num_microbatches):
         return _scaled(lr, num_microbatches, rule)
 
@@ -98,6 +97,7 @@ def scale_learning_rate(
 
 
 def _scaled(lr, k, rule: Rule):
+    k = k if _validate.is_concrete(k) else jnp.asarray(k, jnp.float32)
     if rule == "linear":
         return lr * k
     return lr * (math.sqrt(k) if _validate.is_concrete(k) else jnp.sqrt(k))

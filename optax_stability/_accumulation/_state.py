@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability._core import _norms, _tree
+from optax_stability._core import _norms, _states, _tree
 from optax_stability._core._in_place import apply_if, depends_on
-from optax_stability._core._numerics import increment
+from optax_stability._core._numerics import cast_like, increment
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Aggregate, Moments
 
 
 class AccumulateMomentsState(NamedTuple):
     """State of :func:`accumulate_moments`.
+
+    "real" is float64 if a parameter is float64 or complex128, else float32.
 
     Attributes:
       mini_step: int32[] – calls in the current window, kept or not.
@@ -28,7 +30,7 @@ class AccumulateMomentsState(NamedTuple):
       inner_opt_state: state of ``inner``.
       acc_grads: tree like the parameters, ``accumulator_dtype`` – mean of the gradients
         in the window. Has no meaning while ``mini_step`` is 0.
-      value: float32[] – mean loss of the window, 0 if no loss was given.
+      value: real[] – mean loss of the window, 0 if no loss was given.
       moments: statistics of the window; its ``norm`` is None.
     """
 
@@ -40,6 +42,9 @@ class AccumulateMomentsState(NamedTuple):
     acc_grads: Any
     value: jax.Array
     moments: Moments
+
+    reports_metrics = True  # For ost.metrics.
+    number = "mini_step"  # This field is one number.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -109,7 +114,7 @@ def step_if_full(
     """
 
     def update(mean, inner_state):
-        mean = optax.tree.cast_like(mean, like)
+        mean = cast_like(mean, like)
         moments = window.moments._replace(norm=_norms.leaf_norms(mean))
         return inner.update(mean, inner_state, params, moments=moments, **extra_args)
 
@@ -136,13 +141,16 @@ def step_if_full(
 
 def check_state(state: Any) -> AccumulateMomentsState:
     """The state with plain arrays in place of NNX variables."""
+    _states.check_not_transformation(state)
     if not isinstance(state, AccumulateMomentsState):
         raise TypeError(
             "state must be the state of accumulate_moments, got "
             f"{type(state).__name__}; if another transformation wraps "
             "accumulate_moments, pass its inner state."
         )
-    return _tree.pure(state)
+    state = _tree.pure(state)
+    _states.check_single(state)
+    return state
 
 
 def has_updated(state: Any) -> jax.Array:

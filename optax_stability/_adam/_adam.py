@@ -7,7 +7,8 @@ here is r = √v, updated by a hypot that never forms g², so ε can be 0.
 
 *Where in the chain*: in place of ``optax.scale_by_adam``, after clipping.
 
-*Cost*: state 2× the parameters (m and r) and the same passes over memory as optax. One
+*Cost*: state 2× the parameters (m and r; both in float32 for parameters of 16 bits,
+unless a dtype is given) and the same passes over memory as optax. One
 reduction per leaf with ``update_rms_max``, else none; no collectives.
 
 *Source*: Kingma & Ba, "Adam", 2015, arXiv:1412.6980, Algorithm 1.
@@ -23,8 +24,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_stability._adam._state import SafeAdamState, bias_correction, update_bound
-from optax_stability._core import _numerics, _validate
+from optax_stability._adam._state import (
+    SafeAdamState,
+    bias_correction,
+    mu_dtype_for,
+    rms_dtype_for,
+    update_bound,
+)
+from optax_stability._core import _numerics, _tree, _validate
+from optax_stability._core._checked import checked
 from optax_stability._moments import _moments
 from optax_stability._moments._moments import Moments
 
@@ -48,8 +56,10 @@ def _below_one(decay):
 
 def _limit_spikes(g, rms, limit):
     """Limits |g| to limit·r, except where r = 0: there is no past gradient yet."""
-    rms = rms.astype(jnp.float32)
+    rms = rms.astype(_real(g))
     known = (rms > 0) & jnp.isfinite(g)
+    if _numerics.is_complex(g):
+        return jnp.where(known, _numerics.clip_modulus(g, limit * rms), g)
     return jnp.where(known, jnp.clip(g, -limit * rms, limit * rms), g)
 
 
@@ -60,23 +70,23 @@ class _Decay(NamedTuple):
     learned: float | jax.Array
 
 
-def _decay(beta, count) -> _Decay:
+def _decay(beta, count, dtype) -> _Decay:
     if isinstance(count, int):
         return _Decay(beta, 1 - beta)
-    learned = bias_correction(count, beta)
+    learned = bias_correction(count, beta, dtype)
     return _Decay(1 - learned, learned)
 
 
 def _next_mu(g, mu, decay: _Decay):
     """Next mean: m ← β₁ᴷ·m + (1 − β₁ᴷ)·g, where g is finite."""
-    old = mu.astype(jnp.float32)
+    old = mu.astype(g.dtype)
     new = jnp.where(_numerics.is_finite(g), decay.kept * old + decay.learned * g, old)
     return _numerics.saturating_cast(new, mu.dtype)
 
 
 def _next_rms(g, size, rms, decay: _Decay, step):
     """Next root: r ← hypot(√β₂ᴷ·r, √(1 − β₂ᴷ)·size), where g is finite."""
-    old = rms.astype(jnp.float32)
+    old = rms.astype(_real(g))
     new = _numerics.hypot(_root(decay.kept) * old, _root(decay.learned) * jnp.abs(size))
     new = jnp.where(_numerics.is_finite(g), new, old)
     return _numerics.round_stochastically(new, step, rms.dtype)
@@ -85,32 +95,43 @@ def _next_rms(g, size, rms, decay: _Decay, step):
 def _next_mu_unit(unit, total, b1, decay: _Decay):
     """1 − Πβ₁; a constant β₁ needs no running product, whose rounding would add up."""
     if _validate.is_concrete(b1):
-        return bias_correction(total, b1)
+        return bias_correction(total, b1, unit.dtype)
     return decay.kept * unit + decay.learned
 
 
 def _next_rms_unit(unit, total, b2, decay: _Decay):
     """√(1 − Πβ₂), likewise."""
     if _validate.is_concrete(b2):
-        return jnp.sqrt(bias_correction(total, b2))
+        return jnp.sqrt(bias_correction(total, b2, unit.dtype))
     return _numerics.hypot(_root(decay.kept) * unit, _root(decay.learned))
 
 
 def _divide(mu, rms, eps, bound, eps_mode: EpsMode):
     """The update from m and r on a common scale; 0/0 is 0."""
+    if _numerics.is_complex(mu):
+        # The rule for the moduli, with the phase of m.
+        size = jnp.abs(mu)
+        length = _divide(size, rms, eps, bound, eps_mode)
+        phase = _numerics.by_component(lambda part: part / _nonzero(size), mu)
+        return _numerics.times(phase, length)
     if eps_mode == "atan2":
-        return _ATAN2_SLOPE * lax.atan2(mu, rms)
+        return _ATAN2_SLOPE * _numerics.angle(mu, rms)
     divisor = rms + eps if eps_mode == "add" else jnp.maximum(rms, eps)
     # Where r underflows, so does m·r_unit/m_unit ≤ B·r: the floor only replaces 0/0.
-    return lax.clamp(-bound, mu / jnp.maximum(divisor, _numerics.TINY), bound)
+    return lax.clamp(-bound, _numerics.quotient(mu, divisor), bound)
 
 
 def _rms_excess(size, rms, eps):
     """RMS of g/max(r, ε) over a leaf: how far this gradient exceeds the past ones."""
-    divisor = jnp.maximum(rms.astype(jnp.float32), eps)
+    divisor = jnp.maximum(rms, eps)
     usable = jnp.isfinite(size) & (divisor > 0)
     ratio = jnp.where(usable, size, 0.0) / jnp.where(usable, divisor, 1.0)
-    return jnp.sqrt(jnp.mean(jnp.square(ratio)))
+    return _numerics.root(jnp.mean(jnp.square(ratio)))
+
+
+def _real(x) -> Any:
+    """The dtype of |x|."""
+    return jnp.finfo(x.dtype).dtype
 
 
 def _nonzero(x):
@@ -157,6 +178,7 @@ def _require_moments(moments: Moments | None) -> Moments:
             "mean_square=True) returns: tx.update(grads, state, params, "
             "moments=moments)."
         )
+    _moments.check_moments(moments)
     if moments.mean_square is None:
         raise ValueError(
             "second_moment='microbatch' needs moments.mean_square, which is None; make "
@@ -175,11 +197,11 @@ def scale_by_safe_adam(
     update_rms_max: float | jax.Array | None = None,
     spike_ratio: float | jax.Array | None = None,
     mu_dtype: Any = None,
-    rms_dtype: Any = _numerics.FLOAT32,
+    rms_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with ε = 0 by default, safe for any scale of the gradient.
 
-    **Rule**, per coordinate, g the gradient in float32, r = √v::
+    **Rule**, per coordinate, g the gradient in float32 at least, r = √v::
 
       m ← β₁·m + (1 − β₁)·g            m̂ = m/(1 − β₁ᵗ)
       r ← hypot(√β₂·r, √(1 − β₂)·g)    r̂ = r/√(1 − β₂ᵗ)
@@ -187,6 +209,7 @@ def scale_by_safe_adam(
       u = m̂/max(r̂, ε)                  eps_mode "max"
       u = 1.27·atan2(m̂, r̂)             eps_mode "atan2": no ε at all
       0/0 is 0, and |u| is limited to B = (1−β₁)/√((1−β₂)(1−β₁²/β₂)), or with atan2 to 2
+      g complex: r from |g|, as in optax; |u| from |m̂| as above, with the phase of m̂
 
     With ``second_moment="microbatch"``, for the mean ḡ of K microbatch gradients mₖ of
     weight nₖ, N = Σnₖ, with both moments decaying per microbatch::
@@ -203,7 +226,10 @@ def scale_by_safe_adam(
     **Guarantees**
 
     * ε = 0: multiplying every gradient by 2ᵏ changes no bit of the update, as long as
-      neither g nor √(1−β₂)·g leaves the normal numbers: 1e-36 < |g| < 1e36.
+      neither g nor √(1−β₂)·g leaves the normal numbers: 1e-36 < |g| < 1e36, or
+      1e-306 < |g| < 1e306 for float64 parameters, whose moments have the digits of
+      float64.
+    * float16 and bfloat16 parameters are updated as float32 ones: m and r are float32.
     * A coordinate that has never had a gradient gets the update 0.
     * |u| ≤ B (7.27 at 0.9/0.999, 1.165 at 0.9/0.95) while the βs are constant and
       β₁² < β₂, up to rounding. Exact arithmetic never exceeds B; only rounding and
@@ -240,9 +266,13 @@ def scale_by_safe_adam(
         Under ``shard_map`` the RMS is that of the local shard.
       spike_ratio: per coordinate, limit g² to spike_ratio·v̂ of earlier steps, as in
         SPAM, where it is 5000. None disables it.
-      mu_dtype: storage of m; None for the dtype of the parameter, as in optax.
-      rms_dtype: storage of r. bfloat16 and float16 are rounded stochastically, without
-        a key, so that r decays correctly. ``optax.inject_hyperparams`` takes dtypes for
+      mu_dtype: storage of m. None for the dtype of the parameter, but at least float32,
+        that is 4 bytes for a parameter of 16 bits, where optax takes 2: in float16,
+        m = (1 − β₁)·g underflows below g = 6e-7. ``jnp.bfloat16`` takes 2 bytes. A
+        complex parameter has a complex m, complex64 at least.
+      rms_dtype: storage of r, which is real. None for the dtype of |parameter|, but at
+        least float32. bfloat16 and float16 are rounded stochastically, without a key,
+        so that r decays correctly. ``optax.inject_hyperparams`` takes dtypes for
         schedules: name them in its ``static_args``.
 
     Returns:
@@ -286,31 +316,41 @@ def scale_by_safe_adam(
     _check_eps(eps, eps_mode)
     _check_limits(update_rms_max, spike_ratio)
     _validate.check_choice("second_moment", second_moment, get_args(SecondMoment))
-    _validate.check_float_dtype("rms_dtype", rms_dtype)
-    if mu_dtype is not None:
-        _validate.check_float_dtype("mu_dtype", mu_dtype)
+    for name, dtype in (("mu_dtype", mu_dtype), ("rms_dtype", rms_dtype)):
+        if dtype is not None:
+            _validate.check_float_dtype(name, dtype)
     b1, b2 = _below_one(b1), _below_one(b2)
     if spike_ratio is not None:
         spike_ratio = _validate.as_float32(spike_ratio)
 
     def init_fn(params):
+        dtype = _numerics.real_dtype(_tree.pure(params))
         return SafeAdamState(
             step=jnp.zeros((), jnp.int32),
             microbatches=jnp.zeros((), jnp.int32),
-            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            rms=optax.tree.zeros_like(params, dtype=rms_dtype),
-            mu_unit=jnp.zeros((), jnp.float32),
-            rms_unit=jnp.zeros((), jnp.float32),
-            noise=jnp.zeros((), jnp.float32),
-            b1=jnp.zeros((), jnp.float32),
-            b2=jnp.zeros((), jnp.float32),
-            eps=jnp.zeros((), jnp.float32),
+            mu=jax.tree.map(
+                lambda p: jnp.zeros_like(p, dtype=mu_dtype_for(p, mu_dtype)), params
+            ),
+            rms=jax.tree.map(
+                lambda p: jnp.zeros_like(p, dtype=rms_dtype_for(p, rms_dtype)), params
+            ),
+            mu_unit=jnp.zeros((), dtype),
+            rms_unit=jnp.zeros((), dtype),
+            noise=jnp.zeros((), dtype),
+            b1=jnp.zeros((), dtype),
+            b2=jnp.zeros((), dtype),
+            eps=jnp.zeros((), dtype),
         )
 
     def update_fn(updates, state, params=None, *, moments=None, **extra_args):
         del params, extra_args
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
-        count, sizes = 1, grads
+        dtype = state.mu_unit.dtype
+        # All leaves with the scalars in one dtype, or in a wider one.
+        grads = jax.tree.map(
+            lambda g: g.astype(_numerics.promote(_numerics.wide_dtype(g), dtype)),
+            updates,
+        )
+        count, sizes = 1, jax.tree.map(_numerics.size, grads)
         if second_moment == "microbatch":
             moments = _moments.visible(_require_moments(moments), updates)
             count, sizes = moments.num_microbatches, _moments.rms(moments, grads)
@@ -319,7 +359,7 @@ def scale_by_safe_adam(
             clip = functools.partial(_limit_spikes, limit=limit)
             grads = jax.tree.map(clip, grads, state.rms)
             sizes = jax.tree.map(clip, sizes, state.rms)
-        decay1, decay2 = _decay(b1, count), _decay(b2, count)
+        decay1, decay2 = _decay(b1, count, dtype), _decay(b2, count, dtype)
         mu = jax.tree.map(lambda g, mu: _next_mu(g, mu, decay1), grads, state.mu)
         rms = jax.tree.map(
             lambda g, size, rms: _next_rms(g, size, rms, decay2, state.step),
@@ -333,13 +373,15 @@ def scale_by_safe_adam(
         total = _numerics.increment(state.microbatches, count)
         mu_unit = _next_mu_unit(state.mu_unit, total, b1, decay1)
         rms_unit = _next_rms_unit(state.rms_unit, total, b2, decay2)
-        noise = decay1.kept**2 * state.noise + decay1.learned**2 / jnp.maximum(count, 1)
-        eps_now = jnp.asarray(eps(state.step) if callable(eps) else eps, jnp.float32)
-        bound = update_bound(jnp.float32(b1), jnp.float32(b2))
+        share = jnp.maximum(count, 1).astype(jnp.float32)
+        noise = decay1.kept**2 * state.noise + decay1.learned**2 / share
+        eps_now = jnp.asarray(eps(state.step) if callable(eps) else eps, dtype)
+        b1_now, b2_now = jnp.asarray(b1, dtype), jnp.asarray(b2, dtype)
+        bound = update_bound(b1_now, b2_now)
 
         def direction(size, mu, rms):
-            rms = rms.astype(jnp.float32)
-            mu = mu.astype(jnp.float32) * (rms_unit / _nonzero(mu_unit))
+            rms = rms.astype(dtype)
+            mu = _numerics.times(mu, rms_unit / _nonzero(mu_unit))
             u = _divide(mu, rms, eps_now * rms_unit, bound, eps_mode)
             if update_rms_max is not None:
                 excess = _rms_excess(size * rms_unit, rms, eps_now * rms_unit)
@@ -347,7 +389,7 @@ def scale_by_safe_adam(
             return u
 
         directions = jax.tree.map(direction, sizes, mu, rms)
-        return optax.tree.cast_like(directions, updates), SafeAdamState(
+        return _numerics.cast_like(directions, updates), SafeAdamState(
             step=_numerics.increment(state.step),
             microbatches=total,
             mu=mu,
@@ -355,9 +397,16 @@ def scale_by_safe_adam(
             mu_unit=mu_unit,
             rms_unit=rms_unit,
             noise=noise,
-            b1=jnp.asarray(b1, jnp.float32),
-            b2=jnp.asarray(b2, jnp.float32),
+            b1=b1_now,
+            b2=b2_now,
             eps=eps_now,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "scale_by_safe_adam",
+        SafeAdamState,
+        init_fn,
+        update_fn,
+        stored=lambda state: state.mu,
+        inexact=True,
+    )

@@ -12,7 +12,33 @@ import jax
 import optax
 
 from optax_stability._adam._adam import EpsMode, SecondMoment, scale_by_safe_adam
-from optax_stability._core import _numerics
+from optax_stability._adam._state import SafeAdamState
+from optax_stability._core import _leaves, _states, _validate
+
+_CHAIN_LENGTH = 3
+
+
+def _decay(weight_decay, mask) -> optax.GradientTransformationExtraArgs:
+    """``optax.add_decayed_weights``; without a decay it needs no parameters."""
+    none = _validate.is_concrete(weight_decay) and weight_decay == 0
+    decayed = optax.add_decayed_weights(weight_decay, mask)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is not None:
+            try:
+                return decayed.update(updates, state, params)
+            except ValueError:
+                _leaves.check_params("safe_adamw", params, updates)
+                raise
+        if none:
+            return updates, state
+        raise ValueError(
+            f"safe_adamw(weight_decay={weight_decay!r}) needs params: call "
+            "tx.update(grads, state, params), or give weight_decay=0.0."
+        )
+
+    return optax.GradientTransformationExtraArgs(decayed.init, update_fn)
 
 
 def safe_adamw(
@@ -28,7 +54,7 @@ def safe_adamw(
     update_rms_max: float | jax.Array | None = None,
     spike_ratio: float | jax.Array | None = None,
     mu_dtype: Any = None,
-    rms_dtype: Any = _numerics.FLOAT32,
+    rms_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.adamw`` with :func:`scale_by_safe_adam` in place of Adam.
 
@@ -54,7 +80,9 @@ def safe_adamw(
       The chain ``scale_by_safe_adam → add_decayed_weights → scale_by_learning_rate``.
 
     Raises:
-      ValueError: an argument is outside its range.
+      TypeError: an argument is not a number.
+      ValueError: an argument is outside its range; or, at ``update``, ``params`` are
+        missing and ``weight_decay`` is not 0.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -68,7 +96,13 @@ def safe_adamw(
       Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019,
       arXiv:1711.05101, Algorithm 2, with the learning rate as η·α, as in optax.
     """
-    return optax.chain(
+    _validate.check_rate("learning_rate", learning_rate)
+    if not callable(mask):
+        for flag in jax.tree.leaves(mask):
+            _validate.check_flags(mask=flag)
+    remedy = "0 is no decay"
+    _validate.check_interval("weight_decay", weight_decay, "[0, inf)", remedy)
+    chain = optax.chain(
         scale_by_safe_adam(
             b1,
             b2,
@@ -80,6 +114,14 @@ def safe_adamw(
             mu_dtype=mu_dtype,
             rms_dtype=rms_dtype,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        _decay(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        # The chain only says that the number of states is wrong.
+        if type(state) is not tuple or len(state) != _CHAIN_LENGTH:
+            _states.check_state("safe_adamw", state, SafeAdamState)
+        return chain.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(chain.init, update_fn)

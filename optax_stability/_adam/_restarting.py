@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability import thresholds
-from optax_stability._core import _known_norms, _mesh_axes, _validate
+from optax_stability._core import _known_norms, _mesh_axes, _tree, _validate
+from optax_stability._core._checked import checked
 from optax_stability._core._in_place import select_if
-from optax_stability._core._numerics import increment, scale
+from optax_stability._core._numerics import increment, real_dtype, scale
 from optax_stability.thresholds import Threshold
-from optax_stability.thresholds._threshold import check_threshold
+from optax_stability.thresholds._threshold import check_threshold, learn, state_for
 
 
 class RestartMomentsState(NamedTuple):
@@ -43,6 +44,8 @@ class RestartMomentsState(NamedTuple):
     last_step: jax.Array
     threshold: Any
     inner_state: Any
+
+    reports_metrics = True  # For ost.metrics.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -94,7 +97,7 @@ def restart_moments(
     schedule too: wrap only the transformation with the moments, not the whole
     optimizer. Right after a restart Adam's update is the sign of one gradient;
     ``warmup`` softens that. Inside ``skip_spikes``, skipped spikes do not arrive here.
-    Reverse-mode differentiation is not supported.
+    Reverse mode passes: the derivative is that of the steps that are taken.
 
     Args:
       inner: transformation whose state is reset.
@@ -138,6 +141,7 @@ def restart_moments(
         _validate.check_count("every", every, 1, "500 is the published value")
     check_threshold("on_spike", on_spike, optional=True)
     _validate.check_count("warmup", warmup, 0, "150 is the published value")
+    _validate.check_axis_name("axis_name", axis_name)
     inner = optax.with_extra_args_support(inner)
     threshold = on_spike or thresholds.constant(float("inf"))
 
@@ -147,7 +151,7 @@ def restart_moments(
             age=jnp.zeros((), jnp.int32),
             total=jnp.zeros((), jnp.int32),
             last_step=jnp.full((), -1, jnp.int32),
-            threshold=threshold.init(),
+            threshold=state_for(threshold, real_dtype(_tree.pure(params))),
             inner_state=inner.init(params),
         )
 
@@ -161,7 +165,7 @@ def restart_moments(
         restart, learned = jnp.zeros((), bool), state.threshold
         if on_spike is not None:
             norm = _known_norms.global_norm(updates, axis_name)
-            limit, learned = threshold.update(norm, state.threshold)
+            limit, learned = learn(threshold, norm, state.threshold)
             restart = jnp.isfinite(norm) & (norm > limit)
         if every is not None:
             restart |= age >= every
@@ -181,4 +185,4 @@ def restart_moments(
             inner_state=select_if(restart, lambda _: inner.init(params), inner_state),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("restart_moments", RestartMomentsState, init_fn, update_fn)

@@ -12,29 +12,32 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability._core import _numerics, _tree, _validate
+from optax_stability._core import _numerics, _states, _tree, _validate
 from optax_stability._core._leafwise import leafwise_sums
 
 
 class SafeAdamState(NamedTuple):
     """State of :func:`scale_by_safe_adam`.
 
+    "real" is float64 if a parameter is float64 or complex128, else float32.
+
     Attributes:
       step: int32[] – calls of ``update``.
       microbatches: int32[] – microbatch gradients in the moments; ``step`` if each call
         counts as one.
-      mu: tree like the parameters, ``mu_dtype`` – m, mean of the gradients.
+      mu: tree like the parameters, ``mu_dtype`` – m, mean of the gradients; complex
+        where the parameters are.
       rms: tree like the parameters, ``rms_dtype`` – r = √v, root mean square of the
         gradients.
-      mu_unit: float32[] – the value of ``mu`` if every gradient were 1; m̂ is
+      mu_unit: real[] – the value of ``mu`` if every gradient were 1; m̂ is
         ``mu / mu_unit``. Equals 1 − Πβ₁, also for a β₁ that changes.
-      rms_unit: float32[] – the same for ``rms``: r̂ is ``rms / rms_unit``. Equals
+      rms_unit: real[] – the same for ``rms``: r̂ is ``rms / rms_unit``. Equals
         √(1 − Πβ₂).
-      noise: float32[] – the mean of ``mu²`` if the gradients were independent, with
+      noise: real[] – the mean of ``mu²`` if the gradients were independent, with
         mean 0 and mean square 1.
-      b1: float32[] – β₁ of the last step, for the metrics.
-      b2: float32[] – β₂ of the last step, for the metrics.
-      eps: float32[] – ε of the last step, for the metrics.
+      b1: real[] – β₁ of the last step, for the metrics.
+      b2: real[] – β₂ of the last step, for the metrics.
+      eps: real[] – ε of the last step, for the metrics.
     """
 
     step: jax.Array
@@ -48,6 +51,7 @@ class SafeAdamState(NamedTuple):
     b2: jax.Array
     eps: jax.Array
 
+    reports_metrics = True  # For ost.metrics.
     # Tells a reader of metrics that each call takes a pass over the moments.
     costly_metrics = True
 
@@ -69,9 +73,22 @@ def _log(decay):
     return math.log(decay) if decay > 0 else -math.inf
 
 
-def bias_correction(count, decay) -> jax.Array:
-    """1 − decayᵗ after t gradients, without cancellation, float32[]."""
-    count = jnp.asarray(count, jnp.float32)
+def mu_dtype_for(leaf, mu_dtype: Any) -> Any:
+    """The dtype that stores m of a leaf: complex where the leaf is."""
+    if mu_dtype is None:
+        return _numerics.wide_dtype(leaf)
+    is_complex = _numerics.is_complex(leaf)
+    return _numerics.promote(mu_dtype, jnp.complex64) if is_complex else mu_dtype
+
+
+def rms_dtype_for(leaf, rms_dtype: Any) -> Any:
+    """The dtype that stores r of a leaf, a real one."""
+    return _numerics.real_dtype(leaf) if rms_dtype is None else rms_dtype
+
+
+def bias_correction(count, decay, dtype=_numerics.FLOAT32) -> jax.Array:
+    """1 − decayᵗ after t gradients, without cancellation, of a real dtype."""
+    count = jnp.asarray(count, dtype)
     return jnp.where(count > 0, -jnp.expm1(count * _log(decay)), 0.0)
 
 
@@ -80,11 +97,11 @@ def update_bound(b1, b2):
 
     It holds at every step t, because (1−(β₁²/β₂)ᵗ)(1−β₂ᵗ) ≤ (1−β₁ᵗ)² by the inequality
     of arithmetic and geometric means. Where β₁² ≥ β₂ there is no bound: the largest
-    float32.
+    number of the dtype of β.
     """
     margin = 1 - b1 * b1 / b2
     bound = (1 - b1) / jnp.sqrt((1 - b2) * jnp.where(margin > 0, margin, 1.0))
-    return jnp.where(margin > 0, bound, jnp.finfo(jnp.float32).max)
+    return jnp.where(margin > 0, bound, jnp.finfo(b1.dtype).max)
 
 
 def _ratio(x, y):
@@ -93,17 +110,20 @@ def _ratio(x, y):
 
 
 def _terms(mu, rms, largest, eps):
-    """(m/r)², ε/(r+ε) and 1 where r ≠ 0.
+    """|m/r|², ε/(r+ε) and 1 where r ≠ 0.
 
     Squares are limited to ``largest``, and 0/0 = 0. On CPU, XLA writes the result of a
     ``where`` or a comparison to memory before it sums it, but not maxima, minima and
     signs.
     """
-    mu, rms = mu.astype(jnp.float32), rms.astype(jnp.float32)
-    square = jnp.square(mu / jnp.maximum(rms, _numerics.TINY))
+    dtype = eps.dtype
+    rms, tiny = rms.astype(dtype), _numerics.tiny(dtype)
+    ratio = _numerics.by_component(
+        lambda part: part.astype(dtype) / jnp.maximum(rms, tiny), mu
+    )
     return (
-        jnp.minimum(square, largest),
-        eps / jnp.maximum(rms + eps, _numerics.TINY),
+        jnp.minimum(_numerics.abs_sq(ratio), largest),
+        eps / jnp.maximum(rms + eps, tiny),
         jnp.sign(rms),
     )
 
@@ -134,7 +154,7 @@ def _metrics(state: SafeAdamState) -> dict[str, jax.Array]:
     sizes = jnp.array([mu.size for mu in mus], jnp.float32)
     totals = jnp.stack([squares * jnp.square(scale), shares, sizes - nonzero])
 
-    per_leaf = totals / jnp.maximum(sizes, 1.0)
+    per_leaf = totals / jnp.maximum(sizes, 1.0)[None]
     overall = jnp.sum(totals, axis=1) / jnp.maximum(jnp.sum(sizes), 1.0)
 
     def named(means, suffix=""):
@@ -157,11 +177,14 @@ def from_optax_adam_state(
     b2: float = 0.999,
     *,
     eps: float = 0.0,
-    rms_dtype: Any = jnp.float32,
+    mu_dtype: Any = None,
+    rms_dtype: Any = None,
 ) -> optax.OptState:
     """Converts the state of optax's Adam to that of safe Adam, for a running job.
 
     **Rule**: rms = √nu; mu and the count stay; the units are 1 − b1ᵗ and √(1 − b2ᵗ).
+    Both moments get the dtypes that ``scale_by_safe_adam`` gives them: a mu that optax
+    keeps in bfloat16 for bfloat16 parameters becomes float32, with the same values.
 
     **Guarantees**: the next update is that of optax's Adam with the same β and ε, to
     float32 rounding; all other parts of the optimizer state are returned unchanged.
@@ -172,6 +195,8 @@ def from_optax_adam_state(
       b1: β₁ that the state was made with, in [0, 1).
       b2: β₂ that the state was made with, in (0, 1).
       eps: ε to show in the metrics until the next step.
+      mu_dtype: storage of ``mu``, as in ``scale_by_safe_adam``; None also keeps a dtype
+        that differs from that of the parameters.
       rms_dtype: storage of ``rms``, as in ``scale_by_safe_adam``.
 
     Returns:
@@ -189,40 +214,52 @@ def from_optax_adam_state(
     """
     _validate.check_interval("b1", b1, "[0, 1)", "0.9 is usual")
     _validate.check_interval("b2", b2, "(0, 1)", "0.999 is usual")
+    _validate.check_interval("eps", eps, "[0, inf)", "it is for the metrics alone")
+    _validate.check_float_dtype("rms_dtype", rms_dtype)
 
     def convert(adam: optax.ScaleByAdamState) -> SafeAdamState:
-        rms = jax.tree.map(
-            lambda nu: _numerics.round_stochastically(
-                jnp.sqrt(nu.astype(jnp.float32)), adam.count, rms_dtype
-            ),
-            adam.nu,
-        )
-        count = jnp.asarray(adam.count)
+        def root(nu):
+            # optax keeps nu of a complex parameter complex, with imaginary part 0.
+            root = jnp.sqrt(jnp.real(nu).astype(_numerics.real_dtype(nu)))
+            dtype = rms_dtype_for(nu, rms_dtype)
+            return _numerics.round_stochastically(root, adam.count, dtype)
+
+        def widened(mu, nu):
+            # nu has the dtype of the parameter. A mu of another dtype was asked for.
+            given = mu.dtype if mu_dtype is None and mu.dtype != nu.dtype else mu_dtype
+            return _numerics.saturating_cast(mu, mu_dtype_for(mu, given))
+
+        count, dtype = jnp.asarray(adam.count), _numerics.real_dtype(adam.nu)
         return SafeAdamState(
             step=count,
             microbatches=count,
-            mu=adam.mu,
-            rms=rms,
-            mu_unit=bias_correction(count, b1),
-            rms_unit=jnp.sqrt(bias_correction(count, b2)),
-            noise=(1 - b1) / (1 + b1) * bias_correction(count, b1 * b1),
-            b1=jnp.asarray(b1, jnp.float32),
-            b2=jnp.asarray(b2, jnp.float32),
-            eps=jnp.asarray(eps, jnp.float32),
+            mu=jax.tree.map(widened, adam.mu, adam.nu),
+            rms=jax.tree.map(root, adam.nu),
+            mu_unit=bias_correction(count, b1, dtype),
+            rms_unit=jnp.sqrt(bias_correction(count, b2, dtype)),
+            noise=(1 - b1) / (1 + b1) * bias_correction(count, b1 * b1, dtype),
+            b1=jnp.asarray(b1, dtype),
+            b2=jnp.asarray(b2, dtype),
+            eps=jnp.asarray(eps, dtype),
         )
 
     return _replace(state, optax.ScaleByAdamState, convert)
 
 
-def to_optax_adam_state(state: Any, *, nu_dtype: Any = jnp.float32) -> optax.OptState:
+def to_optax_adam_state(
+    state: Any, *, mu_dtype: Any = None, nu_dtype: Any = jnp.float32
+) -> optax.OptState:
     """Converts the state of safe Adam to that of ``optax.scale_by_adam``.
 
-    **Rule**: nu = rms², count = microbatches, mu stays. ``nu`` underflows where
+    **Rule**: nu = rms², count = microbatches, and mu. ``nu`` underflows where
     |g| < 1e-19.
 
     Args:
       state: a :class:`SafeAdamState`, or any optimizer state with at least one in it.
-      nu_dtype: dtype of ``nu``; optax keeps that of the parameters.
+      mu_dtype: dtype of ``mu``; None keeps it. optax's is that of the parameters,
+        unless it was given one.
+      nu_dtype: dtype of ``nu``; optax's is that of the parameters. Complex, as in
+        optax, where the parameters are.
 
     Returns:
       The same tree with every :class:`SafeAdamState` replaced by an
@@ -231,18 +268,27 @@ def to_optax_adam_state(state: Any, *, nu_dtype: Any = jnp.float32) -> optax.Opt
     Raises:
       ValueError: there is no safe Adam state in ``state``.
     """
+    _validate.check_float_dtype("nu_dtype", nu_dtype)
 
     def convert(safe: SafeAdamState) -> optax.ScaleByAdamState:
-        nu = jax.tree.map(
-            lambda rms: jnp.square(rms.astype(jnp.float32)).astype(nu_dtype), safe.rms
-        )
-        return optax.ScaleByAdamState(count=safe.microbatches, mu=safe.mu, nu=nu)
+        def square(rms, mu):
+            square = jnp.square(rms.astype(_numerics.real_dtype(rms)))
+            return square.astype(mu_dtype_for(mu, nu_dtype))
+
+        def cast(mu):
+            dtype = mu.dtype if mu_dtype is None else mu_dtype_for(mu, mu_dtype)
+            return _numerics.saturating_cast(mu, dtype)
+
+        nu = jax.tree.map(square, safe.rms, safe.mu)
+        mu = jax.tree.map(cast, safe.mu)
+        return optax.ScaleByAdamState(count=safe.microbatches, mu=mu, nu=nu)
 
     return _replace(state, SafeAdamState, convert)
 
 
 def _replace(state: Any, kind: type, convert) -> Any:
     """Applies ``convert`` to every ``kind`` in a tree, which must hold at least one."""
+    _states.check_not_transformation(state)
     nodes, treedef = jax.tree.flatten(
         _tree.pure(state), is_leaf=lambda node: isinstance(node, kind)
     )

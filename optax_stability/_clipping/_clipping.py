@@ -13,13 +13,23 @@ stream.
 networks", 2013, arXiv:1211.5063, Algorithm 1, with the limit from a threshold.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability._core import _mesh_axes, _norms, _numerics, _tree, _validate
+from optax_stability._core import (
+    _leaves,
+    _mesh_axes,
+    _norms,
+    _numerics,
+    _states,
+    _tree,
+    _validate,
+)
+from optax_stability._core._checked import checked
 from optax_stability._core._scopes import (
     Parts,
     Scope,
@@ -29,21 +39,23 @@ from optax_stability._core._scopes import (
     split,
 )
 from optax_stability.thresholds import Threshold
-from optax_stability.thresholds._threshold import check_threshold
+from optax_stability.thresholds._threshold import check_threshold, learn, state_for
 
 
 class ClipByThresholdState(NamedTuple):
     """State of :func:`clip_by_threshold`.
 
+    "real" is float64 if a leaf is float64 or complex128, else float32.
+
     Attributes:
       step: int32[] – calls of ``update``.
       clipped_total: int32[] – steps at which a norm was above its limit.
       nonfinite_total: int32[] – steps at which a norm was not finite.
-      norm: float32[] – last L2 norm of the whole gradient, before clipping.
-      limit: float32[] – last limit; with several scopes √Σ limit².
-      leaf_norm: float32[n_leaves] – for each leaf, last norm of its scope (for a
+      norm: real[] – last L2 norm of the whole gradient, before clipping.
+      limit: real[] – last limit; with several scopes √Σ limit².
+      leaf_norm: real[n_leaves] – for each leaf, last norm of its scope (for a
         stacked leaf, of all its layers together); None with scope ``"global"``.
-      leaf_limit: float32[n_leaves] – for each leaf, last limit of its scope; None with
+      leaf_limit: real[n_leaves] – for each leaf, last limit of its scope; None with
         scope ``"global"``.
       threshold: state of the threshold; every array has a leading axis with one entry
         per scope, in the order of the leaves.
@@ -60,6 +72,8 @@ class ClipByThresholdState(NamedTuple):
     leaf_limit: Any
     threshold: Any
     leaves: Any
+
+    reports_metrics = True  # For ost.metrics.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -83,7 +97,7 @@ def _scale(updates, factor, finite, parts: Parts):
     leaves, treedef = jax.tree.flatten(updates)
     by_leaf = (for_leaves(values, leaves, parts) for values in (factor, finite))
     scaled = [
-        jnp.where(keep, _numerics.scale(leaf, by), jnp.zeros((), leaf.dtype))
+        jnp.where(keep, _numerics.scale(leaf, by), jnp.zeros((), jnp.result_type(leaf)))
         for leaf, by, keep in zip(leaves, *by_leaf, strict=True)
     ]
     return jax.tree.unflatten(treedef, scaled)
@@ -100,7 +114,8 @@ def clip_by_threshold(
 
     Within a scope the direction of the gradient is kept; only its length changes.
 
-    **Rule**, for every scope (the whole tree, a leaf, a group), n = ‖g‖₂ in float32::
+    **Rule**, for every scope (the whole tree, a leaf, a group), n = √Σ|x|² over its
+    entries, in float32, or in float64 if a leaf of the tree is float64 or complex128::
 
       limit, state = threshold.update(n, state)
       g ← g·limit/n   if n > limit
@@ -114,6 +129,8 @@ def clip_by_threshold(
     * A non-finite gradient gives zero updates for its scope and is not learned, at any
       step; the other scopes are not affected.
     * The norm of a finite gradient of any size is correct, although 1e20² overflows.
+      Limits for float64 gradients have the range and the digits of float64.
+    * Complex entries count by their modulus and keep their phase.
 
     **Edge cases**: an all-zero gradient is not clipped; an empty tree has norm 0. If
     the backend flushes subnormal numbers to zero, a gradient with limit/n below 1e-38
@@ -156,6 +173,7 @@ def clip_by_threshold(
       [0.6 0.8] 5.0
     """
     check_threshold("threshold", threshold)
+    _validate.check_axis_name("axis_name", axis_name)
     if not callable(scope):
         _validate.check_choice("scope", scope, ("global", "leaf"))
 
@@ -169,29 +187,38 @@ def clip_by_threshold(
     def init_fn(params):
         parts = split(_tree.pure(params), scope, stacked)
         streams = jnp.zeros((parts.num_scopes,), jnp.float32)
-        size = parts.num_leaves
+        size, dtype = parts.num_leaves, _numerics.real_dtype(_tree.pure(params))
         return ClipByThresholdState(
             step=jnp.zeros((), jnp.int32),
             clipped_total=jnp.zeros((), jnp.int32),
             nonfinite_total=jnp.zeros((), jnp.int32),
-            norm=jnp.zeros((), jnp.float32),
-            limit=jnp.zeros((), jnp.float32),
-            leaf_norm=jnp.zeros((size,), jnp.float32) if per_leaf else None,
-            leaf_limit=jnp.zeros((size,), jnp.float32) if per_leaf else None,
-            threshold=jax.vmap(lambda _: threshold.init())(streams),
+            norm=jnp.zeros((), dtype),
+            limit=jnp.zeros((), dtype),
+            leaf_norm=jnp.zeros((size,), dtype) if per_leaf else None,
+            leaf_limit=jnp.zeros((size,), dtype) if per_leaf else None,
+            threshold=jax.vmap(lambda _: state_for(threshold, dtype))(streams),
             leaves=_tree.mark_leaves(params) if per_leaf else None,
         )
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        if (state.leaves is not None) != per_leaf:
+            raise _states.WrongStateError(
+                f"clip_by_threshold(scope={scope!r}) got the state of another scope; "
+                "pass the state of tx.init(params)."
+            )
         parts = split(updates, scope, stacked)
+        _check_streams(state.threshold, parts)
         norm = scope_norms(updates, parts, axis_name)
         limit, learned = _update_each(threshold, norm, state.threshold)
 
         finite, above = jnp.isfinite(norm), norm > limit
         # The inner where avoids 0/0 in derivatives.
         factor = jnp.where(above, limit / jnp.where(above, norm, 1.0), 1.0)
-        return _scale(updates, factor, finite, parts), ClipByThresholdState(
+        scaled = _scale(updates, factor, finite, parts)
+        # They are wider than at init only if the gradient is wider than the parameters.
+        norm, limit = norm.astype(state.norm.dtype), limit.astype(state.norm.dtype)
+        return scaled, ClipByThresholdState(
             step=_numerics.increment(state.step),
             clipped_total=_count(state.clipped_total, finite & above),
             nonfinite_total=_count(state.nonfinite_total, ~finite),
@@ -203,7 +230,25 @@ def clip_by_threshold(
             leaves=state.leaves,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "clip_by_threshold",
+        ClipByThresholdState,
+        init_fn,
+        update_fn,
+        stored=(lambda state: state.leaves) if per_leaf else None,
+        inexact=True,
+    )
+
+
+def _check_streams(threshold_state: Any, parts: Parts) -> None:
+    """Raises unless the gradient has as many scopes as at ``init``."""
+    streams = [len(leaf) for leaf in jax.tree.leaves(threshold_state)]
+    if any(count != parts.num_scopes for count in streams):
+        raise _leaves.WrongLeavesError(
+            f"clip_by_threshold: the gradient has {parts.num_scopes} layers or labels, "
+            f"which were {streams[0]} at init: a shape or a label changed; make the "
+            "state anew with tx.init(params)."
+        )
 
 
 def _update_each(threshold: Threshold, norms, states):
@@ -212,8 +257,8 @@ def _update_each(threshold: Threshold, norms, states):
     On a TPU single numbers are for the scalar unit, vectors of one number are not.
     """
     if norms.shape[0] != 1:
-        return jax.vmap(threshold.update)(norms, states)
-    found = threshold.update(norms[0], jax.tree.map(lambda x: x[0], states))
+        return jax.vmap(functools.partial(learn, threshold))(norms, states)
+    found = learn(threshold, norms[0], jax.tree.map(lambda x: x[0], states))
     return jax.tree.map(lambda x: x[None], found)
 
 

@@ -7,7 +7,10 @@ does copy, and the host has to read its condition while the device waits. There 
 is always computed, and its result is selected element by element in the pass that
 computes it.
 
-*Cost*: no reverse-mode differentiation through the step.
+*Derivatives*: JAX cannot reverse a loop whose number of passes is a value. The
+derivative is therefore that of ``lax.cond``, which is the same function.
+
+*Cost*: the step is traced twice.
 """
 
 import functools
@@ -19,8 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.extend import core
 
 from optax_stability._core._memory_space import to_device, to_memory_of
+from optax_stability._core._numerics import is_complex, promote
 from optax_stability._core._platform import by_platform
 
 Carry = TypeVar("Carry")
@@ -55,6 +60,39 @@ def no_hoist(tree):
 Conditional = Callable[[Any, Callable[[Carry], Carry], Carry], Carry]
 
 
+def _with_explicit_inputs(step: Callable[[Carry], Carry], carry: Carry):
+    """The step as a function of (carry, inputs), and the values that it closes over.
+
+    JAX differentiates a function with a rule of its own only by its arguments.
+    """
+    traced, shapes = jax.make_jaxpr(step, return_shape=True)(carry)
+    structure = jax.tree.structure(shapes)
+
+    def explicit(carry, inputs):
+        closed = core.ClosedJaxpr(traced.jaxpr, inputs)
+        flat = core.jaxpr_as_fun(closed)(*jax.tree.leaves(carry))
+        return jax.tree.unflatten(structure, flat)
+
+    return explicit, traced.consts
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _carry_out(loop, step, run, carry, inputs):
+    return loop(run, lambda carry: step(carry, inputs), carry)
+
+
+@_carry_out.defjvp
+def _carry_out_jvp(loop, step, primals, tangents):
+    """The derivative of ``lax.cond``; ``run`` has none."""
+    del loop
+    run, carry, inputs = primals
+
+    def by_cond(carry, inputs):
+        return lax.cond(run, step, lambda carry, _: carry, carry, inputs)
+
+    return jax.jvp(by_cond, (carry, inputs), tuple(tangents[1:]))
+
+
 def run_if(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
     """Returns ``step(carry)`` if ``run`` is true, else ``carry`` unchanged.
 
@@ -68,11 +106,19 @@ def run_if(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
     """
     if isinstance(run, bool):
         return step(carry) if run else carry
+    return _carry_out(_run_once, *_arguments(run, step, carry))
 
+
+def _run_once(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
     def body(loop):
         return jnp.zeros_like(run), step(loop[1])
 
     return lax.while_loop(lambda loop: loop[0], body, (run, carry))[1]
+
+
+def _arguments(run, step, carry):
+    explicit, inputs = _with_explicit_inputs(step, carry)
+    return explicit, run, carry, inputs
 
 
 def _select(run, new: Carry, old: Carry) -> Carry:
@@ -92,7 +138,10 @@ def select_if(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
     On an accelerator the step is always computed, and its result is selected: the loop
     always runs once, so that XLA removes it.
     """
+    return _carry_out(_select_once, *_arguments(run, step, carry))
 
+
+def _select_once(run, step: Callable[[Carry], Carry], carry: Carry) -> Carry:
     def again(loop):
         return by_platform(
             *loop[:2], cpu=lambda due, _: due, accelerator=lambda _, ended: ended < 1
@@ -160,7 +209,7 @@ def _cast_like(new, old):
 
 def _fits(output, buffer) -> bool:
     """Whether the dtype of the buffer can hold every value of the output's dtype."""
-    return jnp.promote_types(output.dtype, buffer.dtype) == buffer.dtype
+    return promote(output.dtype, buffer.dtype) == buffer.dtype
 
 
 class WrittenUpdate(NamedTuple):
@@ -250,7 +299,7 @@ def apply_if(
 
 def _has_bits(x) -> bool:
     """Whether exclusive or is defined for the dtype; it is not for random keys."""
-    kinds = jnp.floating, jnp.integer, jnp.bool_
+    kinds = jnp.inexact, jnp.integer, jnp.bool_
     return any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
 
 
@@ -263,11 +312,20 @@ def _as_bits(x):
 
 def _xor(x, y):
     """Bitwise exclusive or, in the memory of x: ``_xor(_xor(x, y), y)`` is x."""
+    if is_complex(x):
+        parts = to_device(x), to_device(y)
+        real, imag = (_xor(*(part(z) for z in parts)) for part in (jnp.real, jnp.imag))
+        return to_memory_of(lax.complex(real, imag), x)
     bits = _as_bits(to_device(x)) ^ _as_bits(to_device(y))
     result = bits if bits.dtype == x.dtype else lax.bitcast_convert_type(bits, x.dtype)
     return to_memory_of(result, x)
 
 
+def _no_float(tangent) -> bool:
+    return tangent.dtype == jax.dtypes.float0
+
+
+@jax.custom_jvp
 def exchange_if(run, first, second):
     """Returns ``(second, first)`` if ``run`` is true, else ``(first, second)``; exact.
 
@@ -296,3 +354,16 @@ def exchange_if(run, first, second):
     first, second = run_if(run, xor_into_first, (first, second))
     second, first = run_if(run, xor_into_first, (second, first))
     return run_if(run, xor_into_first, (first, second))
+
+
+@exchange_if.defjvp
+def _exchange_if_jvp(primals, tangents):
+    """Tangents are exchanged by a select: bits have no derivative."""
+    run, (_, first, second) = primals[0], tangents
+
+    def choose(if_true, if_false):
+        return jax.tree.map(
+            lambda x, y: x if _no_float(x) else jnp.where(run, x, y), if_true, if_false
+        )
+
+    return exchange_if(*primals), (choose(second, first), choose(first, second))

@@ -13,7 +13,7 @@ tracing, so that ``look=False`` costs nothing and ``look=True`` asks nothing.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 
@@ -24,10 +24,9 @@ def is_due(extra_args: Mapping[str, Any], rule: Callable[[], Any]) -> Any:
         return rule()
     if isinstance(look, (bool, np.bool_)):
         return bool(look)
-    look = jnp.asarray(look)
-    if look.shape != () or look.dtype != bool:
+    if not isinstance(look, jax.Array) or look.shape != () or look.dtype != bool:
         raise ValueError(
-            f"look must be True or False, got {look.dtype}{list(look.shape)}; give a "
-            "static argument of the jitted step, such as look=step % 10 == 0."
+            f"look must be True or False, got {look!r}; give a static argument of the "
+            "jitted step, such as look=step % 10 == 0."
         )
     return look

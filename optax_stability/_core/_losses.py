@@ -5,7 +5,7 @@
 *Cost*: none; under ``shard_map`` one scalar is averaged over the devices.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,10 +42,29 @@ def loss_of(
                 "page for each trainer."
             )
         return jnp.zeros((), jnp.float32)
-    if jnp.shape(value) != ():
+    value = _as_number(value)
+    return _mesh_axes.mean(value.astype(jnp.float32), axis_name)
+
+
+def _as_number(value: Any) -> jax.Array:
+    """The loss as an array; raises unless it is one real number."""
+    if isinstance(value, str | bytes | Sequence | Mapping) or callable(value):
+        raise TypeError(
+            f"value must be one number, got a {type(value).__name__}; give the mean "
+            "loss of the batch alone, without the auxiliary outputs of has_aux=True."
+        )
+    try:
+        value = jnp.asarray(value)
+    except TypeError as error:
+        raise TypeError(
+            f"value must be one number, got a {type(value).__name__}; give the mean "
+            "loss of the batch."
+        ) from error
+    if value.shape != ():
         raise ValueError(
-            f"value must be one number, got shape {jnp.shape(value)}; give the mean "
+            f"value must be one number, got shape {value.shape}; give the mean "
             "loss of the batch."
         )
-    value = jnp.asarray(value, jnp.float32)
-    return _mesh_axes.mean(value, axis_name)
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise TypeError(f"value must be real, got {value.dtype}; give the real loss.")
+    return value

@@ -14,15 +14,17 @@ from typing import Any, TypeVar
 
 import jax
 
-from optax_stability._core import _tree
+from optax_stability._core import _states, _tree
 
-PER_LEAF = "/per_leaf"
+# A vector with one entry per leaf of the parameters, which ``state.leaves`` names, and
+# one with entries of another kind, such as heads, which ``state.entries`` names.
+PER_LEAF, PER_ENTRY = "/per_leaf", "/per_entry"
 State = TypeVar("State")
 
 
-def _has_metrics(node: Any) -> bool:
-    """Whether a node is a reporting state: a tuple class with ``metrics``."""
-    return isinstance(node, tuple) and hasattr(type(node), "metrics")
+def is_vector(key: str) -> bool:
+    """Whether the metric of this name is a vector, with a name for each entry."""
+    return key.endswith((PER_LEAF, PER_ENTRY))
 
 
 def _is_snapshot(node: Any) -> bool:
@@ -34,11 +36,11 @@ def _iterate_states(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
     """Yields (path, state) for every reporting state, outer before inner."""
 
     def stop(node):
-        return node is not tree and (_has_metrics(node) or _is_snapshot(node))
+        return node is not tree and (_states.is_reporting(node) or _is_snapshot(node))
 
     found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]
     for sub_path, node in found:
-        if _has_metrics(node):
+        if _states.is_reporting(node):
             yield path + sub_path, node
             yield from _iterate_states(node, path + sub_path)
 
@@ -58,14 +60,19 @@ def _distinguish(paths: list[tuple]) -> list[str]:
 
 
 def _split_vectors(state: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Replaces each ``key/per_leaf`` vector by scalars ``key/<leaf name>``."""
+    """Replaces each ``key/per_leaf`` vector by scalars ``key/<leaf name>``.
+
+    And each ``key/per_entry`` vector by scalars ``key/<name of the entry>``.
+    """
     scalars = {}
     for key, value in values.items():
-        if key.endswith(PER_LEAF):
-            names, stem = _tree.names_of_marks(state.leaves), key.removesuffix(PER_LEAF)
-            scalars |= {f"{stem}/{name}": value[i] for i, name in enumerate(names)}
-        else:
+        if not is_vector(key):
             scalars[key] = value
+            continue
+        stem, _, kind = key.rpartition("/")
+        marks = state.leaves if f"/{kind}" == PER_LEAF else state.entries
+        names = _tree.names_of_marks(marks)
+        scalars |= {f"{stem}/{name}": value[i] for i, name in enumerate(names)}
     return scalars
 
 
@@ -97,9 +104,18 @@ def _merge(paths: list[tuple], values: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def reporting_states(tree: Any) -> list[tuple[tuple, Any]]:
-    """(path, state) of all reporting states, with arrays instead of NNX variables."""
+    """(path, state) of all reporting states, with arrays instead of NNX variables.
+
+    Raises:
+      TypeError: ``tree`` is a transformation.
+      ValueError: a state was replicated or stacked.
+    """
+    _states.check_not_transformation(tree)
     # The list makes the tree itself a child, so that a bare state is found as well.
-    return [(path, _tree.pure(node)) for path, node in _iterate_states([tree])]
+    found = [(path, _tree.pure(node)) for path, node in _iterate_states([tree])]
+    for _, node in found:
+        _states.check_single(node)
+    return found
 
 
 def find(tree: Any, kind: type[State]) -> list[State]:
@@ -132,19 +148,25 @@ def metrics(state: Any, *, params: Any = None) -> dict[str, jax.Array]:
     * No metric overwrites another: a key that several states use gets a prefix, the
       part of the path that differs, such as ``decay/adam/update_rms`` in a partition.
 
-    **Edge cases**: without a reporting state the dict is empty.
+    **Edge cases**: without a reporting state the dict is empty. States of other
+    libraries are left alone, also those with a field called ``metrics``. A state class
+    of your own is read if it is a NamedTuple with the class attribute
+    ``reports_metrics = True`` and a property ``metrics``.
 
     Args:
       state: any optimizer state, or an object that holds one.
       params: the parameters (or any tree with the same structure). If given, each
         ``<key>/per_leaf`` vector becomes scalars ``<key>/<leaf name>``; leaves that a
-        mask hides from a transformation are left out.
+        mask hides from a transformation are left out. A ``<key>/per_entry`` vector,
+        which has no entry per leaf but one per head or the like, is split as well.
 
     Returns:
       Dict from metric name to array.
 
     Raises:
-      ValueError: ``params`` lacks a leaf that the state reports on.
+      TypeError: ``state`` is the transformation in place of its state.
+      ValueError: ``params`` lacks a leaf that the state reports on; or a state has a
+        leading axis, because it was replicated for ``pmap`` or stacked.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -1,7 +1,11 @@
 """L2 norms of a tree, its leaves and their layers, without overflow or underflow.
 
-*Cost*: one pass over the leaves. On CPU a second pass runs only if a norm is above 4e9;
-on an accelerator the single pass makes two sums. No buffer of the size of a parameter.
+*Which dtype*: that of :func:`_numerics.real_dtype`: float64 if one of the leaves is
+float64 or complex128, else float32. "real[]" stands for it. A complex x counts by |x|².
+
+*Cost*: one pass over the leaves. On CPU a second pass runs only if a norm is above 4e9
+(5e33 in float64); on an accelerator the single pass makes two sums. No buffer of the
+size of a parameter.
 """
 
 from typing import Any, NamedTuple
@@ -21,8 +25,8 @@ from optax_stability._core._platform import by_platform
 # changes. At the first scale the squares of norms from 1e-20 to 4e9 fit float32, at the
 # second scale those from 4e9 to 3e38. Squares below 2⁻¹²⁶ are flushed to zero: they are
 # less than 2⁻⁵⁸ of the sum.
-_SCALE = 2.0**32
-_RESCALE = 2.0**-98
+# float64 has 2⁴⁰⁰ and 2⁻⁵¹⁴ in their place, for norms from 1e-250 to 1e308.
+_SCALES = {"float32": (2.0**32, 2.0**-66), "float64": (2.0**400, 2.0**-514)}
 
 
 class _Scope(NamedTuple):
@@ -47,10 +51,11 @@ class _Scope(NamedTuple):
 
 def _measure_in_one_pass(leaves: list, scope: _Scope):
     """Measures at both scales in one pass."""
-    scales = _SCALE, _SCALE * _RESCALE
+    dtype = _numerics.real_dtype(leaves)
+    scales = _SCALES[dtype.name]
 
     def squares(leaf):
-        return tuple(_numerics.square_at(scale, leaf) for scale in scales)
+        return tuple(_numerics.square_at(scale, leaf, dtype) for scale in scales)
 
     sums = leafwise_sums(squares, leaves, outputs=2, layered=scope.layered)
     fine, coarse = (
@@ -62,13 +67,15 @@ def _measure_in_one_pass(leaves: list, scope: _Scope):
 
 def _measure_in_two_passes(leaves: list, scope: _Scope):
     """Runs the second pass, at the second scale, only if it is needed."""
+    dtype = _numerics.real_dtype(leaves)
+    first, second = _SCALES[dtype.name]
 
     def sums_at(scales):
         # One scale per leaf, although all scales are equal: if two leaves of the same
         # shape shared a scale, XLA would write the scale to a buffer of that shape.
         sums = [
             jnp.sum(
-                jnp.square(leaf.astype(jnp.float32) * scale),
+                _numerics.abs_sq(_numerics.times(leaf, scale)),
                 axis=tuple(range(int(split), leaf.ndim)),
             )
             for leaf, scale, split in zip(leaves, scales, scope.layered, strict=True)
@@ -80,12 +87,13 @@ def _measure_in_two_passes(leaves: list, scope: _Scope):
         scale, sums = scales[0], sums_at(scales)
         # The second pass replaces only the norms that are still infinite.
         norms = jnp.where(jnp.isinf(norms), jnp.sqrt(sums) / scale, norms)
-        repeat = (scale == _SCALE) & jnp.any(jnp.isinf(sums))
-        return repeat, [scale * _RESCALE for scale in scales], norms
+        repeat = (scale == first) & jnp.any(jnp.isinf(sums))
+        return repeat, [scale * (second / first) for scale in scales], norms
 
-    scales = [jnp.float32(_SCALE)] * len(leaves)
+    scales = [jnp.asarray(first, dtype)] * len(leaves)
     shape = () if scope.total else sum(count_parts(leaves, scope.layered))
-    norms = _mesh_axes.typed_as_sum(jnp.full(shape, jnp.inf), leaves, scope.axis_name)
+    norms = jnp.full(shape, jnp.inf, dtype)
+    norms = _mesh_axes.typed_as_sum(norms, leaves, scope.axis_name)
     carry = jnp.any(norms > 0), scales, norms
     return lax.while_loop(lambda carry: carry[0], measure, carry)[2]
 
@@ -106,14 +114,19 @@ _norms = jax.custom_jvp(_measure_norms, nondiff_argnums=(1,))
 def _norms_jvp(scope: _Scope, primals, tangents):
     """d‖x‖ = ⟨x/‖x‖, dx⟩, and 0 where x = 0."""
     (leaves,), (tangent_leaves,) = primals, tangents
-    norms = _norms(leaves, scope)
+    norms, dtype = _norms(leaves, scope), _numerics.real_dtype(leaves)
     divisors = jnp.where(norms > 0, norms, 1.0)
     by_leaf = [divisors] * len(leaves)
     if not scope.total:
         by_leaf = by_parts(divisors, leaves, scope.layered)
     dots = [
         jnp.sum(
-            x.astype(jnp.float32) / divisor * dx.astype(jnp.float32),
+            _numerics.inner_product(
+                _numerics.by_component(
+                    lambda part, divisor=divisor: part.astype(dtype) / divisor, x
+                ),
+                _numerics.cast(dx, dtype),
+            ),
             axis=tuple(range(int(split), x.ndim)),
         )
         for x, dx, divisor, split in zip(
@@ -126,17 +139,18 @@ def _norms_jvp(scope: _Scope, primals, tangents):
 def leaf_norms(
     tree: Any, axis_name: AxisName = None, layered: Layered | None = None
 ) -> jax.Array:
-    """L2 norm of each leaf, float32[n_leaves]; the squares cannot overflow.
+    """L2 norm of each leaf, real[n_leaves]; the squares cannot overflow.
 
-    **Guarantees**: a finite leaf has a finite norm if the norm itself fits float32;
+    **Guarantees**: a finite leaf has a finite norm if the norm itself fits its dtype;
     multiplying the tree by 2ᵏ multiplies the norms by 2ᵏ; a leaf with a non-finite
     element has a non-finite norm and does not change the other norms; differentiable,
     with derivative 0 at a zero leaf.
 
-    **Edge cases**: a norm below 1e-20 ignores entries below 1e-28; it may be 0.
+    **Edge cases**: a norm below 1e-20 ignores entries below 1e-28; it may be 0. In
+    float64 these are 1e-250 and 1e-274.
 
     Args:
-      tree: arrays of any float dtype.
+      tree: arrays of any float or complex dtype.
       axis_name: mesh axes to sum over under ``shard_map``.
       layered: for each leaf, whether every entry along its first axis is a separate
         part; the vector then has one entry per part.
@@ -149,7 +163,7 @@ def leaf_norms(
 
 
 def global_norm(tree: Any, axis_name: AxisName = None) -> jax.Array:
-    """L2 norm of the whole tree, float32[], with the guarantees of :func:`leaf_norms`.
+    """L2 norm of the whole tree, real[], with the guarantees of :func:`leaf_norms`.
 
     An empty tree has norm 0.
     """
@@ -163,8 +177,8 @@ class Norms(NamedTuple):
     """The L2 norms of a tree.
 
     Attributes:
-      leaves: float32[n_leaves] – the norm of each leaf.
-      total: float32[] – the norm of the whole tree.
+      leaves: real[n_leaves] – the norm of each leaf.
+      total: real[] – the norm of the whole tree.
     """
 
     leaves: jax.Array
@@ -185,7 +199,7 @@ def leaf_sizes(tree: Any, axis_name: AxisName = None):
 
 
 def join_shard_norms(norms, leaves: list, axis_name: AxisName) -> jax.Array:
-    """Joins the norms of the shards of each leaf into its norm, float32[n_leaves]."""
+    """Joins the norms of the shards of each leaf into its norm, real[n_leaves]."""
     if axis_name is None:
         return norms
     largest = _mesh_axes.largest(norms, axis_name)
@@ -195,7 +209,7 @@ def join_shard_norms(norms, leaves: list, axis_name: AxisName) -> jax.Array:
 
 
 def join_norms(norms) -> jax.Array:
-    """Joins the norms of all parts into one norm, float32[]."""
+    """Joins the norms of all parts into one norm, real[]."""
     largest = jnp.max(norms, initial=0.0)
     # Squares of ratios to the largest norm cannot overflow.
     ratios = _numerics.relative_to(norms, largest)
@@ -204,17 +218,19 @@ def join_norms(norms) -> jax.Array:
 
 
 def join_norms_by_group(norms, groups, num_groups: int) -> jax.Array:
-    """Joins the norms of parts into one norm per group, float32[num_groups].
+    """Joins the norms of parts into one norm per group, real[num_groups].
 
     Args:
-      norms: float32[n] – norms of the parts.
+      norms: real[n] – norms of the parts.
       groups: int[n] – the group of each part, from 0 to ``num_groups`` − 1.
       num_groups: number of groups; an empty group has norm 0.
     """
-    largest = jnp.zeros((num_groups,), jnp.float32).at[groups].max(norms)
-    ratios = _numerics.relative_to(norms, largest[groups])
-    squares = jnp.zeros((num_groups,), jnp.float32).at[groups].add(jnp.square(ratios))
-    return jnp.where(jnp.isfinite(largest), largest * _root(squares), largest)
+    largest = jnp.zeros((num_groups,), norms.dtype).at[groups].max(norms)
+    finite = jnp.isfinite(largest)
+    # A limit may be ∞, and ∞/∞ is NaN.
+    ratios = _numerics.relative_to(norms, jnp.where(finite, largest, 0.0)[groups])
+    squares = jnp.zeros((num_groups,), norms.dtype).at[groups].add(jnp.square(ratios))
+    return jnp.where(finite, largest * _root(squares), largest)
 
 
 def _root(squares):

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from optax_stability._core import _known_norms, _norms, _parts, _tree
+from optax_stability._core import _known_norms, _norms, _parts, _tree, _validate
 
 Scope = Literal["global", "leaf"] | Callable[[Any], Any]
 
@@ -49,7 +49,10 @@ def split(tree, scope, stacked) -> Parts:
     leaves = jax.tree.leaves(tree)
     layered = (False,) * len(leaves)
     if stacked is not None:
-        layered = tuple(bool(each) for each in per_leaf(stacked, tree))
+        flags = per_leaf(stacked, tree)
+        for flag in flags:
+            _validate.check_flags(stacked=flag)
+        layered = tuple(map(bool, flags))
         _check_layers(tree, layered)
     leaf = np.repeat(np.arange(len(leaves)), _parts.count_parts(leaves, layered))
     if scope == "global":
@@ -72,7 +75,7 @@ def _check_layers(tree, layered):
 
 
 def scope_norms(tree, parts: Parts, axis_name):
-    """The norm of each scope, float32[n_scopes]."""
+    """The norm of each scope, real[n_scopes]."""
     if parts.num_scopes == 1:
         return _known_norms.global_norm(tree, axis_name)[None]
     norms = _norms.leaf_norms(tree, axis_name, parts.layered)

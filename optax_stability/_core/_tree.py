@@ -14,7 +14,7 @@ class Leaf(NamedTuple):
     """Placeholder for a leaf: keeps the paths of a tree without its arrays."""
 
 
-def _is_leaf_mark(node: Any) -> bool:
+def is_leaf_mark(node: Any) -> bool:
     return isinstance(node, Leaf)
 
 
@@ -38,13 +38,20 @@ def mark_leaves(tree: Any) -> Any:
     return jax.tree.map(lambda _: Leaf(), pure(tree))
 
 
+def mark_entries(shape: tuple[int, ...]) -> Any:
+    """One mark per entry of an array, so that ``[2, 3]`` has the name ``2/3``."""
+    if not shape:
+        return Leaf()
+    return tuple(mark_entries(shape[1:]) for _ in range(shape[0]))
+
+
 def number_leaves(marks: Any) -> Any:
     """Numbers the leaves of a tree from :func:`mark_leaves`: 0, 1, 2 …."""
     count = itertools.count()
     return jax.tree.map(
-        lambda node: next(count) if _is_leaf_mark(node) else node,
+        lambda node: next(count) if is_leaf_mark(node) else node,
         marks,
-        is_leaf=_is_leaf_mark,
+        is_leaf=is_leaf_mark,
     )
 
 
@@ -79,8 +86,8 @@ def leaf_names(params: Any) -> list[str]:
 
 def names_of_marks(marks: Any) -> list[str]:
     """The names of the leaves in a tree from :func:`mark_leaves`."""
-    marked = jax.tree_util.tree_flatten_with_path(marks, is_leaf=_is_leaf_mark)[0]
-    paths = [path for path, node in marked if _is_leaf_mark(node)]
+    marked = jax.tree_util.tree_flatten_with_path(marks, is_leaf=is_leaf_mark)[0]
+    paths = [path for path, node in marked if is_leaf_mark(node)]
     names = [
         jax.tree_util.keystr(path, simple=True, separator="/") or "params"
         for path in paths

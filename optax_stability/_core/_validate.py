@@ -18,10 +18,25 @@ def is_concrete(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def check_number(name: str, value: Any) -> None:
+def check_numbers(name: str, value: Any) -> None:
     """Raises TypeError unless ``value`` is a number, an array or a tracer."""
     if not is_concrete(value) and not isinstance(value, jax.Array | np.ndarray):
-        raise TypeError(f"{name} must be a number, got {name}={value!r}.")
+        remedy = (
+            f"; to schedule {name}, use optax.inject_hyperparams"
+            if callable(value)
+            else ""
+        )
+        raise TypeError(f"{name} must be a number, got {name}={value!r}{remedy}.")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a number, or an array or tracer of one number."""
+    check_numbers(name, value)
+    if not is_concrete(value) and value.shape != ():
+        raise ValueError(
+            f"{name} must be one number, got an array of the shape {value.shape}; give "
+            f"{name} as a float or an array of the shape ()."
+        )
 
 
 def check_interval(
@@ -69,6 +84,42 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {listed}.")
 
 
+def check_rate(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a number of at least 0, or a schedule of one."""
+    if not callable(value):
+        remedy = "give a number such as 1e-3, or a schedule"
+        check_interval(name, value, "[0, inf)", remedy)
+
+
+def check_flags(**flags: Any) -> None:
+    """Raises TypeError unless every argument, by name, is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(
+                f"{name} must be True or False, got {name}={value!r}; it is read when "
+                "the function is called, so it cannot be an array."
+            )
+
+
+def check_callable(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` can be called."""
+    if not callable(value):
+        raise TypeError(
+            f"{name} must be a function, got {name}={value!r}; pass the function "
+            "itself, not its result."
+        )
+
+
+def check_axis_name(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` names mesh axes, or is None."""
+    names = value if isinstance(value, tuple) else (value,)
+    if value is not None and not all(isinstance(each, str) for each in names):
+        raise TypeError(
+            f"{name} must be the name of a mesh axis, a tuple of names, or None, got "
+            f"{name}={value!r}; give the names that shard_map knows, such as 'data'."
+        )
+
+
 def check_transformation(name: str, tx: Any) -> None:
     """Raises TypeError unless ``tx`` has the two functions of a transformation."""
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
@@ -85,7 +136,11 @@ def check_float_dtype(name: str, dtype: Any) -> None:
             f"{name} must be a dtype, got an array; under optax.inject_hyperparams add "
             f"static_args={name!r}."
         )
-    if not jnp.issubdtype(dtype, jnp.floating):
+    try:
+        is_float = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except (TypeError, ValueError):
+        is_float = False
+    if not is_float:
         raise ValueError(
             f"{name}={dtype!r} must be a floating-point dtype, such as jnp.float32."
         )

@@ -129,6 +129,19 @@ ADVICE = {
             "learning rate",
         ),
     ),
+    "attention_saturates": Advice(
+        (
+            "the learning rate is too high: queries and keys grow at every step until "
+            "each position looks at one token alone, and the loss is stuck",
+            "a warm-up that is too short, or too little weight decay",
+        ),
+        (
+            "normalise queries and keys in the model (qk-layernorm): Flax's "
+            "MultiHeadAttention has the argument normalize_qk=True",
+            "lower the learning rate, at first by a factor of 3",
+            "brake the growth with `clip_attention_logits`, which cures nothing",
+        ),
+    ),
     "update_too_large": Advice(
         (
             "the learning rate is too high for the size of the weights",
@@ -325,6 +338,7 @@ ADVICE = {
 _IN_PLACE = {
     "skip/": ("`spike_guard(inner)`", "`skip_spikes(inner)`"),
     "branch/": ("`branch_on_spike(inner)`",),
+    "attention_clip/": ("`clip_attention_logits`",),
     "clip/limit": ("`clip_by_zscore()`",),
     "adam/eps_share": ("`safe_adamw`",),
     "accumulate/": ("`accumulate_moments`",),

@@ -3,6 +3,7 @@
 import numpy as np
 
 from optax_stability._diagnosis import (
+    _attention,
     _decisions,
     _dominance,
     _exploding,
@@ -33,6 +34,7 @@ _RULES = (
     _standstill.loss_stuck,
     _learning_rate.learning_rate_zero,
     _learning_rate.learning_rate_too_high,
+    _attention.attention_saturates,
     _updates.update_too_large,
     _weights.growing_spectral_norm,
     _vanishing.vanishing_gradient,
@@ -131,6 +133,7 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
     ``loss_stuck``              exactly the same loss until the end
     ``learning_rate_zero``      a learning rate of 0 in a quarter of the run
     ``learning_rate_too_high``  ρ̂ far below 0 after the warm-up: each step overshoots
+    ``attention_saturates``     attention logits above 50, or their bound above 250
     ``update_too_large``        ‖update‖/‖parameters‖ ≥ 0.1, or ≥ 0.3 in a layer
     ``growing_spectral_norm``   a singular value whose growth accelerates
     ``vanishing_gradient``      ÷100 since the early descent, far more than the loss
@@ -173,7 +176,8 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
         all of one length. Known names: ``loss`` (or ``skip/value``), ``eval/loss`` (on
         held-out data, NaN in rows without an evaluation), ``learning_rate`` (which
         shows warm-up and decay), ``epoch``, the metrics of ``record`` under ``grad``,
-        ``update`` and ``params``, and those of this library's states, each also as
+        ``update`` and ``params``, ``extra/attention_logits`` of ``record_extra``, and
+      the metrics of this library's states, each also as
         ``<key>/<leaf name>``; ``recheck/step`` and ``recheck/verdict``, 1 or 0, if the
         batch of a skipped step was evaluated again and was abnormal or normal.
 

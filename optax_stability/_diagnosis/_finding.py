@@ -13,6 +13,7 @@ Kind = Literal[
     "loss_stuck",
     "learning_rate_zero",
     "learning_rate_too_high",
+    "attention_saturates",
     "update_too_large",
     "growing_spectral_norm",
     "vanishing_gradient",

@@ -1,5 +1,7 @@
 """NaN and Inf in any recorded metric."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from optax_stability._diagnosis import _limits as limits
@@ -11,7 +13,7 @@ from optax_stability._diagnosis._location import (
     largest_layer,
 )
 from optax_stability._diagnosis._loss import loss_of
-from optax_stability._diagnosis._series import History, Series
+from optax_stability._diagnosis._series import History, Layers, Series
 from optax_stability._diagnosis._windows import stretches
 
 _COUNTERS = (
@@ -36,6 +38,18 @@ _ACCUMULATOR = Advice(
         "set the accumulator to zero, not to itself times zero, after each update",
     ),
 )
+# A leaf whose gradient is never finite: often one that is not trained at all.
+_FROZEN = Advice(
+    (
+        "the gradient of one leaf is not finite in any step: often a leaf that "
+        "is not trained, whose gradient nobody looked at",
+    ),
+    (
+        "keep leaves that are not trained out of the guard: "
+        '`optax.partition({"train": spike_guard(inner), "stop": optax.set_to_zero()}, '
+        "labels)`",
+    ),
+)
 
 
 def nonfinite(history: History) -> Finding | None:
@@ -52,6 +66,8 @@ def nonfinite(history: History) -> Finding | None:
     )
     layer = _nonfinite_layer(history, row)
     poisoned = _ACCUMULATOR if _accumulator_holds_it(history, row) else None
+    if _never_finite_layer(history):
+        poisoned = _FROZEN
     return finding("nonfinite", history, row, key, layer, evidence, poisoned)
 
 
@@ -202,11 +218,35 @@ def _recovery_of(history: History, row: int, key: str) -> str:
 
 def _nonfinite_layer(history: History, row: int) -> str | None:
     """The layer with the largest non-finite share; None if every layer has some."""
-    layers = history.layers("grad/nonfinite")
-    amount = layers.values[row]
-    if not amount.size:
-        layers = gradient_layers(history)
-        amount = np.where(np.isfinite(layers.values[row]), 0.0, 1.0)
-    if not np.any(amount > 0) or np.all(amount > 0):
-        return None
-    return largest_layer(amount, layers)
+    for layers, amount in _nonfinite_layers(history, row):
+        if np.any(amount > 0):
+            return None if np.all(amount > 0) else largest_layer(amount, layers)
+    return None
+
+
+def _nonfinite_layers(
+    history: History, row: int
+) -> Iterator[tuple[Layers, np.ndarray]]:
+    """What says which layers are not finite in a row; the most precise first."""
+    shares = history.layers("grad/nonfinite")
+    yield shares, shares.values[row]
+    counts = history.layers("skip/nonfinite")
+    yield counts, _rises(counts, history)[row]
+    norms = gradient_layers(history)
+    yield norms, np.where(np.isfinite(norms.values[row]), 0.0, 1.0)
+
+
+def _rises(counts: Layers, history: History) -> np.ndarray:
+    """float64[T, n_layers]: 1 where the counter of a layer increased."""
+    steps = history.steps
+    columns = [_increases(each, steps) for each in counts.values.T]
+    return np.array(columns, float).reshape(-1, history.length).T
+
+
+def _never_finite_layer(history: History) -> bool:
+    """Whether some layers, but not all, are not finite in any row."""
+    if history.length < limits.VANISHED_ROWS:
+        return False
+    # What the counter was before the first row is not known.
+    always = _rises(history.layers("skip/nonfinite"), history)[1:].all(axis=0)
+    return bool(always.any() and not always.all())

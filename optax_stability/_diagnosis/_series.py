@@ -21,6 +21,7 @@ _SPARSE = (
     "param_ratio",
     "correlation",
     "spectral_norm",
+    "logit_bound",
 )
 _ADAM = ("update_rms", "correlation", "eps_share", "zero_fraction")
 _INDEX = re.compile(r"(?:^|[/_.])(\d+)(?=$|[/_.])")

@@ -41,6 +41,12 @@ WORDS: dict[Kind, tuple[str, ...]] = {
         "of steps, or may never be advanced",
     ),
     "learning_rate_too_high": (_RATE, _WARMUP),
+    "attention_saturates": (
+        "normalise queries and keys in the model (qk-layernorm)",
+        _RATE,
+        "scale the weights of queries and keys down where logits are above 100 "
+        "(QK-Clip)",
+    ),
     "update_too_large": (_RATE,),
     "growing_spectral_norm": ("raise the weight decay", _RATE),
     "vanishing_gradient": (

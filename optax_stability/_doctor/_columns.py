@@ -59,7 +59,7 @@ _ORDER = {
 # Columns of this library keep their names.
 _OURS = re.compile(
     r"(^|/)(grad|update|params|adam|clip|skip|branch|noise_scale|accumulate|"
-    r"microbatches)/"
+    r"microbatches|attention|attention_clip|extra)/"
 )
 
 

@@ -24,12 +24,14 @@ loss. Sums are formed in float32 at least. An example with NaN gets squared norm
 NaN; the other examples are not affected.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from optax_stability._core import _numerics
 
 # On CPUs, writing and reading one entry of a weight gradient takes about as long as
 # this many operations of a matrix product; on accelerators it takes longer.
@@ -37,7 +39,8 @@ _FLOPS_PER_ENTRY = 64
 
 
 def _wide_dtype(*arrays) -> Any:
-    return jnp.result_type(*arrays, jnp.float32)
+    dtypes = (jnp.result_type(x) for x in arrays)
+    return reduce(_numerics.promote, dtypes, _numerics.FLOAT32)
 
 
 def _by_example(x):

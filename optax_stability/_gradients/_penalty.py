@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_stability._core import _norms, _validate
+from optax_stability._core import _norms, _numerics, _validate
 
 P = ParamSpec("P")
 Params = TypeVar("Params")
@@ -32,8 +32,14 @@ def _direction(grads: Any) -> Any:
     """The gradient scaled to norm 1; 0 if it is 0, NaN if it is not finite."""
     norm = _norms.global_norm(grads)
     scale = jnp.where(norm == 0, 0.0, 1 / jnp.where(norm == 0, 1.0, norm))
+    # The derivative of L along u is Re(g·u) for a complex g, by JAX's convention.
     return jax.tree.map(
-        lambda g: (g.astype(scale.dtype) * scale).astype(g.dtype), grads
+        lambda g: (
+            jnp.conj(_numerics.scale(g, scale))
+            if _numerics.is_complex(g)
+            else _numerics.scale(g, scale)
+        ),
+        grads,
     )
 
 
@@ -99,6 +105,8 @@ def penalize_gradient_norm(
       Zhao, Zhang & Hu, "Penalizing Gradient Norm for Efficiently Improving
       Generalization in Deep Learning", 2022, arXiv 2202.03599.
     """
+    _validate.check_callable("loss_fn", loss_fn)
+    _validate.check_flags(has_aux=has_aux)
     _validate.check_interval("weight", weight, "[0, inf)", "use 0 for no penalty")
     if _validate.is_concrete(weight) and weight == 0:
         return loss_fn

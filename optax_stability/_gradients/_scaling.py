@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _tree, _validate
+from optax_stability._core._checked import checked
 
 
 def _leaf_factors(names: list[str], factors: Mapping[str, float]) -> list[float]:
@@ -115,4 +116,6 @@ def scale_gradients(
         scaled_leaves = map(scaled, leaves, leaf_factors)
         return jax.tree.unflatten(treedef, list(scaled_leaves)), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "scale_gradients", optax.EmptyState, init_fn, update_fn, inexact=True
+    )

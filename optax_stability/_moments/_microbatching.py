@@ -17,11 +17,12 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_stability._core import _norms, _tree, _validate
+from optax_stability._core import _leaves, _norms, _numerics, _tree, _validate
 from optax_stability._core._mesh_axes import (
     all_varying_axes,
     sharding_axes,
@@ -60,6 +61,31 @@ class ValueAndGrad(Protocol[Params_contra, Batch_contra, Value_co, Grads_co]):
         ...
 
 
+def check_settings(
+    loss_fn: Any,
+    num_microbatches: int,
+    vmap_size: int | None,
+    weight_fn: Any,
+    spmd_axis_name: Any,
+    **flags: Any,
+) -> None:
+    """Raises unless every setting is of its kind, and ``vmap_size`` divides K."""
+    _validate.check_callable("loss_fn", loss_fn)
+    if weight_fn is not None:
+        _validate.check_callable("weight_fn", weight_fn)
+    _validate.check_flags(**flags)
+    _validate.check_axis_name("spmd_axis_name", spmd_axis_name)
+    _validate.check_size("num_microbatches", num_microbatches, 1)
+    if vmap_size is None:
+        return
+    _validate.check_size("vmap_size", vmap_size, 1)
+    if num_microbatches % vmap_size:
+        raise ValueError(
+            f"vmap_size={vmap_size} does not divide num_microbatches="
+            f"{num_microbatches}; give a divisor, or None for all at once."
+        )
+
+
 def check_batch(batch: Any, num_microbatches: int) -> None:
     """Raises unless every array of the batch can be cut into equal parts."""
     leaves = jax.tree.leaves(batch)
@@ -68,7 +94,17 @@ def check_batch(batch: Any, num_microbatches: int) -> None:
             f"batch={batch!r} holds no array; give arrays with examples along axis 0."
         )
     for name, leaf in zip(_tree.leaf_names(batch), leaves, strict=True):
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OUS":
+            raise TypeError(
+                f"batch: {name!r} is a NumPy array of {leaf.dtype}; give arrays of "
+                "numbers, and keep texts and objects out of the step."
+            )
         shape = jnp.shape(leaf)
+        if shape and shape[0] == 0:
+            raise ValueError(
+                f"batch: {name!r}, of shape {shape}, has no examples; leave empty "
+                "batches out, such as the last one of a data set."
+            )
         if not shape or shape[0] % num_microbatches:
             raise ValueError(
                 f"batch: axis 0 of {name!r}, of shape {shape}, is not a multiple of "
@@ -146,6 +182,32 @@ def _check_loss(loss: Any, params: Any) -> None:
             )
 
 
+def _checked_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """``loss_fn``, which raises TypeError unless it returns what ``has_aux`` says."""
+
+    def checked(params, microbatch):
+        value = loss_fn(params, microbatch)
+        is_pair = isinstance(value, tuple) and len(value) == 2
+        if has_aux and not is_pair:
+            raise TypeError(
+                f"has_aux=True, but loss_fn returned a {type(value).__name__}; return "
+                "(loss, aux), or leave has_aux out."
+            )
+        loss = value[0] if has_aux else value
+        if isinstance(loss, tuple):
+            raise TypeError(
+                "loss_fn returned a tuple; if it is (loss, aux), give has_aux=True."
+            )
+        if jnp.shape(loss) != ():
+            raise TypeError(
+                f"loss_fn must return one number, got the shape {jnp.shape(loss)}; "
+                "return the mean over the examples."
+            )
+        return value
+
+    return checked
+
+
 def _value_and_grad(loss_fn: Callable[..., Any], has_aux: bool, loss_scale: Any):
     """``jax.value_and_grad`` with the loss scale in the backward pass only."""
     if loss_scale is None:
@@ -153,13 +215,18 @@ def _value_and_grad(loss_fn: Callable[..., Any], has_aux: bool, loss_scale: Any)
 
     def scaled(params, microbatch):
         value = loss_fn(params, microbatch)
-        return loss_scale * (value[0] if has_aux else value), value
+        loss = value[0] if has_aux else value
+        wide = _numerics.promote(loss.dtype, loss_scale.dtype)
+        return loss_scale.astype(wide) * loss.astype(wide), value
 
     def value_and_grad(params, microbatch):
         grads, value = jax.grad(scaled, has_aux=True)(params, microbatch)
         # XLA fuses a multiplication into the operations that read the gradient.
         inverse = 1 / loss_scale
-        return value, jax.tree.map(lambda g: g * inverse, _moments.widen(grads))
+        return value, jax.tree.map(
+            lambda g: _numerics.times(g, inverse.astype(_numerics.real_dtype(g))),
+            _moments.widen(grads),
+        )
 
     return value_and_grad
 
@@ -181,7 +248,7 @@ def microbatch_gradients(
     gradients mₖ and weights nₖ; the sums are over the kept microbatches::
 
       N = Σnₖ    loss = Σnₖ·lₖ/N    grads = ḡ = Σnₖ·mₖ/N
-      deviation = Σnₖ‖mₖ − ḡ‖²      mean_square = Σnₖ·mₖ²/N
+      deviation = Σnₖ‖mₖ − ḡ‖²      mean_square = Σnₖ·|mₖ|²/N
 
       kept  if every entry of mₖ and lₖ are finite, and 0 < nₖ < ∞
 
@@ -203,7 +270,10 @@ def microbatch_gradients(
 
     * If no microbatch is kept, the loss is NaN and the gradient is 0: ``skip_spikes``
       then skips the step.
-    * A leaf whose norm is above 8e37, or a weight above it, counts as not finite.
+    * A leaf whose norm is above 8e37 (4e307 in float64), or a weight above 8e37, counts
+      as not finite.
+    * Complex parameters count by their modulus. Their gradient is that of
+      ``jax.grad``, which is conjugated before it is subtracted: see ``jax.grad``.
     * The loss scale is clipped to 2⁻¹²⁶ … 2¹²⁶; if it is NaN, no microbatch is kept.
       Average the loss in float32: the backward pass of a float16 mean starts with S in
       float16, whose maximum is 65504.
@@ -274,27 +344,35 @@ def microbatch_gradients(
       Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983,
       eq. 2.1, with weights, for the deviation.
     """
-    _validate.check_size("num_microbatches", num_microbatches, 1)
-    if vmap_size is None:
-        vmap_size = num_microbatches
-    _validate.check_size("vmap_size", vmap_size, 1)
-    if num_microbatches % vmap_size:
-        raise ValueError(
-            f"vmap_size={vmap_size} does not divide num_microbatches="
-            f"{num_microbatches}; give a divisor, or None for all at once."
-        )
+    check_settings(
+        loss_fn,
+        num_microbatches,
+        vmap_size,
+        weight_fn,
+        spmd_axis_name,
+        has_aux=has_aux,
+        mean_square=mean_square,
+        reject_nonfinite=reject_nonfinite,
+    )
+    vmap_size = num_microbatches if vmap_size is None else vmap_size
     groups = num_microbatches // vmap_size
     weigh = count_examples if weight_fn is None else weight_fn
+    checked_loss = _checked_loss(loss_fn, has_aux)
 
     def evaluate(join, params, microbatch, loss_scale):
         def loss_of_joined(params, microbatch):
-            return loss_fn(join(params), microbatch)
+            return checked_loss(join(params), microbatch)
 
         value_and_grad = _value_and_grad(loss_of_joined, has_aux, loss_scale)
         value, grads = value_and_grad(params, microbatch)
         loss, aux = value if has_aux else (value, None)
         _check_loss(loss, params)
         weight = jnp.asarray(weigh(microbatch), jnp.float32)
+        if weight.shape != ():
+            raise ValueError(
+                f"weight_fn must return one number, got the shape {weight.shape}; "
+                "return a sum, such as the number of tokens."
+            )
         weight = jnp.where(_moments.usable_weight(weight), weight, 0)
         return grads, loss, weight, aux
 
@@ -350,6 +428,7 @@ def microbatch_gradients(
 
     def fn(params, batch, *, loss_scale=None) -> Any:
         check_batch(batch, num_microbatches)
+        _leaves.check_inexact("microbatch_gradients: params", params)
         loss_scale = _usable_scale(loss_scale)
         parts = _split(
             batch, groups, vmap_size, across_devices=spmd_axis_name is not None

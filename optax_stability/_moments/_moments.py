@@ -23,10 +23,16 @@ from jax import lax
 from optax_stability._core import _mesh_axes, _norms, _numerics, _tree
 from optax_stability._core._in_place import depends_on
 from optax_stability._core._leafwise import leafwise_sums
+from optax_stability._core._numerics import (
+    by_component,
+    promote,
+    real_dtype,
+    wide_dtype,
+)
 from optax_stability._core._platform import by_platform
 
-# The difference of two numbers below this limit does not overflow.
-_LARGEST = _numerics.HUGE / 4
+# Weights are float32: the difference of two below this limit does not overflow.
+_LARGEST_WEIGHT = _numerics.HUGE / 4
 
 
 class Moments(NamedTuple):
@@ -39,12 +45,15 @@ class Moments(NamedTuple):
     Attributes:
       num_microbatches: int32[] – K, the number of kept microbatches.
       weight: float32[] – N, in the unit of the weights: examples or tokens.
-      deviation: float32[n_leaves] – Σ nₖ‖mₖ − ḡ‖² of each leaf. It is ∞ where a
-        distance is above 1e19; distances below 1e-19 are lost. It loses digits where
-        one weight is more than 1e4 times the sum of the weights before it.
-      mean_square: tree like the gradients – Σ nₖ·mₖ²/N of each entry, or None. It
-        saturates at 3e38; entries below 1e-19 are lost.
-      norm: float32[n_leaves] – ‖ḡ‖ of each leaf when ḡ was computed, under
+      deviation: real[n_leaves] – Σ nₖ‖mₖ − ḡ‖² of each leaf; "real" is float64 if a
+        leaf is float64 or complex128, else float32. It is ∞ where a distance is above
+        1e19 (1e154 in float64); distances below 1e-19 (1e-154) are lost. It loses
+        digits where one weight is more than 1e4 times the sum of the weights before it.
+        It is −1 where it is unknown, see :func:`flax.per_example_gradients`.
+      mean_square: tree like the gradients, but real – Σ nₖ·|mₖ|²/N of each entry, or
+        None. It saturates at 3e38; entries below 1e-19 are lost (1e308 and 1e-154 in
+        float64).
+      norm: real[n_leaves] – ‖ḡ‖ of each leaf when ḡ was computed, under
         ``shard_map`` ‖ḡ‖ of the local shard. It shows by what factor a later clip
         scaled the leaf. None if unknown.
       leaves: leaf marks that name the entries of ``deviation`` and ``norm``, or None.
@@ -62,8 +71,9 @@ class Aggregate(NamedTuple):
     """Several microbatches as one: mean gradient, mean loss and statistics.
 
     Attributes:
-      mean: tree like the gradients – ḡ, in float32 at least unless created narrower.
-      value: float32[] – mean of the losses, with the same weights.
+      mean: tree like the gradients – ḡ, in float32 at least unless created narrower;
+        complex where the gradients are.
+      value: real[] – mean of the losses, with the same weights.
       moments: statistics of the gradients in ``mean``.
     """
 
@@ -72,53 +82,50 @@ class Aggregate(NamedTuple):
     moments: Moments
 
 
-def _wide_dtype(leaf) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
-
-
 def widen(tree: Any) -> Any:
     """Casts leaves narrower than float32 to float32."""
-    return jax.tree.map(lambda leaf: leaf.astype(_wide_dtype(leaf)), tree)
+    return jax.tree.map(_numerics.widen, tree)
 
 
 def _stack(scalars: list) -> jax.Array:
     return jnp.stack(scalars) if scalars else jnp.zeros((0,), jnp.float32)
 
 
-def _total(leaf):
-    """The sum over a leaf, float32[]."""
-    return jnp.sum(leaf, dtype=jnp.float32)
+def _total(leaf, dtype=_numerics.FLOAT32):
+    """The sum over a leaf, of a dtype."""
+    return jnp.sum(leaf, dtype=dtype)
 
 
 def _square(leaf):
-    return jnp.minimum(jnp.square(leaf), _numerics.HUGE)
+    return _numerics.capped(_numerics.abs_sq(leaf))
 
 
 def empty(like: Any, *, mean_square: bool, dtype: Any = None) -> Aggregate:
-    """The aggregate of no microbatches; ``dtype`` is the dtype of the mean.
+    """The aggregate of no microbatches.
 
-    Raises:
-      TypeError: a leaf is complex.
+    ``dtype`` is the dtype of the mean, or None for that of each leaf, but at least
+    float32. The mean of a complex leaf is complex.
     """
-    for leaf in jax.tree.leaves(like):
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise TypeError(
-                f"gradients of dtype {leaf.dtype} cannot be accumulated; wrap the "
-                "whole transformation in optax.contrib.split_real_and_imaginary."
-            )
+
+    def mean_dtype(leaf):
+        if dtype is None:
+            return wide_dtype(leaf)
+        is_complex = _numerics.is_complex(leaf)
+        return promote(dtype, jnp.complex64) if is_complex else dtype
+
     zeros = jax.tree.map(
-        lambda leaf: jnp.zeros_like(leaf, dtype=dtype or _wide_dtype(leaf)), like
+        lambda leaf: jnp.zeros_like(leaf, dtype=mean_dtype(leaf)), like
     )
     squares = jax.tree.map(
-        lambda leaf: jnp.zeros_like(leaf, dtype=_wide_dtype(leaf)), like
+        lambda leaf: jnp.zeros_like(leaf, dtype=real_dtype(leaf)), like
     )
     return Aggregate(
         mean=zeros,
-        value=jnp.zeros((), jnp.float32),
+        value=jnp.zeros((), real_dtype(like)),
         moments=Moments(
             num_microbatches=jnp.zeros((), jnp.int32),
             weight=jnp.zeros((), jnp.float32),
-            deviation=jnp.zeros((len(jax.tree.leaves(like)),), jnp.float32),
+            deviation=jnp.zeros((len(jax.tree.leaves(like)),), real_dtype(like)),
             mean_square=squares if mean_square else None,
             leaves=_tree.mark_leaves(like),
         ),
@@ -132,7 +139,9 @@ def all_finite(
     sq_distances: Any = None,
     axis_name: _mesh_axes.AxisName = None,
 ) -> jax.Array:
-    """Whether the loss and all entries are finite and no leaf norm is above 8e37.
+    """Whether the loss and all entries are finite and no leaf norm is too large.
+
+    That is, above 8e37, or 4e307 where norms are float64.
 
     Uses sums, not maxima: on some backends, the maximum of a number and NaN over
     devices is the number.
@@ -148,27 +157,33 @@ def all_finite(
     """
 
     def by_norms(_):
-        return jnp.all(_norms.leaf_norms(tree, axis_name) <= _LARGEST)
+        norms = _norms.leaf_norms(tree, axis_name)
+        return jnp.all(norms <= _numerics.huge(norms.dtype) / 4)
 
     def unless_known(distances):
         known = jnp.all(jnp.isfinite(distances))
         return lax.cond(known, lambda: known, lambda: by_norms(None))
 
+    dtype = real_dtype(tree)
+
     def by_squares(_):
         # XLA makes one reduction of these sums and the distances.
         (sums,) = leafwise_sums(
-            lambda leaf: (_coarse_square(leaf),), jax.tree.leaves(tree), outputs=1
+            lambda leaf: (_coarse_square(leaf, dtype),),
+            jax.tree.leaves(tree),
+            outputs=1,
         )
-        return _mesh_axes.everywhere(jnp.all(sums <= _numerics.HUGE), axis_name)
+        return _mesh_axes.everywhere(jnp.all(sums <= _numerics.huge(dtype)), axis_name)
 
     on_cpu = by_norms if sq_distances is None else unless_known
     finite = by_platform(sq_distances, cpu=on_cpu, accelerator=by_squares)
     return finite & jnp.isfinite(value)
 
 
-def _coarse_square(leaf) -> jax.Array:
-    """x², scaled such that Σx² overflows where √Σx² is above ``_LARGEST``."""
-    return _numerics.square_at(2.0**-62, leaf)
+def _coarse_square(leaf, dtype) -> jax.Array:
+    """|x|², scaled such that its sum overflows where the norm is too large."""
+    half = jnp.finfo(dtype).maxexp // 2
+    return _numerics.square_at(2.0 ** (2 - half), leaf, dtype)
 
 
 def each_finite(
@@ -177,14 +192,16 @@ def each_finite(
     """:func:`all_finite` for each of k trees that are stacked along axis 0, bool[k]."""
     finite = jnp.isfinite(values)
     for leaf in jax.tree.leaves(trees):
-        squares = jnp.sum(_coarse_square(leaf), axis=tuple(range(1, leaf.ndim)))
-        finite &= squares <= _numerics.HUGE
+        dtype = real_dtype(leaf)
+        axes = tuple(range(1, leaf.ndim))
+        squares = jnp.sum(_coarse_square(leaf, dtype), axis=axes)
+        finite &= squares <= _numerics.huge(dtype)
     return _mesh_axes.everywhere(finite, axis_name)
 
 
 def usable_weight(weight) -> jax.Array:
     """Whether a weight is positive and finite, bool[]."""
-    return (weight > 0) & (weight <= _LARGEST)
+    return (weight > 0) & (weight <= _LARGEST_WEIGHT)
 
 
 def single(grads, value, weight, *, mean_square: bool) -> Aggregate:
@@ -192,11 +209,11 @@ def single(grads, value, weight, *, mean_square: bool) -> Aggregate:
     weight = jnp.asarray(weight, jnp.float32)
     return Aggregate(
         mean=grads,
-        value=jnp.asarray(value, jnp.float32),
+        value=jnp.asarray(value, real_dtype(grads)),
         moments=Moments(
             num_microbatches=(weight > 0).astype(jnp.int32),
             weight=weight,
-            deviation=jnp.zeros((len(jax.tree.leaves(grads)),), jnp.float32),
+            deviation=jnp.zeros((len(jax.tree.leaves(grads)),), real_dtype(grads)),
             mean_square=jax.tree.map(_square, widen(grads)) if mean_square else None,
             leaves=_tree.mark_leaves(grads),
         ),
@@ -218,17 +235,18 @@ def if_kept(given: Aggregate, keep) -> Aggregate:
 def squared_distances(
     a: Aggregate, mean: Any, axis_name: _mesh_axes.AxisName = None
 ) -> jax.Array:
-    """‖mean − ḡ‖² of each leaf, float32[n_leaves].
+    """‖mean − ḡ‖² of each leaf, real[n_leaves].
 
     Args:
       a: the aggregate with mean ḡ; if its weight is 0, ḡ is what its buffers hold.
       mean: another tree.
       axis_name: under ``shard_map``, the mesh axes that shard the means.
     """
+    dtype = real_dtype(a.mean)
 
     def square(x, y):
-        difference = y.astype(_wide_dtype(x)) - x.astype(_wide_dtype(x))
-        return (jnp.square(difference).astype(jnp.float32),)
+        difference = y.astype(wide_dtype(x)) - x.astype(wide_dtype(x))
+        return (_numerics.abs_sq(difference).astype(dtype),)
 
     olds, news = jax.tree.leaves(a.mean), jax.tree.leaves(mean)
     (squares,) = leafwise_sums(square, olds, news, outputs=1)
@@ -252,13 +270,14 @@ def merge(a: Aggregate, b: Aggregate, sq_distances: Any = None) -> Aggregate:
     def weighted_mean(x, y, distance=()):
         # The mean is overwritten only after its distance was computed from it.
         counts = depends_on(b.moments.weight > 0, *distance)
-        wide = _wide_dtype(x)
-        share = _numerics.ratio(b.moments.weight.astype(wide), weight.astype(wide))
+        wide, real = wide_dtype(x), real_dtype(x)
+        share = _numerics.ratio(b.moments.weight.astype(real), weight.astype(real))
         old = jnp.where(a.moments.weight > 0, x.astype(wide), 0)
-        new = old + share * (y.astype(wide) - old)
+        new = old + by_component(lambda part: share * part, y.astype(wide) - old)
         return jnp.where(counts, new, old).astype(x.dtype)
 
     factor = b.moments.weight * _numerics.ratio(a.moments.weight, weight)
+    factor = factor.astype(sq_distances.dtype)
     between = jnp.where(factor > 0, factor * sq_distances, 0.0)
     olds, treedef = jax.tree.flatten(a.mean)
     means = [
@@ -271,7 +290,9 @@ def merge(a: Aggregate, b: Aggregate, sq_distances: Any = None) -> Aggregate:
         moments=Moments(
             num_microbatches=a.moments.num_microbatches + b.moments.num_microbatches,
             weight=weight,
-            deviation=a.moments.deviation + b.moments.deviation + between,
+            deviation=(a.moments.deviation + b.moments.deviation + between).astype(
+                a.moments.deviation.dtype
+            ),
             mean_square=jax.tree.map(
                 weighted_mean, a.moments.mean_square, b.moments.mean_square
             ),
@@ -300,21 +321,22 @@ def stacked(
         return vector.reshape(-1, *[1] * (leaf.ndim - 1))
 
     def average(leaf):
-        parts = broadcast(shares, leaf) * leaf
+        share = broadcast(shares, leaf).astype(real_dtype(leaf))
+        parts = by_component(lambda part: share * part, leaf)
         return jnp.sum(jnp.where(broadcast(kept, leaf), parts, 0), axis=0)
 
     def deviation(leaf, mean):
-        squares = broadcast(weights, leaf) * jnp.square(leaf - mean)
-        return _total(jnp.where(broadcast(kept, leaf), squares, 0))
+        squares = broadcast(weights, leaf) * _numerics.abs_sq(leaf - mean[None])
+        return _total(jnp.where(broadcast(kept, leaf), squares, 0), dtype)
 
-    grads = widen(grads)
+    grads, dtype = widen(grads), real_dtype(grads)
     mean = jax.tree.map(average, grads)
     squares = jax.tree.map(lambda leaf: average(_square(leaf)), grads)
     leaves = jax.tree.leaves(mean)
     deviations = _stack(jax.tree.leaves(jax.tree.map(deviation, grads, mean)))
     return Aggregate(
         mean=mean,
-        value=average(values.astype(jnp.float32)),
+        value=average(values.astype(dtype)),
         moments=Moments(
             # In float32, so that one all-reduce carries it with the deviations.
             num_microbatches=_total(kept).astype(jnp.int32),
@@ -324,6 +346,31 @@ def stacked(
             leaves=_tree.mark_leaves(mean),
         ),
     )
+
+
+def check_moments(moments: Any) -> None:
+    """Raises unless ``moments`` are the statistics of one gradient.
+
+    Raises:
+      TypeError: they are no :class:`Moments`.
+      ValueError: they have a leading axis, as ``vmap`` and ``pmap`` return them.
+    """
+    if not isinstance(moments, Moments):
+        raise TypeError(
+            f"moments must be Moments, got a {type(moments).__name__}; pass the third "
+            "output of microbatch_gradients, or put accumulate_moments around the "
+            "chain."
+        )
+    if jnp.ndim(moments.weight) or jnp.ndim(moments.deviation) != 1:
+        raise ValueError(
+            f"moments.weight has the shape {jnp.shape(moments.weight)} in place of (): "
+            "the moments of several steps or devices are stacked; call update inside "
+            "the same vmap or pmap."
+        )
+
+
+def _same_tree(marks: Any, updates: Any) -> bool:
+    return jax.tree.structure(marks) == jax.tree.structure(_tree.mark_leaves(updates))
 
 
 def _visible_part(updates: Any, tree: Any) -> Any:
@@ -351,9 +398,13 @@ def visible(moments: Moments, updates: Any) -> Moments:
       updates: the gradients, with ``optax.MaskedNode`` in place of hidden leaves.
 
     Raises:
-      ValueError: the moments have another tree than the gradients.
+      TypeError: they are no :class:`Moments`.
+      ValueError: the moments have another tree than the gradients, or are stacked.
     """
+    check_moments(moments)
     if moments.leaves is None and moments.mean_square is None:
+        return moments
+    if moments.leaves is not None and _same_tree(moments.leaves, updates):
         return moments
     try:
         squares = moments.mean_square
@@ -379,13 +430,14 @@ def visible(moments: Moments, updates: Any) -> Moments:
 def _scale_factors(
     moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName = None
 ) -> jax.Array:
-    """How much each leaf of ḡ was scaled after its computation, float32[n_leaves]."""
+    """How much each leaf of ḡ was scaled after its computation, real[n_leaves]."""
     leaves = jax.tree.leaves(grads)
     if moments.norm is None:
-        return jnp.ones((len(leaves),), jnp.float32)
+        return jnp.ones((len(leaves),), real_dtype(grads))
     original_norms = _norms.join_shard_norms(moments.norm, leaves, axis_name)
-    factors = _norms.leaf_norms(grads, axis_name) / original_norms
-    return jnp.where(jnp.isfinite(factors), factors, 1.0)
+    known = original_norms > 0
+    factors = _norms.leaf_norms(grads, axis_name) / jnp.where(known, original_norms, 1)
+    return jnp.where(known & jnp.isfinite(factors), factors, 1.0)
 
 
 def rescaled(
@@ -404,7 +456,7 @@ def rescaled(
 
 
 def rms(moments: Moments, grads: Any) -> Any:
-    """Root mean square of the microbatch gradients, entry by entry, float32.
+    """Root mean square of the microbatch gradients, entry by entry; real.
 
     If a leaf of ḡ was scaled since ḡ was computed, its root mean square is scaled by
     the same factor. The result is at least |ḡ|: exact squares satisfy this bound, and
@@ -412,13 +464,13 @@ def rms(moments: Moments, grads: Any) -> Any:
 
     Args:
       moments: moments with a ``mean_square``.
-      grads: the current ḡ, float32.
+      grads: the current ḡ, in float32 at least.
     """
     leaves, treedef = jax.tree.flatten(grads)
     factors = _scale_factors(moments, grads)
 
     def leaf_rms(square, g, i):
-        root = jnp.sqrt(square) * factors[i]
+        root = _numerics.root(square) * factors[i]
         # Where a square or the sum of the squares is not finite, the result is |ḡ|.
         return jnp.maximum(jnp.where(_numerics.is_finite(root), root, 0), jnp.abs(g))
 

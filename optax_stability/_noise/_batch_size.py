@@ -35,7 +35,7 @@ class BatchSizeSchedule:
         """K for the next step, int32[], from the state of the chain inside."""
         estimate = find_estimate(inner_opt_state)
         size = estimate.microbatch
-        low = global_readings(estimate)["low"]
+        low = global_readings(estimate)[0]["low"]
         target = self.fraction * low / jnp.where(size > 0, size, 1.0)
         # frexp gives 2^(exponent − 1) ≤ target < 2^exponent, exactly.
         _, exponent = jnp.frexp(jnp.clip(target, 1.0, self.max_k))
@@ -52,7 +52,7 @@ def batch_size_schedule(
     """Lets the number of accumulated microbatches follow the noise scale.
 
     **Rule**, with b the mean microbatch size of the last step and ``low`` the lower end
-    of the interval of B_simple after it, in the same unit::
+    of the interval of B_simple as it is after it, in the same unit::
 
       K = the largest power of two ≤ fraction·low/b, at least min_k and at most max_k
 

@@ -7,7 +7,11 @@ import optax
 
 from optax_stability._core import _metrics, _validate
 from optax_stability._noise._estimation import estimate_noise_scale
-from optax_stability._noise._state import EstimateNoiseScaleState, readings
+from optax_stability._noise._state import (
+    EstimateNoiseScaleState,
+    readings,
+    which_known,
+)
 
 
 def estimator_or_default(
@@ -35,10 +39,15 @@ def init_estimator(estimator: optax.GradientTransformation, params: Any) -> Any:
     return state
 
 
-def global_readings(state: Any) -> dict[str, jax.Array]:
-    """The readings of the whole gradient, by name."""
-    by_name = readings(find_estimate(state))
-    return {key: values[0] for key, values in by_name.items()}
+def global_readings(state: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The readings of the whole gradient, and which of them are known, by name."""
+    found = find_estimate(state)
+    by_name = readings(found)
+    known = which_known(found, by_name)
+    return (
+        {key: values[0] for key, values in by_name.items()},
+        {key: values[0] for key, values in known.items()},
+    )
 
 
 def find_estimate(state: Any) -> EstimateNoiseScaleState:

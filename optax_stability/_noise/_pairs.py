@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_stability._core import _mesh_axes
+from optax_stability._core._numerics import inner_product, is_complex
 from optax_stability._noise._statistics import Observed
 
 
@@ -19,7 +20,8 @@ class Pairs(NamedTuple):
     """The stored gradient, to be paired with the next one.
 
     Attributes:
-      previous: tree like the gradient, float32; meaningless while ``weight`` is 0.
+      previous: tree like the gradient, float32 or complex64; meaningless while
+        ``weight`` is 0.
       weight: float32[] – its examples, or 0 if no gradient is stored.
     """
 
@@ -29,15 +31,18 @@ class Pairs(NamedTuple):
 
 def init_pairs(like: Any) -> Pairs:
     """The initial state: no gradient is stored."""
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), like)
-    return Pairs(previous=zeros, weight=jnp.zeros((), jnp.float32))
+
+    def zeros(x):
+        return jnp.zeros_like(x, dtype=jnp.complex64 if is_complex(x) else jnp.float32)
+
+    return Pairs(previous=jax.tree.map(zeros, like), weight=jnp.zeros((), jnp.float32))
 
 
 def _inner_products(a: Any, b: Any, axis_name: _mesh_axes.AxisName):
-    """⟨a, b⟩ of each leaf, float32[n_leaves]."""
+    """⟨a, b⟩ of each leaf, the real part of a complex one; float32[n_leaves]."""
 
     def product(x, y):
-        return jnp.sum(x * y)
+        return jnp.sum(inner_product(x, y))
 
     products = jax.tree.leaves(jax.tree.map(product, a, b))
     stacked = jnp.stack(products) if products else jnp.zeros((0,), jnp.float32)
@@ -61,10 +66,10 @@ def update_pairs(
       axis_name: under ``shard_map``, the mesh axes that shard the gradient.
 
     Returns:
-      The new stored gradient, and S and G² of the pair: NaN, of weight 0, if there is
-      no pair.
+      The new stored gradient, and S and G² of the pair: ∞, of weight 0, if there is no
+      pair.
     """
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    grads = jax.tree.map(lambda g, old: g.astype(old.dtype), grads, pairs.previous)
     finite = jnp.all(jnp.isfinite(_inner_products(grads, grads, axis_name)))
     complete = finite & (weight > 0) & (pairs.weight > 0)
     total = weight + pairs.weight
@@ -73,9 +78,10 @@ def update_pairs(
     factor = weight * pairs.weight / jnp.where(complete, total, 1.0)
     products = _inner_products(grads, pairs.previous, axis_name)
     observed = Observed(
-        trace=jnp.where(complete, factor * squares, jnp.nan),
-        grad_sq=jnp.where(complete, products, jnp.nan),
+        trace=jnp.where(complete, factor * squares, jnp.inf),
+        grad_sq=jnp.where(complete, products, jnp.inf),
         weight=jnp.where(complete, total, 0.0),
+        parts=jnp.float32(2),
     )
     store = finite & (weight > 0) & ~complete
     previous = jax.tree.map(

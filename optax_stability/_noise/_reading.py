@@ -11,10 +11,11 @@ import math
 from typing import Any, overload
 
 import jax
+import numpy as np
 
 from optax_stability._core import _tree, _validate
 from optax_stability._noise._lookup import find_estimate
-from optax_stability._noise._state import readings
+from optax_stability._noise._state import readings, which_known
 
 
 def _digits(value: float) -> str:
@@ -27,17 +28,19 @@ def _digits(value: float) -> str:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class NoiseScale:
-    """An estimate of the gradient noise scale, as :func:`noise_scale` reads it.
+    """The gradient noise scale of now, as :func:`noise_scale` reads it.
 
     Attributes:
-      b_simple: tr Σ/‖G‖², in ``unit``; NaN where it is not ``valid``.
+      b_simple: tr Σ/‖G‖² of the model as it is at the last step, in ``unit``; NaN where
+        it is not ``valid``.
       low: lower end of its interval; a lower bound where it is not ``valid``.
       high: upper end, ∞ where it is not ``valid``.
       valid: whether the gradient can be distinguished from the noise.
-      trace: mean of S, which estimates tr Σ.
-      grad_sq: mean of G², which estimates ‖G‖²; may be negative.
-      noise_to_weight: √(var_g/var_p), noise of a microbatch relative to the parameters.
-      steps: how many steps of equal weight the averages are worth.
+      trace: tr Σ, the mean of S over the last steps; NaN before the first estimate.
+      grad_sq: ‖G‖² of now; may be negative; NaN likewise.
+      noise_to_weight: √(var_g/var_p), noise of a microbatch relative to the parameters;
+        NaN where either is not known.
+      steps: how many steps of equal weight would say as much; not how old it is.
       confidence: of the interval.
       biased: whether the estimate is from pairs of successive gradients.
       unit: what the weights of the microbatches count.
@@ -58,17 +61,17 @@ class NoiseScale:
     per_leaf: dict[str, "NoiseScale"] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """One line: the estimate, its interval, and the number of steps."""
+        """One line: the estimate, its interval, and how many steps it is worth."""
         confidence = f"{100 * self.confidence:g} %"
         if self.valid:
             low, high = _digits(self.low), _digits(self.high)
-            text = f"B_simple = {_digits(self.b_simple)} {self.unit} "
+            text = f"B_simple now = {_digits(self.b_simple)} {self.unit} "
             text += f"({confidence}: {low}–{high})"
         elif self.low > 0:
-            text = f"B_simple ≥ {_digits(self.low)} {self.unit} ({confidence})"
+            text = f"B_simple now ≥ {_digits(self.low)} {self.unit} ({confidence})"
         else:
             text = "B_simple unknown"
-        text += f", over {self.steps:.0f} steps"
+        text += f", worth {self.steps:.0f} steps"
         return text + (", biased: from successive steps" if self.biased else "")
 
 
@@ -99,10 +102,13 @@ def noise_scale(state: Any, *, unit: str = "examples") -> NoiseScale:
       >>> from optax_stability import estimate_noise_scale
       >>> params = {"w": jnp.ones(2)}
       >>> noise_scale(estimate_noise_scale().init(params))
-      B_simple unknown, over 0 steps
+      B_simple unknown, worth 0 steps
     """
     found = find_estimate(state)
-    values = jax.device_get(readings(found))
+    by_name = readings(found)
+    values, known = jax.device_get((by_name, which_known(found, by_name)))
+    for key, each in known.items():
+        values[key] = np.where(each, values[key], np.nan)
     shared = {
         "confidence": float(found.confidence),
         "biased": bool(found.biased),
@@ -158,9 +164,11 @@ def batch_efficiency(b_simple: Any, batch_size: Any) -> Any:
       McCandlish et al., 2018, arXiv:1812.06162, §2. Against it: Merrill et al.,
       "Critical Batch Size Revisited", 2025, arXiv:2505.23971.
     """
-    _validate.check_interval("batch_size", batch_size, "(0, inf)", "use a size > 0")
+    _validate.check_numbers("batch_size", batch_size)
+    if _validate.is_concrete(batch_size):
+        _validate.check_interval("batch_size", batch_size, "(0, inf)", "use a size > 0")
     if not _validate.is_concrete(b_simple):
-        _validate.check_number("b_simple", b_simple)
+        _validate.check_numbers("b_simple", b_simple)
         return 1 / (1 + batch_size / b_simple)
     if math.isnan(b_simple):
         return math.nan
@@ -171,7 +179,7 @@ def batch_efficiency(b_simple: Any, batch_size: Any) -> Any:
 def critical_batch_range(estimate: NoiseScale) -> tuple[float, float]:
     """The range of the critical batch size, according to the noise scale.
 
-    **Rule**: the interval of B_simple at the present point of the run. The upper end is
+    **Rule**: the interval of B_simple of the model as it is now. The upper end is
     ∞ where the interval has none.
 
     Limits, in addition to those of :func:`batch_efficiency`: the critical batch size

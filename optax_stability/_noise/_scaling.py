@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
+from optax_stability._core._checked import checked
 from optax_stability._noise import _lookup
 
 
@@ -29,6 +30,9 @@ class ScaleByNoiseScaleState(NamedTuple):
 
     scale: jax.Array
     estimate: Any
+
+    reports_metrics = True  # For ost.metrics.
+    number = "scale"  # This field is one number.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -45,7 +49,7 @@ def scale_by_noise_scale(
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the updates by a factor that decreases with the noise scale.
 
-    **Rule**, for a batch of size B and the noise scale after this step::
+    **Rule**, for a batch of size B and the noise scale of now, after this step::
 
       scale = max_scale/(1 + B_simple/B), but at least min_scale
       while B_simple is not valid, the last scale; max_scale at first
@@ -110,7 +114,7 @@ def scale_by_noise_scale(
 
     def update_fn(updates, state, params=None, **extra_args):
         _, estimate = estimator.update(updates, state.estimate, params, **extra_args)
-        readings = _lookup.global_readings(estimate)
+        readings, _ = _lookup.global_readings(estimate)
         size = extra_args["moments"].weight if batch_size is None else batch_size
         size = jnp.maximum(jnp.asarray(size, jnp.float32), _numerics.TINY)
         noise = jnp.where(readings["valid"], readings["b_simple"], 0.0)
@@ -119,4 +123,10 @@ def scale_by_noise_scale(
         scaled = jax.tree.map(lambda leaf: _numerics.scale(leaf, scale), updates)
         return scaled, ScaleByNoiseScaleState(scale=scale, estimate=estimate)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked(
+        "scale_by_noise_scale",
+        ScaleByNoiseScaleState,
+        init_fn,
+        update_fn,
+        inexact=True,
+    )

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_stability._core import _scopes, _tree
-from optax_stability._noise import _pairs, _statistics
+from optax_stability._core import _numerics, _scopes, _tree
+from optax_stability._noise import _drift, _pairs, _statistics
+from optax_stability._noise._drift import Drift
 from optax_stability._noise._statistics import Averages, Observed
 
 
@@ -17,10 +18,12 @@ class EstimateNoiseScaleState(NamedTuple):
     """State of :func:`estimate_noise_scale`. Stream 0 is the whole gradient.
 
     Attributes:
-      averages: of S and G², float32[n_memories, n_streams] each.
+      averages: of S and G² in units of the mean trace, float32[n_streams] each: what
+        the noise scale is if it is constant.
+      drift: what it is if it changes.
       size: float32[n_streams] – number of entries that were measured, d.
-      param_rms: float32[n_streams] – root mean square of the parameters; NaN where they
-        were not given.
+      param_rms: float32[n_streams] – root mean square of the parameters; −1 where it is
+        not known.
       batch: float32[] – weight of the last step, N.
       microbatch: float32[] – mean weight of its microbatches, N/K.
       biased: bool[] – whether the averages are of pairs of successive gradients.
@@ -33,6 +36,7 @@ class EstimateNoiseScaleState(NamedTuple):
     """
 
     averages: Averages
+    drift: Drift
     size: jax.Array
     param_rms: jax.Array
     batch: jax.Array
@@ -43,6 +47,9 @@ class EstimateNoiseScaleState(NamedTuple):
     stream: jax.Array
     leaves: Any
     labels: Any
+
+    reports_metrics = True  # For ost.metrics.
+    number = "batch"  # This field is one number.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -60,22 +67,41 @@ class EstimateNoiseScaleState(NamedTuple):
 
 
 def readings(state: EstimateNoiseScaleState) -> dict[str, jax.Array]:
-    """The estimates of all streams, by name, [n_streams] each."""
-    averages = _statistics.longest_consistent(state.averages)
-    scale = _statistics.interval(averages, state.confidence)
-    learned = averages.total > 0
-    trace = jnp.where(learned, averages.trace, jnp.nan)
-    variance = trace / (state.microbatch * state.size)
+    """The estimates of all streams, by name, [n_streams] each; 0 where not known."""
+    scale = _drift.present(state.drift, state.averages, state.confidence)
+    trace = state.drift.trace
+    # Without noise the signal is in the unit of the gradient.
+    size = jnp.where(trace > 0, trace, 1.0)
     return {
         "b_simple": scale.ratio,
         "low": scale.low,
         "high": scale.high,
         "valid": scale.valid,
         "trace": trace,
-        "grad_sq": jnp.where(learned, averages.grad_sq, jnp.nan),
-        "noise_to_weight": jnp.sqrt(variance) / state.param_rms,
-        "steps": averages.steps,
+        "grad_sq": scale.signal * size,
+        "noise_to_weight": _noise_to_weight(trace, state),
+        "steps": state.drift.steps,
     }
+
+
+def which_known(
+    state: EstimateNoiseScaleState, by_name: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Whether each stream has the reading, bool[n_streams]; the others always are."""
+    learned = by_name["steps"] > 0
+    return {
+        "b_simple": by_name["valid"],
+        "trace": learned,
+        "grad_sq": learned,
+        "noise_to_weight": learned & (state.param_rms >= 0),
+    }
+
+
+def _noise_to_weight(trace, state: EstimateNoiseScaleState):
+    """√(var_g/var_p); ∞ for x/0, and 0 for 0/0 and where the parameters are unknown."""
+    noise = jnp.sqrt(_numerics.ratio(trace, state.microbatch * state.size))
+    present = (noise > 0) & (state.param_rms >= 0)
+    return jnp.where(present, noise / jnp.where(present, state.param_rms, 1.0), 0.0)
 
 
 def _streams(tree: Any, scope: _scopes.Scope) -> tuple[list[int], Any, Any]:
@@ -109,8 +135,9 @@ def init_state(
     streams = 1 + max(stream, default=0)
     return EstimateNoiseScaleState(
         averages=_statistics.init_averages(streams),
+        drift=_drift.init_drift(streams),
         size=jnp.zeros((streams,), jnp.float32),
-        param_rms=jnp.full((streams,), jnp.nan, jnp.float32),
+        param_rms=jnp.full((streams,), -1.0, jnp.float32),
         batch=jnp.zeros((), jnp.float32),
         microbatch=jnp.zeros((), jnp.float32),
         biased=jnp.zeros((), bool),
@@ -122,6 +149,11 @@ def init_state(
     )
 
 
+def stored_leaves(state: EstimateNoiseScaleState) -> Any:
+    """What the state holds per leaf of the gradient: the pair, marks, or nothing."""
+    return state.leaves if state.pairs is None else state.pairs.previous
+
+
 def update_streams(
     state: EstimateNoiseScaleState, observed: Observed, known, sizes, decay
 ):
@@ -129,12 +161,15 @@ def update_streams(
     size = sum_by_stream(jnp.where(known, sizes, 0.0), state)
 
     def total(values):
-        # A stream without known leaves is not updated.
+        # A stream without known leaves is not updated: ∞ does not enter an average.
         sums = sum_by_stream(jnp.where(known, values, 0.0), state)
-        return jnp.where(size > 0, sums, jnp.nan)
+        return jnp.where(size > 0, sums, jnp.inf)
 
     trace, grad_sq = total(observed.trace), total(observed.grad_sq)
+    summed = observed._replace(trace=trace, grad_sq=grad_sq)
+    drift, averages = _drift.update(state.drift, state.averages, summed, decay)
     return state._replace(
-        averages=_statistics.update_averages(state.averages, trace, grad_sq, decay),
+        averages=averages,
+        drift=drift,
         size=jnp.where(jnp.isfinite(trace), size, state.size),
     )

@@ -2,16 +2,13 @@
 
 *Problem*: the noise scale is the ratio of two means, and the denominator may be close
 to 0. The mean of ratios is then meaningless, and so is an interval from the delta
-method, which is always finite. Both means also change over time: an average long enough
-to be precise describes the past.
+method, which is always finite.
 
-*Cost*: 21 scalars per stream; element-wise.
+*Cost*: 7 scalars per stream; element-wise.
 
 *Source*: Fieller, "Some Problems in Interval Estimation", 1954, J. R. Stat. Soc. B 16,
 §2, for the interval. West, "Updating Mean and Variance Estimates", 1979, CACM 22(9),
-with weights that decay, for the averages. Lepski, "On a Problem of Adaptive Estimation
-in Gaussian White Noise", 1990, Theory Probab. Appl. 35(3), for the memory length.
-Student's quantile from the normal one by
+with weights that decay, for the averages. Student's quantile from the normal one by
 Abramowitz & Stegun, "Handbook of Mathematical Functions", 1964, eq. 26.7.5.
 """
 
@@ -28,19 +25,12 @@ from optax_stability._core._numerics import hypot, ratio
 _FEWEST_STEPS = 2.5
 # The spread of larger numbers would overflow.
 _LARGEST = 1e36
-# The decays of the memories are these powers of ``decay``: a third and a tenth of the
-# steps of the longest memory.
-_DECAY_POWERS = (1, 3, 10)
-# Memories agree if their intervals of this confidence overlap. Wider intervals detect a
-# change late; narrower intervals mistake chance for a change, and coverage suffers.
-_AGREEMENT_CONFIDENCE = 0.75
 
 
 class Averages(NamedTuple):
     """Weighted means of trace S and squared gradient G², with their spread.
 
-    Each step has ``decay`` times the weight of the next. In the state a first axis is
-    added: memories of several lengths, the longest first. The spread is stored as the
+    Each step has ``decay`` times the weight of the next. The spread is stored as the
     Cholesky factor of the weighted sums of squares and products about the means: no
     square is formed, so the spread has the range of S and G² themselves.
 
@@ -72,36 +62,40 @@ class Observed(NamedTuple):
     """S and G² of each leaf, from one step.
 
     Attributes:
-      trace: float32[n_leaves] – S; NaN where it is unknown.
-      grad_sq: float32[n_leaves] – G².
-      weight: float32[] – total weight of the examples.
+      trace: float32[n_leaves] – S; not finite where there is no observation.
+      grad_sq: float32[n_leaves] – G², likewise.
+      weight: float32[] – N, total weight of the examples.
+      parts: float32[] – K, the number of parts that were compared.
     """
 
     trace: jax.Array
     grad_sq: jax.Array
     weight: jax.Array
+    parts: jax.Array
 
 
 class Interval(NamedTuple):
     """The ratio S/G², with a confidence interval.
 
     Attributes:
-      ratio: float32[n] – ratio of the means, NaN where it is not ``valid``.
+      ratio: float32[n] – ratio of the means, 0 where it is not ``valid``.
       low: float32[n] – lower end, 0 where it is unknown.
       high: float32[n] – upper end, ∞ where there is none.
       valid: bool[n] – whether G² can be distinguished from 0.
+      signal_low: float32[n] – lower end of the interval of G²/S: the inverse of
+        ``high``, or a number ≤ 0 where there is no upper end.
     """
 
     ratio: jax.Array
     low: jax.Array
     high: jax.Array
     valid: jax.Array
+    signal_low: jax.Array
 
 
 def init_averages(streams: int) -> Averages:
-    """The averages before the first step, of [memories, streams]."""
-    shape = len(_DECAY_POWERS), streams
-    return Averages(*(jnp.zeros(shape, jnp.float32) for _ in Averages._fields))
+    """The averages before the first step."""
+    return Averages(*(jnp.zeros(streams, jnp.float32) for _ in Averages._fields))
 
 
 def _givens_rotation(a, b):
@@ -112,17 +106,23 @@ def _givens_rotation(a, b):
     return length, jnp.where(known, a / safe, 1.0), jnp.where(known, b / safe, 0.0)
 
 
+def is_learnable(trace, grad_sq) -> jax.Array:
+    """Whether both numbers are finite, and small enough for their spread."""
+    return (jnp.abs(trace) <= _LARGEST) & (jnp.abs(grad_sq) <= _LARGEST)
+
+
 def update_averages(averages: Averages, trace, grad_sq, decay) -> Averages:
     """Adds one step to the averages, where both numbers are finite and at most 1e36.
 
     Args:
-      averages: of [memories, n streams].
+      averages: of n streams.
       trace: float32[n] – S of this step.
       grad_sq: float32[n] – G² of this step.
-      decay: float32[] – weight of the earlier steps relative to this one, in the
-        longest memory.
+      decay: float32[] – weight of the earlier steps relative to this one.
     """
-    old, decay = averages, decay ** jnp.array(_DECAY_POWERS, jnp.float32)[:, None]
+    learnable = is_learnable(trace, grad_sq)
+    trace, grad_sq = (jnp.where(learnable, x, 0.0) for x in (trace, grad_sq))
+    old = averages
     total = decay * old.total + 1
     trace_step, grad_sq_step = trace - old.trace, grad_sq - old.grad_sq
     # 0 at the first step, when there is no mean yet.
@@ -143,7 +143,7 @@ def update_averages(averages: Averages, trace, grad_sq, decay) -> Averages:
             root_decay * old.grad_sq_spread, jnp.abs(cos * added - sin * shared)
         ),
     )
-    known = (jnp.abs(trace) <= _LARGEST) & (jnp.abs(grad_sq) <= _LARGEST)
+    known = learnable
     for field in new:
         known &= jnp.isfinite(field)
     return jax.tree.map(lambda after, before: jnp.where(known, after, before), new, old)
@@ -164,6 +164,14 @@ def student_quantile(confidence, dof):
     return z + sum(term / dof ** (i + 1) for i, term in enumerate(terms))
 
 
+def student(averages: Averages, confidence) -> tuple[jax.Array, jax.Array]:
+    """Whether there are enough steps for an interval, and Student's t for them."""
+    enough = averages.steps > _FEWEST_STEPS
+    return enough, student_quantile(
+        confidence, jnp.where(enough, averages.steps, 3.0) - 1
+    )
+
+
 def interval(averages: Averages, confidence) -> Interval:
     """Fieller's interval for mean(S)/mean(G²), where both means may be uncertain.
 
@@ -174,11 +182,11 @@ def interval(averages: Averages, confidence) -> Interval:
       averages: of n streams.
       confidence: fraction of intervals that contain the true ratio, in (0, 1).
     """
-    enough = averages.steps > _FEWEST_STEPS
+    enough, quantile = student(averages, confidence)
     steps = jnp.where(enough, averages.steps, 3.0)
     total = jnp.where(enough, averages.total, 1.0)
     # The variance of a weighted mean is Σw(x − mean)²/(total·(steps − 1)).
-    per_root = student_quantile(confidence, steps - 1) / jnp.sqrt(total * (steps - 1))
+    per_root = quantile / jnp.sqrt(total * (steps - 1))
     upper, lower = averages.trace, jnp.maximum(averages.grad_sq, 0)
     spreads = (
         per_root * averages.trace_spread,
@@ -197,34 +205,15 @@ def interval(averages: Averages, confidence) -> Interval:
     root = jnp.sqrt(jnp.maximum(jnp.square(a * c - s * b) + d * d * q0, 0))
     bounded = enough & (q2 > 0)
     low = jnp.where((q0 > 0) & (q1 + root > 0), ratio(q0, q1 + root), 0.0)
-    high = jnp.where(bounded, ratio(jnp.maximum(q1 + root, 0), q2), jnp.inf)
+    high = ratio(jnp.maximum(q1 + root, 0), q2)
     unit = ratio(upper_unit, lower_unit)
     return Interval(
-        ratio=jnp.where(bounded, ratio(averages.trace, averages.grad_sq), jnp.nan),
+        ratio=jnp.where(bounded, ratio(averages.trace, averages.grad_sq), 0.0),
         low=jnp.where(enough & (lower_unit > 0), low * unit, 0.0),
         high=jnp.where(bounded, high * unit, jnp.inf),
         valid=bounded,
-    )
-
-
-def longest_consistent(averages: Averages) -> Averages:
-    """The averages of the longest memory that agrees with all shorter ones, [n].
-
-    A long memory is the most precise while nothing changes. Starting at the shortest,
-    each longer memory is chosen while its interval overlaps those of all shorter ones,
-    and has an upper end if one of theirs has. After a spike a long memory may have no
-    upper end long after a short one has forgotten the spike.
-    """
-    found = interval(averages, _AGREEMENT_CONFIDENCE)
-    shortest = len(_DECAY_POWERS) - 1
-    chosen = jnp.full(found.low.shape[1:], shortest)
-    low, high, agree = found.low[shortest], found.high[shortest], True
-    for longer in reversed(range(shortest)):
-        agree &= (found.low[longer] <= high) & (found.high[longer] >= low)
-        agree &= jnp.isfinite(found.high[longer]) | jnp.isinf(high)
-        chosen = jnp.where(agree, longer, chosen)
-        low = jnp.maximum(low, found.low[longer])
-        high = jnp.minimum(high, found.high[longer])
-    return jax.tree.map(
-        lambda x: jnp.take_along_axis(x, chosen[None], axis=0)[0], averages
+        # Of the same quadratic, so that it passes through 0 without a jump.
+        signal_low=jnp.where(
+            (q1 + root > 0) & (unit > 0), ratio(q2, (q1 + root) * unit), -_LARGEST
+        ),
     )

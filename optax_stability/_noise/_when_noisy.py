@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _validate
+from optax_stability._core._checked import checked
 from optax_stability._noise import _lookup
 
 Measure = Literal["b_simple", "noise_to_weight"]
@@ -35,6 +36,9 @@ class WhenNoisyState(NamedTuple):
     estimate: Any
     inner_state: Any
 
+    reports_metrics = True  # For ost.metrics.
+    number = "active"  # This field is one number.
+
     @property
     def metrics(self) -> dict[str, jax.Array]:
         """``when_noisy/active``."""
@@ -42,11 +46,12 @@ class WhenNoisyState(NamedTuple):
 
 
 def _bounds(estimate, measure: Measure):
-    """Lower and upper bound of the measure; equal if it has no interval."""
-    readings = _lookup.global_readings(estimate)
+    """Lower and upper bound of the measure; if it has no interval, equal once known."""
+    readings, known = _lookup.global_readings(estimate)
     if measure == "b_simple":
         return readings["low"], readings["high"]
-    return readings[measure], readings[measure]
+    value = readings[measure]
+    return value, jnp.where(known[measure], value, jnp.inf)
 
 
 def when_noisy(
@@ -65,8 +70,9 @@ def when_noisy(
       off  if high < below
       else unchanged; off at first
 
-    The interval acts as hysteresis: random fluctuations within it do not switch. A
-    noise scale without an upper end can switch on, but not off.
+    The noise scale is that of now. Its interval acts as hysteresis: random fluctuations
+    within it do not switch. A noise scale without an upper end can switch on, but not
+    off.
 
     **Guarantees**
 
@@ -144,4 +150,4 @@ def when_noisy(
             active=active, estimate=estimate, inner_state=inner_state
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("when_noisy", WhenNoisyState, init_fn, update_fn)

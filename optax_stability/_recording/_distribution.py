@@ -60,21 +60,21 @@ class Parts(NamedTuple):
         return _mesh_axes.sum_shards(values, self.leaves, self.axis_name, counts)
 
     def times(self, factors) -> list[jax.Array]:
-        """The leaves in float32, each part multiplied by its factor."""
+        """The leaves in the dtype of the factors, each part times its factor."""
         by_leaf = _parts.by_parts(factors, self.leaves, self.layered)
         return [
-            leaf.astype(jnp.float32) * factor
+            _numerics.times(leaf, factor)
             for leaf, factor in zip(self.leaves, by_leaf, strict=True)
         ]
 
 
 class Entries(NamedTuple):
-    """Statistics of the entries x of each part, float32[n_parts] each.
+    """Statistics of the entries x of each part, real[n_parts] each.
 
     Attributes:
       largest: max|x|; 0 for an empty part.
       nonzero: the number of nonzero entries; NaN if an entry is NaN.
-      fourth: Σ(scale·x)⁴.
+      fourth: Σ|scale·x|⁴.
     """
 
     largest: jax.Array
@@ -84,13 +84,15 @@ class Entries(NamedTuple):
 
 def measure_entries(parts: Parts, scale) -> Entries:
     """Measures the entries in three passes over each part."""
+    dtype = scale.dtype
 
     def largest_of(batch):
         axes = tuple(range(1, batch.ndim))
-        return (jnp.max(jnp.abs(batch.astype(jnp.float32)), axis=axes, initial=0),)
+        sizes = jnp.abs(_numerics.cast(batch, dtype))
+        return (jnp.max(sizes, axis=axes, initial=0),)
 
     def terms(leaf):
-        x = leaf.astype(jnp.float32)
+        x = _numerics.size(_numerics.cast(leaf, dtype))
         # On CPU a sum of signs is vectorised, a sum of comparisons is not.
         return jnp.abs(jnp.sign(x)), jnp.square(jnp.square(x * scale))
 
@@ -126,9 +128,10 @@ def count_nonfinite(parts: Parts, norms) -> jax.Array:
 
     On CPU the leaves are read only if a norm is not finite.
     """
+    zero, one = norms.dtype.type(0), norms.dtype.type(1)
 
     def nonfinite(leaf):
-        return (jnp.where(jnp.isfinite(leaf), 0.0, 1.0),)
+        return (jnp.where(jnp.isfinite(leaf), zero, one),)
 
     def count(_):
         (found,) = leafwise_sums(
@@ -144,7 +147,7 @@ def count_nonfinite(parts: Parts, norms) -> jax.Array:
 
 
 def bimodality(entries: Entries, norms, scale) -> Pair:
-    """(Σx²)²/(n·Σx⁴) over the n nonzero entries; 0 if there are none.
+    """(Σ|x|²)²/(n·Σ|x|⁴) over the n nonzero entries; 0 if there are none.
 
     For the whole tree every part is divided by its own RMS. A part whose norm is below
     1e-16 of the largest norm, or below 1e-27, measures 0.

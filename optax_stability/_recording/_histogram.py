@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optax_stability._core import _numerics
 from optax_stability._core._leafwise import leafwise
 from optax_stability._recording._distribution import Parts
 
@@ -48,7 +49,7 @@ def measure(parts: Parts) -> tuple[jax.Array, jax.Array]:
     def count(i, counts):
         def measure(batch):
             # |x| does not depend on i: XLA would hoist it, and keep a copy of the leaf.
-            x, one = batch.astype(jnp.float32), jnp.float32(1)
+            x, one = _numerics.size(_numerics.widen(batch)), jnp.float32(1)
             beyond = jnp.where(x > above[i], one, 0) + jnp.where(x < -above[i], one, 0)
             return (jnp.sum(beyond, axis=tuple(range(1, batch.ndim))),)
 

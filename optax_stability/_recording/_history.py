@@ -25,13 +25,20 @@ from optax_stability._core import (
     _metrics,
     _numerics,
     _parts,
+    _states,
+    _tree,
     _validate,
 )
+from optax_stability._core._checked import checked
 from optax_stability._core._in_place import run_if
 from optax_stability._core._look import is_due
 from optax_stability._core._losses import given_losses, loss_of
 
 States = list[tuple[tuple, Any]]
+
+# Marks what was not recorded, in place of NaN: jax.debug_nans would stop there. The
+# greatest negative float32 is no loss and no metric.
+_NOT_RECORDED = -_numerics.HUGE
 
 
 class RecordHistoryState(NamedTuple):
@@ -39,8 +46,10 @@ class RecordHistoryState(NamedTuple):
 
     Attributes:
       step: int32[] – calls of ``update``.
-      rows: float32[length, n_numbers] – ring buffer of loss and metrics; step i is in
-        row i mod ``length``.
+      rows: real[length, n_numbers], float64 if a parameter is float64 or complex128,
+        else float32 – ring buffer of loss and metrics; step i is in
+        row i mod ``length``. What was not recorded, such as a loss that was not given,
+        is −3.4e38.
       has_loss: bool[] – whether a loss was ever given.
       inner_state: state of ``inner``; its structure defines the columns of ``rows``.
     """
@@ -49,6 +58,8 @@ class RecordHistoryState(NamedTuple):
     rows: jax.Array
     has_loss: jax.Array
     inner_state: Any
+
+    reports_metrics = True  # For ost.metrics.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -67,18 +78,20 @@ def _split_by_cost(inner_state: Any) -> tuple[States, States]:
 
 
 def _recorded_metrics(node: Any) -> dict[str, jax.Array]:
-    """The metrics of a state that are scalars, or vectors with one entry per leaf."""
+    """The metrics of a state that are scalars, or vectors with named entries."""
     return {
         key: value
         for key, value in sorted(node.metrics.items())
-        if value.ndim == key.endswith(_metrics.PER_LEAF)
+        if value.ndim == _metrics.is_vector(key)
     }
 
 
-def _row(states: States) -> jax.Array:
-    """Concatenates the recorded metrics of all states, float32[n]."""
+def _row(states: States, dtype) -> jax.Array:
+    """Concatenates the recorded metrics of all states, in one dtype."""
     values = [value for _, node in states for value in _recorded_metrics(node).values()]
-    return _parts.concatenate([value.astype(jnp.float32) for value in values])
+    # Without a metric the concatenation is an empty float32 vector.
+    row = _parts.concatenate([value.astype(dtype) for value in values])
+    return row.astype(dtype)
 
 
 def _columns(states: States, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
@@ -145,6 +158,7 @@ def history(state: Any) -> dict[str, np.ndarray]:
     cheap, costly = _split_by_cost(recorder.inner_state)
     steps = np.arange(max(0, step - len(ring)), step)
     rows = ring[steps % len(ring)]
+    rows = np.where(rows == _NOT_RECORDED, np.float32(np.nan), rows)
     columns = _metrics.by_leaf(cheap + costly, _columns(cheap + costly, rows[:, 1:]))
     loss = {"loss": rows[:, 0]} if has_loss else {}
     return {"step": steps} | loss | columns
@@ -165,7 +179,7 @@ def record_history(
 
     **Rule**: after every step of ``inner`` one row overwrites the oldest row. It holds
     the loss and all metrics of the inner states that are scalars, or vectors with one
-    entry per leaf.
+    entry per leaf, or per entry of :func:`record_extra`.
 
     **Guarantees**
 
@@ -178,8 +192,8 @@ def record_history(
       ``clip_…`` inside that receives this same gradient.
 
     **Edge cases**: counts are kept in float32, exact up to 2²⁴. A loss that is not
-    given is NaN. Histograms are not kept. Under ``shard_map`` each device measures
-    ``adam/…`` on its shard; the mean over devices is kept.
+    given is read as NaN. Histograms are not kept. Under ``shard_map`` each device
+    measures ``adam/…`` on its shard; the mean over devices is kept.
 
     Args:
       inner: the transformation to record: the whole chain.
@@ -208,33 +222,44 @@ def record_history(
       ... )
     """
     _validate.check_transformation("inner", inner)
-    _validate.check_count("length", length, 1, "256 is the default")
+    _validate.check_size("length", length, 1)
     _validate.check_count("slow_every", slow_every, 1, "50 is the default")
+    _validate.check_axis_name("axis_name", axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
         inner_state = inner.init(params)
-        shape = jax.eval_shape(lambda: _row(_metrics.reporting_states(inner_state)))
+        dtype = _numerics.real_dtype(_tree.pure(params))
+        shape = jax.eval_shape(
+            lambda: _row(_metrics.reporting_states(inner_state), dtype)
+        )
         return RecordHistoryState(
             step=jnp.zeros((), jnp.int32),
-            rows=jnp.full((length, 1 + shape.size), jnp.nan, jnp.float32),
+            rows=jnp.full((length, 1 + shape.size), _NOT_RECORDED, dtype),
             has_loss=jnp.zeros((), bool),
             inner_state=inner_state,
         )
 
     def next_row(state, loss, inner_state, extra_args):
         cheap, costly = _split_by_cost(inner_state)
-        head = jnp.concatenate([loss[None], _row(cheap)])
+        dtype = state.rows.dtype
+        head = jnp.concatenate([loss[None].astype(dtype), _row(cheap, dtype)])
         last_tail = state.rows[(state.step - 1) % length, len(head) :]
 
         def read(_):
-            return _mesh_axes.mean_over_varying(_row(costly), axis_name)
+            return _mesh_axes.mean_over_varying(_row(costly, dtype), axis_name)
 
         due = is_due(extra_args, lambda: state.step % slow_every == 0)
         tail = run_if(due, read, last_tail)
         return jnp.concatenate([head, tail])
 
     def update_fn(updates, state, params=None, **extra_args):
+        if len(state.rows) != length:
+            raise _states.WrongStateError(
+                f"record_history(length={length}) got a state of "
+                f"length={len(state.rows)}; give that length, or the state of "
+                "tx.init(params)."
+            )
         given = bool(given_losses(extra_args))
         loss = loss_of(extra_args, needed=False, axis_name=axis_name)
         norms = _known_norms.measure(updates, axis_name)
@@ -242,7 +267,7 @@ def record_history(
             updates, inner_state = inner.update(
                 updates, state.inner_state, params, **extra_args
             )
-        shown = loss if given else jnp.full_like(loss, jnp.nan)
+        shown = loss if given else jnp.full_like(loss, _NOT_RECORDED)
         row = next_row(state, shown, inner_state, extra_args)
         return updates, RecordHistoryState(
             step=_numerics.increment(state.step),
@@ -251,4 +276,4 @@ def record_history(
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("record_history", RecordHistoryState, init_fn, update_fn)

@@ -40,7 +40,7 @@ class Memory(NamedTuple):
     spectrum: Any
 
 
-def init_measured(num_parts: int, options: Options) -> Measured:
+def init_measured(num_parts: int, options: Options, dtype: Any) -> Measured:
     """Zeros for every quantity that will be measured."""
     names = ["norm", "rms", "max_abs", "zero_fraction", "nonfinite", "bimodality"]
     names += ["param_ratio"] * options.ratio_to_params
@@ -51,8 +51,8 @@ def init_measured(num_parts: int, options: Options) -> Measured:
         shapes["histogram"] = (_histogram.NUM_BINS,)
     return {
         name: (
-            jnp.zeros(shape, jnp.float32),
-            jnp.zeros((num_parts, *shape), jnp.float32),
+            jnp.zeros(shape, dtype),
+            jnp.zeros((num_parts, *shape), dtype),
         )
         for name, shape in shapes.items()
     }

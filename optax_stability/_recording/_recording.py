@@ -20,6 +20,7 @@ import optax
 
 from optax_stability._core import (
     _known_norms,
+    _leaves,
     _mesh_axes,
     _numerics,
     _parts,
@@ -27,6 +28,7 @@ from optax_stability._core import (
     _tree,
     _validate,
 )
+from optax_stability._core._checked import checked
 from optax_stability._core._in_place import measure_if
 from optax_stability._core._look import is_due
 from optax_stability._recording import _measuring, _similarity, _spectrum
@@ -41,8 +43,9 @@ class RecordState(NamedTuple):
 
     Attributes:
       step: int32[] – calls of ``update``.
-      metrics: ``<name>/…`` – float32[] and, for ``…/per_leaf``, float32[n_leaves]: the
-        last measurement; zeros before the first.
+      metrics: ``<name>/…`` – real[] and, for ``…/per_leaf``, real[n_leaves]: the last
+        measurement; zeros before the first. "real" is float64 if a parameter is
+        float64 or complex128, else float32.
       memory: memory from one measurement to the next.
       leaves: one mark per entry of the per-leaf vectors, to name it; or None.
     """
@@ -51,6 +54,8 @@ class RecordState(NamedTuple):
     metrics: dict[str, jax.Array]
     memory: Any
     leaves: Any
+
+    reports_metrics = True  # For ost.metrics.
 
 
 def _mark_parts(tree: Any, layered: _parts.Layered) -> Any:
@@ -79,15 +84,17 @@ def record(
 ) -> optax.GradientTransformationExtraArgs:
     """Records norms and distribution of the updates at this place in the chain.
 
-    **Rule**, over the n entries x of the tree and of each leaf, n₊ of them not 0::
+    **Rule**, over the n entries x of the tree and of each leaf, n₊ of them not 0; a
+    complex x counts by its modulus::
 
-      at every step            norm = √Σx²        rms = norm/√n
+      at every step            norm = √Σ|x|²      rms = norm/√n
       every ``every`` steps    norm and rms of the parameters
                                max_abs = max|x|   zero_fraction = 1 − n₊/n
                                nonfinite = share of NaN and Inf
-                               bimodality = (Σx²)²/(n₊·Σx⁴)
+                               bimodality = (Σ|x|²)²/(n₊·Σ|x|⁴)
         ratio_to_params        param_ratio = norm/norm of the parameters
-        correlation            correlation = cosine with the previous measurement
+        correlation            correlation = cosine with the previous measurement;
+                               of complex x from the real part of the inner product
         spectral               spectral_norm = largest singular value of a matrix
         histogram              entries between successive powers of two
 
@@ -118,7 +125,7 @@ def record(
       not finite. With ``look=True`` everything is measured.
     * ``zero_fraction`` of a leaf with a NaN is NaN; Inf counts as nonzero. Bimodality
       is NaN with either.
-    * ``spectral_norm`` of a leaf that is not a matrix is NaN, also of a convolution
+    * ``spectral_norm`` of a leaf that is not a matrix is 0, also of a convolution
       kernel. For the whole tree it is the largest of all matrices.
 
     Args:
@@ -165,6 +172,14 @@ def record(
         raise ValueError(f"name={name!r} must be a non-empty string, such as 'grad'.")
     _validate.check_choice("of", of, get_args(Of))
     _validate.check_count("every", every, 1, "1 measures at every step")
+    _validate.check_flags(
+        per_leaf=per_leaf,
+        ratio_to_params=ratio_to_params,
+        correlation=correlation,
+        spectral=spectral,
+        histogram=histogram,
+    )
+    _validate.check_axis_name("axis_name", axis_name)
     if of == "params" and ratio_to_params:
         raise ValueError(
             "ratio_to_params=True divides by the norm that of='params' measures; "
@@ -178,12 +193,12 @@ def record(
     options = Options(ratio_to_params, correlation, spectral, histogram)
     needs_params = of == "params" or ratio_to_params
 
-    def to_metrics(measured: Measured) -> dict[str, jax.Array]:
+    def to_metrics(measured: Measured, dtype) -> dict[str, jax.Array]:
         metrics = {f"{name}/{key}": total for key, (total, _) in measured.items()}
         if per_leaf:
             for key, (_, each) in measured.items():
                 metrics[f"{name}/{key}/per_leaf"] = each
-        return metrics
+        return jax.tree.map(lambda x: x.astype(dtype), metrics)
 
     def which_layered(tree) -> _parts.Layered:
         return _scopes.split(tree, "global", stacked).layered
@@ -191,15 +206,17 @@ def record(
     def init_fn(params):
         tree = _tree.pure(params)
         parts = Parts(jax.tree.leaves(tree), which_layered(tree))
+        dtype = _numerics.real_dtype(tree)
+        measured = _measuring.init_measured(parts.num_parts, options, dtype)
         memory = Memory(
-            previous=_similarity.init_previous(params, parts.num_parts)
+            previous=_similarity.init_previous(params, parts.num_parts, dtype)
             if correlation
             else None,
             spectrum=_spectrum.init_spectrum(parts) if spectral else None,
         )
         return RecordState(
             step=jnp.zeros((), jnp.int32),
-            metrics=to_metrics(_measuring.init_measured(parts.num_parts, options)),
+            metrics=to_metrics(measured, dtype),
             memory=memory,
             leaves=_mark_parts(tree, parts.layered) if per_leaf else None,
         )
@@ -209,15 +226,28 @@ def record(
             raise ValueError(
                 f"record({name!r}) measures the parameters; pass params to update."
             )
-        layered = which_layered(params if of == "params" else updates)
+        measured_tree = params if of == "params" else updates
+        layered = which_layered(measured_tree)
+        if per_leaf:
+            place = (
+                f"record({name!r}): {'params' if of == 'params' else 'the gradient'}"
+            )
+            marks = _mark_parts(measured_tree, layered)
+            _leaves.check_leaves(place, state.leaves, marks)
+        if correlation and state.memory.previous is not None:
+            known = state.memory.previous.directions
+            _leaves.check_leaves(f"record({name!r})", known, measured_tree)
+        if needs_params:
+            _leaves.check_params(f"record({name!r})", params, updates)
 
         def parts_of(tree):
             return Parts(jax.tree.leaves(tree), layered, axis_name)
 
         norms, fresh = None, {}
+        dtype = state.metrics[f"{name}/norm"].dtype
         if of == "updates" and not _measuring.is_costly(parts_of(updates), extra_args):
             norms = _measuring.measure_norms(parts_of(updates))
-            fresh = to_metrics(_measuring.from_norms(parts_of(updates), norms))
+            fresh = to_metrics(_measuring.from_norms(parts_of(updates), norms), dtype)
 
         def rule():
             due = state.step % every == 0
@@ -231,7 +261,7 @@ def record(
                 parts, norms, parts_of(params), memory, options
             )
             measured |= _measuring.from_norms(parts, norms)
-            return state.metrics | to_metrics(measured), memory
+            return state.metrics | to_metrics(measured, dtype), memory
 
         passed, (metrics, memory) = measure_if(
             is_due(extra_args, rule),
@@ -248,4 +278,4 @@ def record(
             leaves=state.leaves,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("record", RecordState, init_fn, update_fn)

@@ -2,6 +2,9 @@
 
 *Cost*: one buffer like the parameters, two passes over it. State: that buffer.
 
+Of complex updates it is the real part of their inner product, over their norms: the
+cosine of the vectors of their real and imaginary parts.
+
 *Source*: the time correlation of Molybog et al., "A Theory on Adam Instability in
 Large-Scale Machine Learning", 2023, arXiv:2304.09871, here as the cosine of two
 successive updates.
@@ -22,18 +25,18 @@ class Previous(NamedTuple):
 
     Attributes:
       directions: tree like the updates, in their dtype – each part divided by its norm.
-      norms: float32[n_parts] – norm of each part; 0 before the first measurement.
+      norms: real[n_parts] – norm of each part; 0 before the first measurement.
     """
 
     directions: Any
     norms: jax.Array
 
 
-def init_previous(tree: Any, num_parts: int) -> Previous:
+def init_previous(tree: Any, num_parts: int, dtype: Any) -> Previous:
     """Zeros: there is no previous measurement."""
     return Previous(
         directions=jax.tree.map(jnp.zeros_like, tree),
-        norms=jnp.zeros((num_parts,), jnp.float32),
+        norms=jnp.zeros((num_parts,), dtype),
     )
 
 
@@ -48,7 +51,10 @@ def measure(
     usable = _numerics.is_finite(norms.leaves) & (norms.leaves > 0)
     units = parts.times(1 / jnp.where(usable, norms.leaves, 1.0))
     before, treedef = jax.tree.flatten(previous.directions)
-    products = [u * b.astype(jnp.float32) for u, b in zip(units, before, strict=True)]
+    products = [
+        _numerics.inner_product(u, _numerics.cast(b, norms.leaves.dtype))
+        for u, b in zip(units, before, strict=True)
+    ]
     (per_part,) = leafwise(_sums, products, outputs=1, layered=parts.layered)
     per_part = parts.sum_shards(per_part)
 
@@ -63,7 +69,9 @@ def measure(
     ]
     return (total, per_part), Previous(
         directions=jax.tree.unflatten(treedef, directions),
-        norms=jnp.where(usable, norms.leaves, previous.norms),
+        norms=jnp.where(
+            usable, norms.leaves.astype(previous.norms.dtype), previous.norms
+        ),
     )
 
 

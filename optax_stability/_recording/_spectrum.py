@@ -7,13 +7,14 @@ weights, which a norm does not show.
 its rows. Products are written as element-wise products and sums, so that sharded
 matrices stay sharded; only the vectors are gathered.
 
-*Source*: power iteration on AᵀA, Golub & Van Loan, "Matrix Computations", 2013, §8.2.
+*Source*: power iteration on AᴴA, Golub & Van Loan, "Matrix Computations", 2013, §8.2.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optax_stability._core import _numerics, _parts
@@ -28,8 +29,9 @@ class Spectrum(NamedTuple):
 
     Attributes:
       step: int32[] – number of measurements.
-      vectors: float32[…, n] – for every matrix [m, n] or stack of matrices [l, m, n],
-        the last estimate of the right singular vector, of length 1.
+      vectors: real[…, n], or complex[…, n] for a complex matrix – for every matrix
+        [m, n] or stack of matrices [l, m, n], the last estimate of the right singular
+        vector, of length 1.
     """
 
     step: jax.Array
@@ -42,11 +44,14 @@ def _is_matrix(leaf, layered: bool) -> bool:
 
 def init_spectrum(parts: Parts) -> Spectrum:
     """Starts from a fixed, arbitrary vector."""
+    dtype = _numerics.real_dtype(parts.leaves)
 
     def vector(leaf):
         # Neither sparse nor constant: unlikely to be orthogonal to a singular vector.
-        start = jnp.cos(1.0 + jnp.arange(leaf.shape[-1], dtype=jnp.float32))
+        start = jnp.cos(1.0 + jnp.arange(leaf.shape[-1], dtype=dtype))
         unit = start / jnp.sqrt(jnp.sum(jnp.square(start)))
+        if _numerics.is_complex(leaf):
+            unit = lax.complex(unit, jnp.zeros_like(unit))
         return jnp.broadcast_to(unit, (*leaf.shape[:-2], leaf.shape[-1]))
 
     vectors = [
@@ -59,13 +64,15 @@ def init_spectrum(parts: Parts) -> Spectrum:
 
 def _unit(vector):
     """The vector divided by its length, and its length; a zero vector stays zero."""
-    length = jnp.sqrt(jnp.sum(jnp.square(vector), axis=-1))
-    return vector / jnp.where(length > 0, length, 1.0)[..., None], length
+    length = jnp.sqrt(jnp.sum(_numerics.abs_sq(vector), axis=-1))
+    divisor = jnp.where(length > 0, length, 1.0)[..., None]
+    return _numerics.by_component(lambda part: part / divisor, vector), length
 
 
 def _iterate(matrix, vector):
-    """Aᵀu divided by its length, and that length, where u = Av/|Av|."""
+    """Aᴴu divided by its length, and that length, where u = Av/|Av|."""
     left, _ = _unit(jnp.sum(matrix * vector[..., None, :], axis=-1))
+    matrix = jnp.conj(matrix) if _numerics.is_complex(matrix) else matrix
     image = jnp.sum(matrix * left[..., :, None], axis=-2)
     return _unit(_parts.replicated(image))
 
@@ -83,14 +90,16 @@ def _iterate_all(matrices, usable, spectrum: Spectrum):
         ]
 
     count = jnp.where(spectrum.step == 0, _FIRST_ITERATIONS, _ITERATIONS)
-    start = [(v, jnp.zeros(v.shape[:-1], jnp.float32)) for v in spectrum.vectors]
+    start = [
+        (v, jnp.zeros(v.shape[:-1], jnp.finfo(v.dtype).dtype)) for v in spectrum.vectors
+    ]
     return lax.fori_loop(0, count, step, start)
 
 
 def measure(
     spectrum: Spectrum, parts: Parts, norms
 ) -> tuple[tuple[jax.Array, jax.Array], Spectrum]:
-    """The largest singular value of the tree and of each part; NaN if not a matrix.
+    """The largest singular value of the tree and of each part; 0 if not a matrix.
 
     Never above the true value, up to rounding. A matrix that is zero or not finite
     keeps its previous vector.
@@ -108,12 +117,13 @@ def measure(
         spectrum,
     )
     counts = _parts.count_parts(parts.leaves, parts.layered)
-    values = [jnp.full(count, jnp.nan, jnp.float32) for count in counts]
+    values = [jnp.zeros(count, norms.dtype) for count in counts]
     for i, (_, length) in zip(chosen, found, strict=True):
         values[i] = jnp.atleast_1d(length)
-    relative = _parts.concatenate(values)
-    per_part = norms * jnp.where(usable | jnp.isnan(relative), relative, 1.0)
-    total = jnp.max(per_part, initial=0.0, where=~jnp.isnan(relative))
+    is_matrix = np.repeat(np.isin(np.arange(len(counts)), chosen), counts)
+    measured = norms * jnp.where(usable, _parts.concatenate(values), 1.0)
+    per_part = jnp.where(is_matrix, measured, 0.0)
+    total = jnp.max(per_part, initial=0.0)
     spectrum = Spectrum(
         step=_numerics.increment(spectrum.step), vectors=[v for v, _ in found]
     )

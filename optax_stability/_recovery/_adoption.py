@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_stability._core import _tree
+from optax_stability._core import _states, _tree, _validate
 
 
 class _Refusal(NamedTuple):
@@ -176,9 +176,12 @@ def _ambiguous(old: Any) -> _Refusal:
 def _mismatch(new: Any, old: Any) -> _Refusal:
     if not (hasattr(old, "shape") and hasattr(new, "shape")):
         return _Refusal(f"{_name(old)}: it has no place in {_name(new)}")
+    remedy = ""
+    if new.shape == old.shape:
+        remedy = f" (for moments give mu_dtype or rms_dtype={old.dtype.name!r})"
     return _Refusal(
         f"{old.dtype}{list(old.shape)} where the new one has "
-        f"{new.dtype}{list(new.shape)}",
+        f"{new.dtype}{list(new.shape)}{remedy}",
         near=True,
     )
 
@@ -254,6 +257,8 @@ def adopt_state(
       >>> print(state.inner_state[1][0].mu["w"])
       [0.1 0.1 0.1]
     """
+    _validate.check_transformation("new_tx", new_tx)
+    _states.check_not_transformation(old_state)
     _check_restored(old_state)
     fresh = new_tx.init(params)
     adopted = _graft(_tree.pure(fresh), _tree.pure(old_state))

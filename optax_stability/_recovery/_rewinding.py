@@ -129,6 +129,8 @@ class RewindPolicy:
         metric: str = "loss",
     ):
         """Checks the settings and starts without any losses."""
+        if not isinstance(metric, str):
+            raise TypeError(f"metric must be a name such as 'loss', got {metric!r}.")
         _validate.check_count("steps_back", steps_back, 1, "it counts steps")
         _validate.check_count("skip_batches", skip_batches, 1, "it counts steps")
         _validate.check_count("max_rewinds", max_rewinds, 0, "0 stops at once")

@@ -82,6 +82,9 @@ class BranchOnSpikeState(NamedTuple):
     kept: Snapshot
     skip: SkipSpikesState
 
+    reports_metrics = True  # For ost.metrics.
+    number = "mode"  # This field is one number.
+
     @property
     def metrics(self) -> dict[str, jax.Array]:
         """``branch/…``: the mode, the length of the branch, and the counts."""
@@ -202,7 +205,8 @@ def update_state(
     familiar_failed, surprise_failed = failed
     patience = jnp.minimum(2 * state.patience, _MAX_PATIENCE)
     earns = (state.mode == NORMAL) & ~reading.spike & ~reading.nonfinite
-    credit = state.credit + earns - STEPS_PER_ROLLBACK * transition.rolls_back
+    spent = jnp.where(transition.rolls_back, STEPS_PER_ROLLBACK, 0)
+    credit = state.credit + earns.astype(jnp.int32) - spent
     return BranchOnSpikeState(
         mode=mode.astype(jnp.int32),
         probed=state.mode == PROBE,

@@ -13,12 +13,16 @@ read or written only when a branch is opened, probed or dropped.
 
 from typing import Literal, get_args
 
+import jax
 import optax
 
-from optax_stability._core import _mesh_axes, _validate
+from optax_stability._core import _leaves, _mesh_axes, _states, _tree, _validate
+from optax_stability._core._checked import checked
 from optax_stability._core._memory_space import Place
+from optax_stability._core._numerics import real_dtype
 from optax_stability._spikes import _exchange, _guarded_step, _skip_state
 from optax_stability._spikes._branch_state import (
+    BranchOnSpikeState,
     init_state,
     next_transition,
     update_state,
@@ -112,7 +116,7 @@ def branch_on_spike(
       ``rollback_budget`` of them at most once in 60 steps. Corruption that lasts longer
       is learned.
     * A change without a spike opens no branch: see :func:`spike_guard`.
-    * Reverse-mode differentiation is not supported.
+    * Reverse mode passes: the derivative is that of the steps that are taken.
 
     Args:
       inner: transformation to protect: the whole chain, the learning rate included.
@@ -167,10 +171,13 @@ def branch_on_spike(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        inner_state, detector = inner.init(params), guard.detector.init()
+        dtype = real_dtype(_tree.pure(params))
+        inner_state, detector = inner.init(params), guard.detector.init(dtype)
         saved_state = inner_state if keep == "all" else ()
         snapshot = _exchange.init_snapshot(params, detector, saved_state, keep_in)
-        skip = _skip_state.init_state(guard.detector.init(), inner_state, bucket)
+        skip = _skip_state.init_state(
+            params, guard.detector.init(dtype), inner_state, bucket, dtype
+        )
         return init_state(snapshot, skip, rollback_budget)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -180,6 +187,15 @@ def branch_on_spike(
                 "tx.update(grads, state, params, value=loss)."
             )
         skip, snapshot = state.skip, state.kept
+        saves_all = len(jax.tree.leaves(snapshot.inner_state)) > 0
+        has_any = len(jax.tree.leaves(skip.inner_state)) > 0
+        if has_any and saves_all != (keep == "all"):
+            raise _states.WrongStateError(
+                f"branch_on_spike(keep={keep!r}) got a state of another keep=; give "
+                "that one, or the state of tx.init(params)."
+            )
+        _leaves.check_leaves("branch_on_spike: params", snapshot.params, params)
+        _leaves.check_params("branch_on_spike", params, updates)
         assessment = _guarded_step.assess(guard, updates, skip.detector, extra_args)
         verdict = _skip_state.decide(assessment.reading, skip, max_consecutive, bucket)
         transition, reasons = next_transition(
@@ -199,7 +215,7 @@ def branch_on_spike(
         counts = skip._replace(inner_state=())
         counts = optax.tree.where(
             transition.probe_fails,
-            _skip_state.update_after_failed_probe(counts, assessment.reading),
+            _skip_state.update_after_failed_probe(counts, assessment),
             _skip_state.update_state(counts, assessment, verdict, bucket, ()),
         )
         counts, snapshot = _exchange.exchange_detectors(
@@ -215,4 +231,4 @@ def branch_on_spike(
             skip=counts._replace(inner_state=inner_state),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("branch_on_spike", BranchOnSpikeState, init_fn, update_fn)

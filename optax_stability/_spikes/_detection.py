@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optax_stability import thresholds
 from optax_stability.thresholds import Threshold
+from optax_stability.thresholds._threshold import learn, state_for
 
 # The kinds of abnormal steps, in the order of `Reading.kinds`.
 KINDS = ("nan", "inf", "norm", "value")
@@ -53,9 +55,10 @@ class Reading(NamedTuple):
     """Measurements and findings of the detector at one step.
 
     Attributes:
-      norm: float32[] – L2 norm of the gradient.
+      norm: real[] – L2 norm of the gradient; "real" is float64 if one of its leaves is
+        float64 or complex128, else float32.
       value: float32[] – the loss, 0 if none was given.
-      norm_limit: float32[] – greatest normal norm.
+      norm_limit: real[] – greatest normal norm.
       value_limit: float32[] – greatest normal loss.
       kinds: bool[4] – which kinds were found, in the order of ``KINDS``.
     """
@@ -102,16 +105,19 @@ class Detector(NamedTuple):
             self.confirm or _ALWAYS_CONFIRMED,
         )
 
-    def init(self) -> DetectorState:
-        """The state before the first step."""
-        return DetectorState(*(each.init() for each in self._thresholds()))
+    def init(self, norm_dtype: Any) -> DetectorState:
+        """The state before the first step, for norms of this dtype."""
+        grad_norm, value, confirm = self._thresholds()
+        return DetectorState(
+            state_for(grad_norm, norm_dtype), value.init(), confirm.init()
+        )
 
     def judge(self, norm, value, state) -> tuple[Reading, DetectorState]:
         """Compares a step with its limits; also returns the state that learned it."""
         grad_norm, by_value, confirm = self._thresholds()
-        norm_limit, norm_state = grad_norm.update(norm, state.grad_norm)
-        value_limit, value_state = by_value.update(value, state.value)
-        confirm_limit, confirm_state = confirm.update(value, state.confirm)
+        norm_limit, norm_state = learn(grad_norm, norm, state.grad_norm)
+        value_limit, value_state = learn(by_value, value, state.value)
+        confirm_limit, confirm_state = learn(confirm, value, state.confirm)
         learned = DetectorState(norm_state, value_state, confirm_state)
         nan = jnp.isnan(norm) | jnp.isnan(value)
         inf = ~nan & (jnp.isinf(norm) | jnp.isinf(value))
@@ -132,4 +138,9 @@ class Detector(NamedTuple):
     def rebase(self, norm, value, state) -> DetectorState:
         """Restarts the thresholds from the present norm and loss."""
         streams = zip(self._thresholds(), (norm, value, value), state, strict=True)
-        return DetectorState(*(each.rebase(x, old) for each, x, old in streams))
+        return DetectorState(
+            *(
+                optax.tree.cast_like(each.rebase(x, old), old)
+                for each, x, old in streams
+            )
+        )

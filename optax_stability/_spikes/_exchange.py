@@ -20,6 +20,7 @@ from optax_stability._core._in_place import (
     write_if,
 )
 from optax_stability._core._memory_space import Place, put, to_device, to_memory_of
+from optax_stability._core._numerics import wide_dtype
 from optax_stability._core._platform import by_platform
 from optax_stability._spikes._branch_state import Snapshot, Transition
 from optax_stability._spikes._detection import DetectorState
@@ -66,7 +67,7 @@ def _to_memory_of(tree, other):
 
 def _update_to(kept, params, like):
     """The update that turns ``params`` into ``kept``."""
-    kept, wide = to_device(kept), jnp.promote_types(kept.dtype, jnp.float32)
+    kept, wide = to_device(kept), wide_dtype(kept)
     return (kept.astype(wide) - params.astype(wide)).astype(like.dtype)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability._core import _known_norms, _mesh_axes, _norms, _validate
+from optax_stability._core import _known_norms, _mesh_axes, _norms, _tree, _validate
 from optax_stability._core._in_place import depends_on, run_if
 from optax_stability._core._losses import loss_of
 from optax_stability._core._numerics import scale
@@ -46,12 +46,14 @@ class Assessment(NamedTuple):
 
     Attributes:
       norms: norms of the gradient.
+      leaves: marks that name the leaves of the gradient.
       reading: findings of the detector.
       learned: state of the detector if it learns the step.
       rebased: state of the detector if the step is accepted as the new normal.
     """
 
     norms: _norms.Norms
+    leaves: Any
     reading: Reading
     learned: DetectorState
     rebased: DetectorState
@@ -72,6 +74,7 @@ def make_guard(
     _validate.check_count("max_consecutive", max_consecutive, 1, "5 is the default")
     _validate.check_count("budget", budget, 1, "16 is the default")
     _validate.check_interval("budget", budget, "[1, 10000]", "16 is the default")
+    _validate.check_axis_name("axis_name", axis_name)
     detector = Detector(grad_norm, value, confirm)
     return Guard(detector, max_consecutive, budget, axis_name)
 
@@ -83,13 +86,19 @@ def assess(guard: Guard, updates, state: DetectorState, extra_args) -> Assessmen
     loss = loss_of(extra_args, needed=detector.needs_loss, axis_name=axis_name)
     reading, learned = detector.judge(norms.total, loss, state)
     level = jnp.minimum(norms.total, _MAX_RISE * reading.norm_limit)
-    return Assessment(norms, reading, learned, detector.rebase(level, loss, state))
+    return Assessment(
+        norms=norms,
+        leaves=_tree.mark_leaves(updates),
+        reading=reading,
+        learned=learned,
+        rebased=detector.rebase(level, loss, state),
+    )
 
 
 def _gradient_measurements(extra_args: dict[str, Any]) -> list:
     """The measurements of the gradient in ``moments``, if they are an argument."""
     moments = extra_args.get("moments")
-    known = () if moments is None else (moments.deviation, moments.norm)
+    known = [getattr(moments, name, None) for name in ("deviation", "norm")]
     return [each for each in known if each is not None]
 
 
@@ -104,7 +113,8 @@ def prepare_step(
     """
     reading, norms = assessment.reading, assessment.norms
     above = reading.norm > reading.norm_limit
-    factor = reading.norm_limit / reading.norm
+    factor = reading.norm_limit / jnp.where(above, reading.norm, 1.0)
+    factor = jnp.where(above, factor, 1.0)
 
     def scaled(updates):
         return jax.tree.map(lambda x: scale(x, factor), updates)

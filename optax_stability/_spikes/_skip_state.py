@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability._core import _validate
+from optax_stability._core import _tree, _validate
+from optax_stability._core._leaves import places_of
 from optax_stability._core._numerics import increment
 from optax_stability._spikes._detection import KINDS, DetectorState, Reading
 from optax_stability._spikes._guarded_step import Assessment
@@ -35,8 +36,12 @@ class SkipSpikesState(NamedTuple):
       kind_total: int32[4] – steps found abnormal by NaN, Inf, norm, loss, skipped or
         not.
       kind_step: int32[4] – last step of each kind, counted from 0; −1 if none was.
-      norm: float32[] – last L2 norm of the gradient.
-      norm_limit: float32[] – last limit of the norm, ∞ where none is set.
+      leaf_nonfinite: int32[n_leaves] – steps at which each leaf of the gradient held a
+        NaN or Inf.
+      leaves: placeholders that give the names of the leaves.
+      norm: real[] – last L2 norm of the gradient; "real" is float64 if a parameter is
+        float64 or complex128, else float32.
+      norm_limit: real[] – last limit of the norm, ∞ where none is set.
       value: float32[] – last loss, 0 if none was given.
       value_limit: float32[] – last limit of the loss, ∞ where none is set.
       detector: state of the detector.
@@ -55,12 +60,16 @@ class SkipSpikesState(NamedTuple):
     last_step: jax.Array
     kind_total: jax.Array
     kind_step: jax.Array
+    leaf_nonfinite: jax.Array
+    leaves: Any
     norm: jax.Array
     norm_limit: jax.Array
     value: jax.Array
     value_limit: jax.Array
     detector: DetectorState
     inner_state: Any
+
+    reports_metrics = True  # For ost.metrics.
 
     @property
     def metrics(self) -> dict[str, jax.Array]:
@@ -73,6 +82,7 @@ class SkipSpikesState(NamedTuple):
             "skip/skipped": self.skipped,
             "skip/total": self.total,
             "skip/nonfinite_total": self.kind_total[0] + self.kind_total[1],
+            "skip/nonfinite/per_leaf": self.leaf_nonfinite,
             "skip/accepted_total": self.accepted_total,
             "skip/declined_total": self.declined_total,
             "skip/left": self.left,
@@ -156,9 +166,14 @@ def count(total, event):
 
 
 def init_state(
-    detector: DetectorState, inner_state: Any, bucket: Bucket
+    params: Any,
+    detector: DetectorState,
+    inner_state: Any,
+    bucket: Bucket,
+    norm_dtype: Any,
 ) -> SkipSpikesState:
     """The state before the first step: nothing skipped, the bucket as it starts."""
+    num_leaves = len(jax.tree.leaves(params))
     return SkipSpikesState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), bool),
@@ -172,8 +187,10 @@ def init_state(
         last_step=jnp.full((), _NEVER, jnp.int32),
         kind_total=jnp.zeros((len(KINDS),), jnp.int32),
         kind_step=jnp.full((len(KINDS),), _NEVER, jnp.int32),
-        norm=jnp.zeros((), jnp.float32),
-        norm_limit=jnp.zeros((), jnp.float32),
+        leaf_nonfinite=jnp.zeros((num_leaves,), jnp.int32),
+        leaves=_tree.mark_leaves(params),
+        norm=jnp.zeros((), norm_dtype),
+        norm_limit=jnp.zeros((), norm_dtype),
         value=jnp.zeros((), jnp.float32),
         value_limit=jnp.zeros((), jnp.float32),
         detector=detector,
@@ -181,18 +198,30 @@ def init_state(
     )
 
 
+def _count_leaves(state: SkipSpikesState, assessment: Assessment):
+    """Counts the leaves that are not finite; some may have no gradient."""
+    bad = ~jnp.isfinite(assessment.norms.leaves)
+    places = places_of(state.leaves, assessment.leaves)
+    if places is None:
+        return count(state.leaf_nonfinite, bad)
+    counts = state.leaf_nonfinite
+    return counts.at[places].set(count(counts[places], bad))
+
+
 def update_after_failed_probe(
-    state: SkipSpikesState, reading: Reading
+    state: SkipSpikesState, assessment: Assessment
 ) -> SkipSpikesState:
     """The state after a failed probe, which is neither a taken nor a skipped step."""
+    reading = assessment.reading
     bad = reading.kinds & reading.nonfinite
     return state._replace(
         step=increment(state.step),
         skipped=jnp.zeros((), bool),
         kind_total=count(state.kind_total, bad),
         kind_step=jnp.where(bad, state.step, state.kind_step),
-        norm=reading.norm,
-        norm_limit=reading.norm_limit,
+        leaf_nonfinite=_count_leaves(state, assessment),
+        norm=reading.norm.astype(state.norm.dtype),
+        norm_limit=reading.norm_limit.astype(state.norm.dtype),
         value=reading.value,
         value_limit=reading.value_limit,
     )
@@ -223,8 +252,10 @@ def update_state(
         last_step=jnp.where(skip, state.step, state.last_step),
         kind_total=count(state.kind_total, reading.kinds),
         kind_step=jnp.where(reading.kinds, state.step, state.kind_step),
-        norm=reading.norm,
-        norm_limit=reading.norm_limit,
+        leaf_nonfinite=_count_leaves(state, assessment),
+        leaves=state.leaves,
+        norm=reading.norm.astype(state.norm.dtype),
+        norm_limit=reading.norm_limit.astype(state.norm.dtype),
         value=reading.value,
         value_limit=reading.value_limit,
         detector=optax.tree.where(skip, state.detector, learned),

@@ -17,8 +17,10 @@ without a guard.
 
 import optax
 
-from optax_stability._core import _mesh_axes, _validate
+from optax_stability._core import _mesh_axes, _tree, _validate
+from optax_stability._core._checked import checked
 from optax_stability._core._in_place import apply_if, select_if
+from optax_stability._core._numerics import real_dtype
 from optax_stability._spikes import _guarded_step
 from optax_stability._spikes._detection import (
     ABOVE_THE_SCATTER,
@@ -26,6 +28,7 @@ from optax_stability._spikes._detection import (
     HALF_A_NAT_ABOVE,
 )
 from optax_stability._spikes._skip_state import (
+    SkipSpikesState,
     decide,
     init_state,
     make_bucket,
@@ -107,11 +110,18 @@ def skip_spikes(
       there was none. It is for losses with a heavy tail, such as that of one microbatch
       of one device, where a few steps in a thousand look like spikes and are not.
       Figures: ``python benchmarks/real_logs.py``.
+    * A NaN in a leaf that is never trained stops every step: the norm is that of all
+      leaves. ``skip/nonfinite/per_leaf`` counts it, and with ``metrics(state,
+      params=params)`` has its name. Keep such leaves out of the guard, not only out of
+      the optimizer inside: ``optax.partition({"train": spike_guard(inner), "stop":
+      optax.set_to_zero()}, labels)``, or ``optax.masked(spike_guard(inner), trained)``
+      where their gradients are zeros.
+    * A leaf without gradient (None) may be there at ``init``.
     * To accumulate gradients, put :func:`accumulate_moments` around: it averages the
       loss as well. ``optax.MultiSteps`` keeps a NaN microbatch in its accumulator, so
       that every later mean is skipped.
     * Skipping does not cure a divergence: the parameters are bad by then. Rewind.
-    * Reverse-mode differentiation is not supported.
+    * Reverse mode passes: the derivative is that of the steps that are taken.
 
     Args:
       inner: transformation to protect: the whole chain from clipping to the learning
@@ -137,10 +147,12 @@ def skip_spikes(
       or ``confirm`` is given, and passes all extra arguments on. Metrics:
       ``skip/skipped`` (this step), ``skip/total``, ``skip/nonfinite_total``,
       ``skip/accepted_total`` (spikes taken as the new normal), ``skip/declined_total``
-      (spikes taken because no skip was left), ``skip/left``, ``skip/consecutive``,
-      ``skip/last_step``, ``skip/norm``, ``skip/norm_limit``, ``skip/value``,
-      ``skip/value_limit``; and ``skip/<kind>_total``, ``skip/<kind>_last_step`` with
-      the kinds nan, inf, norm, value. Steps are counted from 0; −1 means never.
+      (spikes taken because no skip was left), ``skip/left``,
+      ``skip/nonfinite/per_leaf`` (steps at which a leaf held a NaN or Inf),
+      ``skip/consecutive``, ``skip/last_step``, ``skip/norm``, ``skip/norm_limit``,
+      ``skip/value``, ``skip/value_limit``; and ``skip/<kind>_total``,
+      ``skip/<kind>_last_step`` with the kinds nan, inf, norm, value. Steps are counted
+      from 0; −1 means never.
 
     Raises:
       TypeError: ``inner`` is not a transformation, a threshold not a ``Threshold``.
@@ -169,7 +181,9 @@ def skip_spikes(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        return init_state(guard.detector.init(), inner.init(params), bucket)
+        dtype = real_dtype(_tree.pure(params))
+        detector = guard.detector.init(dtype)
+        return init_state(params, detector, inner.init(params), bucket, dtype)
 
     def update_fn(updates, state, params=None, **extra_args):
         assessment = _guarded_step.assess(guard, updates, state.detector, extra_args)
@@ -183,7 +197,7 @@ def skip_spikes(
         )
         return updates, update_state(state, assessment, verdict, bucket, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked("skip_spikes", SkipSpikesState, init_fn, update_fn)
 
 
 def _no_thresholds_on_the_loss(value: Threshold | None, confirm: Threshold | None):
@@ -248,6 +262,8 @@ def spike_guard(
       On logs of real runs it skips less than mean + 6σ of the norm
       (``python benchmarks/real_logs.py``).
     * Where the loss can be had without the trainer's help: :func:`with_loss_probe`.
+    * Leaves that are not trained stay outside: ``optax.partition({"train":
+      spike_guard(inner), "stop": optax.set_to_zero()}, labels)``.
 
     Args:
       inner: transformation to protect: the whole chain from clipping to the learning

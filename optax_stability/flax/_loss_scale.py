@@ -65,6 +65,6 @@ def update_dynamic_scale(
       Micikevicius et al., "Mixed Precision Training", 2018, arXiv:1710.03740,
       section 3.2, for loss scaling. The rule is that of ``flax.training``.
     """
-    # A function whose gradient is 0 or NaN: Flax's rule only checks for finiteness.
-    slope = jnp.where(all_finite, 0.0, jnp.nan)
-    return dynamic_scale.value_and_grad(lambda x: slope * x)(0.0).dynamic_scale
+    # A function whose gradient is 0 or ∞: Flax's rule only checks for finiteness.
+    slope = jnp.where(all_finite, 0.0, jnp.inf)
+    return dynamic_scale.value_and_grad(lambda x: slope * x)(1.0).dynamic_scale

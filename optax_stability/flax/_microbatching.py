@@ -121,6 +121,16 @@ def microbatch_gradients(
       >>> print(grads["kernel"].shape, moments.num_microbatches)
       (2, 1) 4
     """
+    _microbatching.check_settings(
+        loss_fn,
+        num_microbatches,
+        vmap_size,
+        weight_fn,
+        spmd_axis_name,
+        has_aux=has_aux,
+        mean_square=mean_square,
+        reject_nonfinite=reject_nonfinite,
+    )
     weigh = _microbatching.count_examples if weight_fn is None else weight_fn
 
     def fn(model, batch, *, loss_scale=None) -> Any:

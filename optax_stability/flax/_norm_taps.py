@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_stability._core import _norms, _tree
+from optax_stability._core import _norms, _numerics, _tree
 from optax_stability._moments import _microbatching, _moments
 from optax_stability._moments._microbatching import Batch, Value
 from optax_stability._moments._moments import Moments
@@ -52,9 +52,16 @@ def _attach_taps(model: Any, params: Any, only: tuple, rows: int) -> None:
             continue
         # A subclass may have parameters of its own.
         if attribute in module.tapped:
-            shape = getattr(module, attribute).shape
-            layers = shape[: len(shape) - module.tapped[attribute]]
-            tap = NormTap(jnp.zeros((*layers, rows + 2)), parameter=name)
+            parameter = getattr(module, attribute)[...]
+            if _numerics.is_complex(parameter):
+                raise TypeError(
+                    f"{name} is {parameter.dtype}: norm taps are for real parameters. "
+                    "Leave its module out with only=, or use microbatch_gradients, "
+                    "which supports complex parameters."
+                )
+            layers = parameter.shape[: parameter.ndim - module.tapped[attribute]]
+            zeros = jnp.zeros((*layers, rows + 2), _numerics.real_dtype(parameter))
+            tap = NormTap(zeros, parameter=name)
             setattr(module, f"{attribute}_tap", tap)
             attached = True
     if not attached:
@@ -87,7 +94,7 @@ def _reduce_layers(tap):
 
 
 def _deviations(seen, norms, weights):
-    """Σ n_b‖m_b − ḡ‖² of each leaf, float32[n_leaves]; NaN where it is unknown.
+    """Σ n_b‖m_b − ḡ‖² of each leaf, float32[n_leaves]; −1 where it is unknown.
 
     Args:
       seen: float32[n_leaves, B + 2] – cotangents of the taps: squared norms of the
@@ -102,13 +109,14 @@ def _deviations(seen, norms, weights):
     expected = jnp.square(norms)
     deviations = jnp.maximum(total * (sums - expected), 0)
     complete = (uses <= 1) & (jnp.abs(grad_sq - expected) <= _ROUNDING * expected)
-    return jnp.where(complete, deviations, jnp.nan)
+    return jnp.where(complete, deviations, -1.0)
 
 
 def _make_moments(grads: Any, taps: Any, weights: Any) -> Moments:
     norms = _norms.leaf_norms(grads)
     seen = dict(nnx.to_flat_state(_tree.pure(taps)))
-    untapped = jnp.full((len(weights) + 2,), jnp.nan)
+    # With two uses no tap is complete: the deviation is unknown.
+    untapped = jnp.zeros((len(weights) + 2,)).at[-2].set(2)
     paths = [_tap_path(path) for path in _leaf_paths(grads)]
     rows = [_reduce_layers(seen.get(path, untapped)) for path in paths]
     return Moments(
@@ -156,7 +164,7 @@ def per_example_gradients(
       ``nnx.value_and_grad``, up to rounding; the model keeps its structure.
     * Moments are those of ``microbatch_gradients`` with one example per microbatch,
       without ``mean_square``, up to rounding.
-    * An unknown deviation is NaN, never a wrong number: for a parameter without a tap,
+    * An unknown deviation is −1, never a wrong number: for a parameter without a tap,
       or with a tap that misses a part of its gradient, such as a parameter that is used
       a second time or in a penalty.
 
@@ -172,7 +180,7 @@ def per_example_gradients(
       may be used for a lookup and then as the output head.
     * Under ``nnx.scan`` or ``nnx.vmap`` over stacked layers, axis 0 of a parameter must
       be the layers; ``jax.checkpoint`` and ``nnx.remat`` work as usual.
-    * A non-finite example makes the gradient non-finite, and the deviation NaN.
+    * A non-finite example makes the gradient non-finite, and the deviation unknown.
     * Examples must not interact, as they do in BatchNorm.
     * An input without an axis of examples, such as positions ``arange(length)``, is an
       error; broadcast it. The error is not detected if the input is as long as the

@@ -20,6 +20,7 @@ from flax import nnx
 from jax import lax
 from jax.extend import core
 
+from optax_stability._core import _numerics
 from optax_stability._gradients import _norm_taps
 
 
@@ -147,7 +148,7 @@ def _matmul(x: Any, kernel: Any, tap: NormTap | None, *options: Any) -> jax.Arra
 def _add_bias(y: jax.Array, bias: jax.Array | None, tap: NormTap | None) -> jax.Array:
     if bias is None:
         return y
-    dtype = jnp.result_type(y, bias)
+    dtype = _numerics.promote(y.dtype, bias.dtype)
     y, bias = y.astype(dtype), bias.astype(dtype)
     return y + bias if tap is None else _norm_taps.shift(y, bias, tap.squares)
 
@@ -181,7 +182,7 @@ def _normalization_options(module: Any, x: jax.Array) -> dict[str, Any]:
     """
     return {
         "epsilon": module.epsilon,
-        "dtype": jnp.promote_types(x.dtype, jnp.float32),
+        "dtype": _numerics.promote(x.dtype, _numerics.FLOAT32),
         "use_fast_variance": module.use_fast_variance,
         "rngs": nnx.Rngs(),
     }

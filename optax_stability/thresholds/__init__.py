@@ -1,6 +1,6 @@
 """Adaptive limits for streams of numbers, such as gradient norms and losses.
 
-A :class:`Threshold` observes a stream of float32 scalars (a gradient norm, a loss) and
+A :class:`Threshold` observes a stream of scalars (a gradient norm, a loss) and
 returns a limit; ``x > limit`` means that x is abnormal. The caller decides what to do:
 ``clip_by_threshold`` scales the gradient down, ``skip_spikes`` skips the step.
 
@@ -12,6 +12,7 @@ All thresholds follow these rules:
   it will be (``detrended_mad``; ``zscore`` for a spike).
 * A value that is not finite is abnormal and is not learned: the state is unchanged.
 * State is O(1) or O(window), float32 and int32, with a structure that never changes.
+  If all its floats are cast to float64, the threshold computes in float64.
   Every function can be jitted, scanned and vmapped (one stream per leaf or group).
 
 The number of values that a threshold finds abnormal after a lasting rise of its stream

@@ -43,8 +43,8 @@ def _spread(residuals, count):
 
 
 def _learn(x, centre, state: DetrendedMadState) -> DetrendedMadState:
-    # Half the float32 range, so that the distance between two residuals fits as well.
-    bound = _numerics.HUGE / 2
+    # Half the range, so that the distance between two residuals fits as well.
+    bound = _numerics.huge(x.dtype) / 2
     return DetrendedMadState(
         step=_numerics.increment(state.step),
         values=push(state.values, x),
@@ -133,6 +133,7 @@ def detrended_mad(
       "The Influence Curve and Its Role in Robust Estimation", 1974, JASA 69).
       Comparison with the published rules: ``python benchmarks/spike_detection.py``.
     """
+    _validate.check_flags(log=log)
     _validate.check_interval("num_mads", num_mads, "(0, inf)", "5 and 6 are usual")
     allowed = "(1, inf)" if log else "(0, inf)"
     remedy = "5 is five times the centre" if log else "0.5 is half a nat"
@@ -152,15 +153,15 @@ def detrended_mad(
             residuals=jnp.zeros((window,), jnp.float32),
         )
 
-    def transform(x):
+    def transform(x, state):
         """The value on the scale of the rule, and whether it can be learned."""
-        x = jnp.asarray(x, jnp.float32)
+        x = jnp.asarray(x, state.values.dtype)
         if not log:
             return x, jnp.isfinite(x)
-        return jnp.log(jnp.maximum(x, _numerics.TINY)), is_learnable(x)
+        return jnp.log(jnp.maximum(x, _numerics.tiny(x.dtype))), is_learnable(x)
 
     def update(x, state):
-        x, learnable = transform(x)
+        x, learnable = transform(x, state)
         centre_value = jnp.where(state.step > 0, median(state.values, state.step), x)
         # The first value has no residual, because there was no centre before it.
         spread = _spread(state.residuals, state.step - 1)
@@ -172,7 +173,7 @@ def detrended_mad(
         return jnp.exp(limit) if log else limit, state
 
     def rebase(x, state):
-        x, learnable = transform(x)
+        x, learnable = transform(x, state)
         rebased = state._replace(
             step=jnp.maximum(state.step, 1), values=jnp.full_like(state.values, x)
         )

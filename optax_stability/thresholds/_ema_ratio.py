@@ -77,9 +77,9 @@ def ema_ratio(
         return EmaRatioState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
     def update(x, state):
-        x = jnp.asarray(x, jnp.float32)
+        x = jnp.asarray(x, state.level.dtype)
         armed = state.step >= warmup
-        limit = jnp.minimum(ratio * state.level, _numerics.HUGE)
+        limit = _numerics.capped(ratio * state.level)
         limit = jnp.where(armed, limit, jnp.inf)
         least = jnp.where(state.step > 0, jnp.minimum(state.level, x), x)
         # Written as an increment, so that the mean of a constant stream is exact.
@@ -89,7 +89,7 @@ def ema_ratio(
         return limit, optax.tree.where(is_learnable(x), learned, state)
 
     def rebase(x, state):
-        x = jnp.asarray(x, jnp.float32)
+        x = jnp.asarray(x, state.level.dtype)
         step = jnp.maximum(state.step, jnp.asarray(warmup, jnp.int32))
         return optax.tree.where(is_learnable(x), EmaRatioState(step, x), state)
 

@@ -96,13 +96,15 @@ def relearn(
         )
 
     def update(x, state):
+        x = jnp.asarray(x)
+        x = x.astype(_numerics.promote(x.dtype, _numerics.FLOAT32))
         limit, inner = threshold.update(x, state.inner)
         counted = jnp.where(x > limit, _numerics.increment(state.above), 0)
         above = jnp.where(jnp.isfinite(x), counted, state.above)
         accept = above >= after
         level = jnp.where(limit > 0, jnp.minimum(x, state.rise * limit), x)
         inner = optax.tree.where(accept, threshold.rebase(level, inner), inner)
-        squared = jnp.minimum(state.rise * state.rise, _numerics.HUGE)
+        squared = _numerics.capped(state.rise * state.rise)
         rise = jnp.where(x <= limit, initial_rise, state.rise)
         return limit, RelearnState(
             above=jnp.where(accept, 0, above),

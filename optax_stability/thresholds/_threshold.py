@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optax_stability._core import _numerics, _validate
 
@@ -22,10 +23,11 @@ class Threshold(NamedTuple):
     Its ``repr`` is the call that created it: ``detrended_mad(5.0, floor=5.0)``.
 
     Attributes:
-      init: ``init() -> state``.
-      update: ``update(x, state) -> (limit, state)`` – the limit for ``x``, float32[],
-        computed from past values, and the state after ``x`` is learned. The caller
-        decides whether to keep the new state.
+      init: ``init() -> state``, in float32. For a stream of float64 numbers the caller
+        casts the state to float64.
+      update: ``update(x, state) -> (limit, state)`` – the limit for ``x``, in the dtype
+        of the state, computed from past values, and the state after ``x`` is learned.
+        The caller decides whether to keep the new state.
       rebase: ``rebase(x, state) -> state`` – restarts from the present level ``x``.
       call: str – the ``repr``; if it is empty, the ``repr`` shows the functions.
 
@@ -88,8 +90,7 @@ def constant(limit: float | jax.Array) -> Threshold:
     )
 
     def update(x, state):
-        del x
-        return jnp.asarray(limit, jnp.float32), state
+        return jnp.asarray(limit, _numerics.wide_dtype(x)), state
 
     return Threshold(lambda: (), update, lambda x, state: state)
 
@@ -100,7 +101,24 @@ def is_learnable(x) -> jax.Array:
     A zero norm means "no gradient". If it were learned, the limit would be 0 and the
     next gradient would be abnormal.
     """
-    return jnp.isfinite(x) & (x >= _numerics.TINY)
+    return jnp.isfinite(x) & (x >= _numerics.tiny(x.dtype))
+
+
+def state_for(threshold: Threshold, dtype: Any) -> Any:
+    """The initial state for a stream of this dtype, float32 or wider."""
+    return jax.tree.map(lambda x: _at_least(x, dtype), threshold.init())
+
+
+def _at_least(x, dtype):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return x.astype(_numerics.promote(x.dtype, dtype))
+
+
+def learn(threshold: Threshold, x, state: Any) -> tuple[jax.Array, Any]:
+    """``threshold.update``, with a state that keeps its dtypes."""
+    limit, learned = threshold.update(x, state)
+    return limit, optax.tree.cast_like(learned, state)
 
 
 def check_threshold(name: str, threshold: Any, *, optional: bool = False) -> None:

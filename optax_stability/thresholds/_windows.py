@@ -47,7 +47,7 @@ def filled(values, count) -> jax.Array:
 
 def _order_statistics(values, count, ranks: list) -> list[jax.Array]:
     """The learned values of these ranks, from 0 for the smallest."""
-    padded = jnp.where(filled(values, count), values, _numerics.HUGE)
+    padded = jnp.where(filled(values, count), values, _numerics.huge(values.dtype))
     if values.shape[0] > _LONG:
         ordered = jnp.sort(padded)
         return [ordered[rank] for rank in ranks]
@@ -62,11 +62,11 @@ def _order_statistics(values, count, ranks: list) -> list[jax.Array]:
 def quantile(values, count, q):
     """The q-quantile of the learned values, with linear interpolation."""
     size = jnp.clip(count, 1, values.shape[0])
-    position = q * (size - 1)
+    position = q * (size - 1).astype(jnp.float32)
     below = jnp.floor(position).astype(jnp.int32)
     ranks = [below, jnp.minimum(below + 1, size - 1)]
     low, high = _order_statistics(values, count, ranks)
-    return low + (position - below) * (high - low)
+    return low + (position - below.astype(jnp.float32)) * (high - low)
 
 
 def median(values, count):
@@ -78,7 +78,8 @@ def median(values, count):
 
 def _mean_and_std(values, count):
     """Mean and sample standard deviation (n − 1) of the learned values."""
-    mask, size = filled(values, count), jnp.clip(count, 1, values.shape[0])
+    mask = filled(values, count)
+    size = jnp.clip(count, 1, values.shape[0]).astype(jnp.float32)
     largest = jnp.max(values)
     # Sums and squares of ratios to the largest value cannot overflow.
     ratios = _numerics.relative_to(values, largest)
@@ -95,8 +96,8 @@ def _without_first_spikes(values, count):
     """
     size = values.shape[0]
     is_first = jnp.arange(size) - size + count < size // 2
-    limit = jnp.minimum(_FIRST_VALUES_FACTOR * median(values, count), _numerics.HUGE)
-    return jnp.where(is_first, jnp.minimum(values, limit), values)
+    limit = _FIRST_VALUES_FACTOR * median(values, count)
+    return jnp.where(is_first & (values > limit), limit, values)
 
 
 def _learn(x, state: WindowState) -> WindowState:
@@ -107,7 +108,7 @@ def _rescale_to(x, state: WindowState) -> WindowState:
     """Scales the window so that its median is x; the relative spread is kept."""
     relative = _numerics.relative_to(state.values, median(state.values, state.step))
     values = jnp.where(state.values > 0, relative * x, 0.0)
-    rescaled = WindowState(state.step, jnp.minimum(values, _numerics.HUGE))
+    rescaled = WindowState(state.step, _numerics.capped(values))
     return optax.tree.where(state.step > 0, rescaled, _learn(x, state))
 
 
@@ -121,13 +122,13 @@ def _window_threshold(window: int, limit_of: Callable) -> Threshold:
         )
 
     def update(x, state):
-        x = jnp.asarray(x, jnp.float32)
-        limit = jnp.minimum(limit_of(state.values, state.step), _numerics.HUGE)
+        x = jnp.asarray(x, state.values.dtype)
+        limit = _numerics.capped(limit_of(state.values, state.step))
         limit = jnp.where(state.step >= window // 2, limit, jnp.inf)
         return limit, optax.tree.where(is_learnable(x), _learn(x, state), state)
 
     def rebase(x, state):
-        x = jnp.asarray(x, jnp.float32)
+        x = jnp.asarray(x, state.values.dtype)
         return optax.tree.where(is_learnable(x), _rescale_to(x, state), state)
 
     return Threshold(init, update, rebase)

@@ -36,7 +36,7 @@ class ZScoreState(NamedTuple):
 def _zscore_limit(x, mean, std, z_max, mode: Mode):
     """The limit of a z-score threshold after its warm-up."""
     std = jnp.maximum(std, _MIN_RELATIVE_STD * mean)
-    margin = jnp.minimum(z_max * std, _numerics.HUGE)
+    margin = _numerics.capped(z_max * std)
     boundary = mean + margin
     if mode == "max":
         return boundary
@@ -44,12 +44,12 @@ def _zscore_limit(x, mean, std, z_max, mode: Mode):
         return jnp.where(x > boundary, mean, boundary)
     # With z = (x − μ)/σ this is μ + z_max²·σ/z; for x below the boundary, the boundary.
     excess = jnp.where(x > boundary, x - mean, margin)
-    return mean + margin * (margin / jnp.maximum(excess, _numerics.TINY))
+    return mean + margin * (margin / jnp.maximum(excess, _numerics.tiny(mean.dtype)))
 
 
 def _warmup_limit(x, state: ZScoreState):
     """No limit, as published, unless x is of another level than the values so far."""
-    limit = jnp.minimum(_WARMUP_FACTOR * state.mean, _numerics.HUGE)
+    limit = _WARMUP_FACTOR * state.mean
     return jnp.where((state.step > 0) & (x > limit), limit, jnp.inf)
 
 
@@ -63,7 +63,7 @@ def _learn(x, state: ZScoreState, share, shrink) -> tuple[jax.Array, jax.Array]:
     distance = x - state.mean
     spread = jnp.sqrt(share * shrink) * jnp.abs(distance)
     std = jnp.sqrt(1 - share) * _numerics.hypot(state.std, spread)
-    return state.mean + share * distance, jnp.minimum(std, _numerics.HUGE)
+    return state.mean + share * distance, _numerics.capped(std)
 
 
 @repr_as_call
@@ -145,24 +145,25 @@ def zscore(
         )
 
     def update(x, state):
-        x = jnp.asarray(x, jnp.float32)
+        x = jnp.asarray(x, state.mean.dtype)
         armed = state.step >= warmup
         limit = _zscore_limit(x, state.mean, state.std, z_max, mode)
         early = jnp.inf if published else _warmup_limit(x, state)
         limit = jnp.where(armed, limit, early)
         starts_again = ~armed & (x < state.mean / _WARMUP_FACTOR) & (not published)
-        past = optax.tree.where(starts_again, init(), state)
+        forgotten = jax.tree.map(jnp.zeros_like, state)
+        past = optax.tree.where(starts_again, forgotten, state)
         step = _numerics.increment(past.step)
-        share = jnp.where(armed, 1 - decay, 1 / step.astype(jnp.float32))
+        share = jnp.where(armed, 1 - decay, 1 / step.astype(x.dtype))
         shrink = jnp.where(armed, decay, 1.0)
         mean, std = _learn(jnp.minimum(x, limit), past, share, shrink)
         learned = ZScoreState(step, mean, std)
         return limit, optax.tree.where(is_learnable(x), learned, state)
 
     def rebase(x, state):
-        x = jnp.asarray(x, jnp.float32)
+        x = jnp.asarray(x, state.mean.dtype)
         step = jnp.maximum(state.step, jnp.asarray(warmup, jnp.int32))
-        rebased = ZScoreState(step, x, jnp.minimum(x / z_max, _numerics.HUGE))
+        rebased = ZScoreState(step, x, _numerics.capped(x / z_max))
         return optax.tree.where(is_learnable(x), rebased, state)
 
     return Threshold(init, update, rebase)

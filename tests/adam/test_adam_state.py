@@ -385,8 +385,9 @@ def test_there_and_back_gives_the_dtypes_of_optax(dtype, mu_dtype):
     tx = optax.scale_by_adam(mu_dtype=mu_dtype)
     params = {"w": jnp.ones(3, dtype)}
     state = compiled(tx.update)(params, tx.init(params))[1]
-    safe = ost.from_optax_adam_state(state)
-    back = ost.to_optax_adam_state(safe, nu_dtype=dtype)
+    safe = ost.from_optax_adam_state(state, mu_dtype=mu_dtype)
+    assert safe.mu["w"].dtype == (mu_dtype or jnp.float32)
+    back = ost.to_optax_adam_state(safe, mu_dtype=mu_dtype or dtype, nu_dtype=dtype)
     chex.assert_trees_all_equal_shapes_and_dtypes(back, state)
     chex.assert_trees_all_close(
         jax.tree.map(lambda x: x.astype(jnp.float32), back),

@@ -76,7 +76,7 @@ def computation(tx):
         {"b1": 0.8},
         {"b2": 0.95},
         {"eps": 1e-6},
-        {"eps": lambda step: 1.0 / (1 + step)},
+        {"eps": lambda step: 1.0 / (1 + step.astype(jnp.float32))},
         {"eps": 1e-6, "eps_mode": "max"},
         {"eps_mode": "atan2"},
         {"update_rms_max": 1.0},

@@ -83,6 +83,8 @@ class WrapperState(NamedTuple):
     count: jax.Array
     inner: Any
 
+    reports_metrics = True
+
     @property
     def metrics(self):
         return {"mine/count": self.count}
@@ -102,6 +104,31 @@ def test_a_field_called_metrics_in_a_train_state_is_not_mistaken(params):
 
     state = TrainState(metrics={"loss": 1.0}, opt_state=step(ost.record("g"), params))
     assert {"g/norm", "g/norm/per_leaf"} <= ost.metrics(state).keys()
+
+
+class ForeignState(NamedTuple):
+    """A state of another library, with a field of that name."""
+
+    metrics: Any
+    inner: Any
+
+
+class ForeignProperty(NamedTuple):
+    """A state of another library, with a property of that name."""
+
+    inner: Any
+
+    @property
+    def metrics(self):
+        raise AssertionError("it was read")
+
+
+@pytest.mark.parametrize("theirs", [None, jnp.ones(2), {"loss": jnp.ones(())}, "x"])
+def test_a_foreign_state_with_a_field_called_metrics_is_left_alone(params, theirs):
+    found = ost.metrics(ForeignState(theirs, step(ost.record("g"), params)))
+    assert "g/norm" in found
+    assert "loss" not in found
+    assert "g/norm" in ost.metrics(ForeignProperty(step(ost.record("g"), params)))
 
 
 @full

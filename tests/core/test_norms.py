@@ -225,3 +225,69 @@ def test_the_global_norm_is_not_finite_if_one_entry_is_not(bad):
 def test_the_global_norm_of_zeros_has_derivative_zero():
     tree = {"a": np.zeros(3, np.float32), "b": np.zeros(2, np.float32)}
     chex.assert_trees_all_equal(jax.jit(jax.grad(_norms.global_norm))(tree), tree)
+
+
+# --- complex and 64 bits ------------------------------------------------------------
+
+
+def of_each_dtype(x):
+    """The same numbers in all dtypes that hold them, and mixtures of them."""
+    single, double = x.astype(np.complex64), x.astype(np.complex128)
+    return {
+        "complex64": [single, single[:2]],
+        "complex128": [double, double[:2]],
+        "mixed": [single, double[:2]],
+        "with real": [double, double[:2].real],
+    }
+
+
+@pytest.mark.parametrize("kind", of_each_dtype(np.ones(1, complex)))
+@pytest.mark.parametrize("platform", ["cpu", "accelerator"])
+def test_a_complex_leaf_counts_by_the_square_of_its_modulus(kind, platform):
+    x = np.array([3 + 4j, -12j, 0, 1e-3 + 2j]) * np.exp(0.3j)
+    with jax.enable_x64(True):
+        leaves = of_each_dtype(x)[kind]
+        measure = {
+            "cpu": _norms._measure_in_two_passes,
+            "accelerator": _norms._measure_in_one_pass,
+        }[platform]
+        scope = _norms._Scope(False, (False,) * 2, None)
+        found = measure([jnp.asarray(leaf) for leaf in leaves], scope)
+        expected = [np.linalg.norm(leaf.astype(np.complex128)) for leaf in leaves]
+        double = kind != "complex64"
+        assert found.dtype == (np.float64 if double else np.float32)
+        tolerance = 1e-15 if double and kind != "mixed" else 1e-6
+        np.testing.assert_allclose(found, expected, rtol=tolerance)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-60, 1.0, 1e60, 1e150, 3e307])
+@pytest.mark.parametrize("platform", ["cpu", "accelerator"])
+def test_norms_of_float64_have_its_range_and_digits(size, platform):
+    with jax.enable_x64(True):
+        x = size * jnp.array([0.3, -0.4, 0.0, 1.2])  # Its norm is 1.3·size.
+        measure = {
+            "cpu": _norms._measure_in_two_passes,
+            "accelerator": _norms._measure_in_one_pass,
+        }[platform]
+        found = measure([x], _norms._Scope(True, (False,), None))
+        np.testing.assert_allclose(found, 1.3 * size, rtol=1e-15)
+
+
+def test_one_wide_leaf_makes_the_norm_of_the_tree_wide():
+    with jax.enable_x64(True):
+        tree = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.full(3, 1e60)}
+        assert _norms.global_norm(tree).dtype == np.float64
+        assert _norms.global_norm(tree["a"]).dtype == np.float32
+        np.testing.assert_allclose(_norms.global_norm(tree), 3**0.5 * 1e60)
+
+
+def test_a_nan_in_one_component_makes_the_norm_non_finite():
+    for bad in (complex(0, np.nan), complex(np.nan, 0), complex(1, np.inf)):
+        assert not np.isfinite(_norms.global_norm(jnp.array([1 + 1j, bad])))
+
+
+def test_the_derivative_of_a_complex_norm_is_that_of_its_components():
+    x, y = jnp.array([3.0, 0.0]), jnp.array([4.0, -12.0])
+    split = jax.grad(lambda x, y: _norms.global_norm((x, y)), argnums=(0, 1))(x, y)
+    joint = jax.grad(lambda x, y: _norms.global_norm(x + 1j * y), argnums=(0, 1))(x, y)
+    np.testing.assert_allclose(joint, split, rtol=1e-6)

@@ -259,3 +259,49 @@ def test_what_is_squared_is_scaled_first(shape, factor, x):
     found = squared(jnp.full(shape, x, jnp.float32))
     exact = (factor * float(np.float32(x))) ** 2
     np.testing.assert_allclose(found, exact, rtol=1e-6)
+
+
+# --- derivatives ----------------------------------------------------------------------
+
+
+DIFFERENTIABLE = {
+    "root": (_numerics.root, [(4.0,), (0.0,)]),
+    "hypot": (_numerics.hypot, [(3.0, 4.0), (0.0, 2.0), (1e30, 1e-30), (0.0, 0.0)]),
+    "quotient": (
+        _numerics.quotient,
+        [(3.0, 4.0), (0.0, 2.0), (1e-30, 1e-30), (0.0, 0.0)],
+    ),
+    "angle": (_numerics.angle, [(3.0, 4.0), (-1e-30, 2e-30), (0.0, 0.0)]),
+}
+PLAIN = {
+    "root": np.sqrt,
+    "hypot": np.hypot,
+    "quotient": np.divide,
+    "angle": np.arctan2,
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_derivatives_are_those_of_the_function_and_0_at_0(name):
+    function, points = DIFFERENTIABLE[name]
+    for point in points:
+        found = jax.grad(function, tuple(range(len(point))))(*map(jnp.float32, point))
+        for i, slope in enumerate(found):
+            if not any(point):
+                assert slope == 0
+                continue
+            step = 1e-6 * max(map(abs, point))
+            ends = []
+            for sign in (1, -1):
+                moved = np.array(point, np.float64)
+                moved[i] += sign * step
+                ends.append(PLAIN[name](*moved))
+            expected = (ends[0] - ends[1]) / (2 * step)
+            np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_stochastic_rounding_has_the_derivative_of_its_mean():
+    def stored(x):
+        return _numerics.round_stochastically(x, jnp.int32(3), jnp.bfloat16)
+
+    assert jax.grad(lambda x: stored(x).astype(jnp.float32))(jnp.float32(1.3)) == 1

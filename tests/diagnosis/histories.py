@@ -7,6 +7,7 @@ import numpy as np
 
 LAYERS = ("tokens/embedding", "blocks/0/qkv/kernel", "blocks/1/mlp/kernel", "head/bias")
 QKV, MLP = LAYERS[1:3]
+HEADS = ("blocks/0/0", "blocks/0/1", "blocks/1/0", "blocks/1/1")
 ROWS, EVERY, FAULT = 400, 4, 200
 
 
@@ -59,6 +60,10 @@ def healthy(seed=0, rows=ROWS, first=0, noise=0.1, decays=True, **levels):
             f"adam/eps_share/{layer}": held(around(1e-3, 0.1)),
             f"params/spectral_norm/{layer}": held(around(1 + 3 * growth, 0.01), 8),
         }
+    # Of their own stream, so that the columns above stay what they are.
+    rng = np.random.default_rng([seed, 1])
+    for head in HEADS:
+        history[f"attention/logit_bound/{head}"] = held(around(20 + 60 * growth, 0.1))
     return history | levels
 
 
@@ -203,6 +208,31 @@ def growing_spectral_norm():
     grown = np.exp(np.maximum(0, np.arange(ROWS) - 100) / 60)
     history[f"params/spectral_norm/{QKV}"] = held(grown, 8)
     return "growing_spectral_norm", None, QKV, history
+
+
+def attention_saturates():
+    history = healthy()
+    grows = held(np.exp(0.02 * np.clip(np.arange(ROWS) - FAULT + 100, 0, 200)))
+    for head, late in zip(HEADS, (60, 0, 30, 120), strict=True):
+        key = f"attention/logit_bound/{head}"
+        history[key] = 40 * np.roll(grows, late)
+        history[key][:late] = 40
+    return "attention_saturates", 192, HEADS[1], history
+
+
+def attention_saturates_as_measured():
+    """What the model says counts, whatever the bound is."""
+    history = healthy()
+    for i, head in enumerate(HEADS):
+        level = np.where(np.arange(ROWS) < FAULT + 10 * i, 12.0, 80.0)
+        history[f"extra/attention_logits/{head}"] = level
+    return "attention_saturates", FAULT, HEADS[0], history
+
+
+def attention_saturates_as_a_whole():
+    history = healthy()
+    history["extra/attention_logits"] = np.where(np.arange(ROWS) < FAULT, 12.0, 80.0)
+    return "attention_saturates", FAULT, None, history
 
 
 def vanishing_gradient():
@@ -465,6 +495,9 @@ FAULTS = (
     update_too_large,
     update_too_large_as_a_whole,
     growing_spectral_norm,
+    attention_saturates,
+    attention_saturates_as_measured,
+    attention_saturates_as_a_whole,
     vanishing_gradient,
     vanishing_slowly,
     eps_dominated,

@@ -13,6 +13,7 @@ from histories import (
     EVERY,
     FAULT,
     FAULTS,
+    HEADS,
     LAYERS,
     MLP,
     QKV,
@@ -151,6 +152,17 @@ def zeros_at_the_first_step():
     return history
 
 
+def attention_just_below_its_level():
+    """A high bound is none either if the logits are measured, and are not high."""
+    history = healthy() | {"extra/attention_logits/blocks/0/0": wobbling(49.0)}
+    history[f"attention/logit_bound/{HEADS[0]}"] = wobbling(900.0)
+    return history
+
+
+def a_bound_just_below_its_level():
+    return healthy() | {f"attention/logit_bound/{HEADS[0]}": wobbling(249.0)}
+
+
 def one_high_measurement():
     """Repeated between measurements, it is still one."""
     history = healthy()
@@ -158,6 +170,7 @@ def one_high_measurement():
     put(history, f"adam/eps_share/{QKV}", 0.9, FAULT, FAULT + EVERY)
     put(history, f"update/param_ratio/{QKV}", 0.9, FAULT, FAULT + EVERY)
     put(history, "adam/correlation", 0.99, FAULT, FAULT + EVERY)
+    put(history, f"attention/logit_bound/{HEADS[0]}", 900.0, FAULT, FAULT + EVERY)
     return history
 
 
@@ -346,6 +359,8 @@ HEALTHY = (
     coordinates_that_never_had_a_gradient,
     frozen_layers,
     zeros_at_the_first_step,
+    attention_just_below_its_level,
+    a_bound_just_below_its_level,
     one_high_measurement,
     thawed,
     much_growth_that_slows_down,

@@ -104,7 +104,7 @@ def test_one_command_trains_and_leaves_a_log_and_a_picture(tmp_path, text):
         assert shown in done.stdout
     assert re.search(r"noise \d+(\.\d)? \(\d+(\.\d)?–\d+(\.\d)?\)", done.stdout)
     assert re.search(
-        r"\nB_simple = .* examples \(95 %: .*\), over 12 steps", done.stdout
+        r"\nB_simple now = .* examples \(95 %: .*\), worth \d+ steps", done.stdout
     )
     rows, evaluations = read_log(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 13))
@@ -214,6 +214,12 @@ def test_half_precision_learns_and_its_scale_is_logged(tmp_path, text):
     row = train.train(train.Config(data=text, out=tmp_path, **settings))
     assert row["eval/loss"] < 5.3
     assert {row["loss_scale"] for row in read_log(tmp_path)[0]} == {2.0**16}
+
+
+@pytest.mark.usefixtures("small")
+def test_a_healthy_run_makes_no_nan(tmp_path, text):
+    with jax.debug_nans(True):
+        train.train(train.Config(data=text, out=tmp_path, **QUICK))
 
 
 @pytest.mark.usefixtures("small")
@@ -343,7 +349,9 @@ def noise(scale, low, high):
     [
         (noise(412.3, 350.1, 505.0), "noise 412 (350–505)"),
         (noise(1234.0, 0.0, 45678.0), "noise 1.2k (0.0–45.7k)"),
+        (noise(0.0, 350.1, math.inf), "noise ≥ 350"),
         (noise(math.nan, 350.1, math.inf), "noise ≥ 350"),
+        (noise(0.0, 0.0, math.inf), "noise –"),
         (noise(math.nan, 0.0, math.inf), "noise –"),
     ],
 )
@@ -510,6 +518,31 @@ def test_bad_input_gets_one_clear_line(
     assert printed.err.startswith(message)
     assert printed.err.count("\n") == 1
     assert printed.out == ""
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_with_normalised_queries_their_size_does_not_matter(qk_norm):
+    size = model.Size(1, 16, 2, 8, 16, 0.0, qk_norm)
+    gpt = model.GPT(size, 16, jnp.float32, nnx.Rngs(0))
+    gpt.final_norm.scale[...] += 1
+    tokens = jnp.arange(8)[None]
+    before = gpt(tokens)
+    kernel = gpt.blocks[0].query_key_value.kernel
+    of_queries = jnp.arange(48) // 8 % 3 == 0
+    kernel[...] = jnp.where(of_queries, 1e3 * kernel[...], kernel[...])
+    moved = float(jnp.abs(gpt(tokens) - before).max())
+    assert moved < 1e-3 if qk_norm else moved > 1e-2
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_bound_on_the_logits_is_recorded_where_there_is_one(qk_norm):
+    tx = training.make_optimizer(train.Config(qk_norm=qk_norm))
+    size = model.Size(1, 16, 4, 8, 16, 0.0, qk_norm)
+    gpt = nnx.eval_shape(lambda: model.GPT(size, 16, jnp.float32, nnx.Rngs(0)))
+    params = nnx.state(gpt, nnx.Param)
+    found = jax.eval_shape(lambda p: ost.metrics(tx.init(p), params=p), params)
+    heads = {f"attention/logit_bound/blocks/0/{i}" for i in range(4)}
+    assert (heads <= found.keys()) is not qk_norm
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])

@@ -1,7 +1,9 @@
 """The recipes in examples/recipes.py do what they say."""
 
+import heads
 import jax
 import jax.numpy as jnp
+import model
 import numpy as np
 import optax
 import pytest
@@ -190,3 +192,82 @@ def test_a_clip_behind_muon_makes_the_rate_depend_on_the_width():
     for width in (16, 64):
         assert norms(alone, width) == pytest.approx(width**0.5, rel=0.3)
         assert norms(behind, width) == pytest.approx(1.0)
+
+
+def test_muon_clip_keeps_the_logits_of_every_head_below_the_limit():
+    """Whatever the learning rate, and though a guarded NaN comes in between."""
+    width, heads, dim = 8, 2, 4
+
+    def heads_of(params):
+        query, key = (params[x].reshape(width, heads, dim) for x in ("query", "key"))
+        return {"block": ost.AttentionHeads(query, key)}
+
+    def random(seed):
+        draw = np.random.default_rng(seed).standard_normal
+        return {x: draw((width, width), np.float32) for x in ("query", "key", "out")}
+
+    params, limit = random(0), 40.0
+    tx = recipes.muon_clip(0.3, heads_of, limit)
+    plain = ost.spike_guard(optax.chain(ost.clip_by_zscore(), optax.contrib.muon(0.3)))
+    step, known = jax.jit(tx.update), jax.jit(plain.update)
+    state, expected, free = tx.init(params), plain.init(params), params
+    for seed in range(1, 9):
+        grads = random(seed)
+        if seed == 5:
+            grads["out"][0, 0] = np.nan
+        before = params
+        updates, state = step(grads, state, params, value=1.0)
+        params = optax.apply_updates(params, updates)
+        plain_updates, expected = known(grads, expected, free, value=1.0)
+        free = optax.apply_updates(free, plain_updates)
+        (each,) = heads_of(params).values()
+        bound = ost.attention_logit_bound(each.query, each.key)
+        assert np.all(bound <= limit * (1 + ROUNDING))
+        if seed == 5:
+            jax.tree.map(np.testing.assert_array_equal, params, before)
+        np.testing.assert_array_equal(params["out"], free["out"])
+    assert ost.metrics(state)["attention_clip/steps"] >= 4
+    (each,) = heads_of(free).values()
+    assert ost.attention_logit_bound(each.query, each.key).max() > limit
+
+
+def test_the_fused_heads_of_the_trainer_are_those_it_attends_with():
+    params = {
+        "blocks": {
+            0: {
+                "attention_norm": {"scale": np.ones(4), "bias": np.zeros(4)},
+                "query_key_value": {
+                    "kernel": np.arange(48.0).reshape(4, 12),
+                    "bias": np.arange(12.0),
+                },
+            }
+        },
+        "out": np.ones(2),
+    }
+    (name,) = found = heads.fused_heads(params, 2)
+    assert name == "blocks/0"
+    # Columns: head 0 with query, key, value of size 2, then head 1.
+    assert found[name].query[0].tolist() == [[0, 1], [6, 7]]
+    assert found[name].key[0].tolist() == [[2, 3], [8, 9]]
+    assert found[name].query_bias.tolist() == [[0, 1], [6, 7]]
+    assert found[name].key_bias.tolist() == [[2, 3], [8, 9]]
+    assert heads.fused_heads({"w": np.ones(3)}, 2) == {}
+
+
+def test_the_bound_costs_less_than_a_thousandth_of_a_step():
+    """FLOPs of the size "small", with a measurement every ten steps."""
+    size = model.SIZES["small"]
+    width, dim = size.width, size.width // size.heads
+    weight = jax.ShapeDtypeStruct((width, size.heads, dim), jnp.float32)
+    vector = jax.ShapeDtypeStruct((width,), jnp.float32)
+
+    def bound(query, key, scale, bias):
+        return ost.attention_logit_bound(query, key, scale=scale, bias=bias)
+
+    lowered = jax.jit(bound).lower(weight, weight, vector, vector)
+    counted = lowered.cost_analysis()
+    assert counted is not None
+    parameters = 12 * size.layers * width**2
+    step = size.flops_per_token(parameters) * 8 * size.context
+    share = size.layers * counted["flops"] / 10 / step
+    assert 1e-5 < share < 1e-3

@@ -38,21 +38,21 @@ NOT_VALID = {"valid": False, "b_simple": math.nan, "high": math.inf}
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({}, "B_simple = 412 examples (95 %: 350–505), over 199 steps"),
+        ({}, "B_simple now = 412 examples (95 %: 350–505), worth 199 steps"),
         (
             {"b_simple": 1234.0, "low": 1e3, "high": 2.5e6, "unit": "tokens"},
-            "B_simple = 1.23k tokens (95 %: 1.00k–2.50M), over 199 steps",
+            "B_simple now = 1.23k tokens (95 %: 1.00k–2.50M), worth 199 steps",
         ),
         (
             {"b_simple": 0.01234, "low": 0.0, "high": 999.7, "confidence": 0.8},
-            "B_simple = 0.0123 examples (80 %: 0–1.00k), over 199 steps",
+            "B_simple now = 0.0123 examples (80 %: 0–1.00k), worth 199 steps",
         ),
-        (NOT_VALID, "B_simple ≥ 350 examples (95 %), over 199 steps"),
-        ({**NOT_VALID, "low": 0.0, "steps": 2.0}, "B_simple unknown, over 2 steps"),
+        (NOT_VALID, "B_simple now ≥ 350 examples (95 %), worth 199 steps"),
+        ({**NOT_VALID, "low": 0.0, "steps": 2.0}, "B_simple unknown, worth 2 steps"),
         (
             {"biased": True, "confidence": 0.999},
-            "B_simple = 412 examples (99.9 %: 350–505), over 199 steps, biased: from "
-            "successive steps",
+            "B_simple now = 412 examples (99.9 %: 350–505), worth 199 steps, biased: "
+            "from successive steps",
         ),
     ],
 )

@@ -156,6 +156,7 @@ class Counted(NamedTuple):
     """A state that counts calls, as if that cost a pass."""
 
     step: jax.Array
+    reports_metrics = True
     costly_metrics = True
 
     @property

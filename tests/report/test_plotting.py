@@ -21,7 +21,8 @@ from optax_stability._report._drawing import (
 from optax_stability._report._plotting import plot_history
 
 SPECIAL = (np.nan, np.inf, -np.inf, 0.0, -1.0, 1e-310, 1e-30, 1e30, 1e300)
-PANELS = ["loss", "gradient", "layers", "noise", "adam", "update", "rate"]
+PANELS = ["loss", "gradient", "layers", "noise", "adam"]
+PANELS += ["attention", "update", "rate", "extra/accuracy", "extra/load"]
 LAYERS = ("tokens/embedding", "blocks/0/qkv/kernel", "blocks/1/mlp/kernel")
 LAYER_KEYS = [f"grad/norm/{layer}" for layer in LAYERS]
 
@@ -52,7 +53,12 @@ def run_of(rows=200, **changed):
         "noise_scale/batch_size": np.full(rows, 64.0),
         "update/rms": 1e-4 * wave[:, 3],
         "adam/update_rms": 0.25 * wave[:, 4],
+        "attention/logit_bound": 100 * wave[:, 5],
+        "extra/accuracy": 0.5 * wave[:, 6],
     }
+    for head in range(2):
+        history[f"attention/logit_bound/blocks/0/{head}"] = 100 * wave[:, 5 + head]
+        history[f"extra/load/{head}"] = wave[:, 7 - head]
     for i, layer in enumerate(LAYERS):
         history[f"grad/norm/{layer}"] = norm * wave[:, 5 + i]
     return history | changed
@@ -109,6 +115,15 @@ def test_any_number_everywhere_is_drawn(value):
     history = {key: np.full(12, value) for key in run_of(12)} | {"step": np.arange(12)}
     assert titles(history) == ([] if np.isnan(value) else PANELS)
     assert picture(history).endswith("</svg>\n")
+
+
+def test_of_many_heads_the_highest_and_the_lowest_are_drawn():
+    history = only("attention/logit_bound/blocks/0/0")
+    history["attention/logit_bound/blocks/0/1"] = np.full(200, 3.0)
+    shown = texts(picture(history))
+    assert "highest, last 93.0" in shown
+    assert "lowest, last 3" in shown
+    assert "level 250" in shown
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3])

@@ -161,7 +161,7 @@ def test_panels_are_those_of_the_picture(report):
 
 def test_a_chart_is_described_for_those_who_do_not_see_it():
     labels = re.findall(r'role="img" aria-label="([^"]*)"', full_report())
-    assert len(labels) == 7
+    assert len(labels) == 10
     assert labels[0].startswith("Loss. Over steps 0–199: training, each step; ")
     assert "held out, last 2.50" in labels[0]
 
@@ -305,7 +305,7 @@ def test_a_browser_opens_it_without_a_complaint_or_a_request(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "<h1>A run &amp; its &lt;report&gt;</h1>" in done.stdout
-    assert done.stdout.count("<figure>") == 7
+    assert done.stdout.count("<figure>") == 10
     assert "CONSOLE" not in done.stderr
     assert set(re.findall(r"https?://[^\"' )]*", done.stdout)) == set(SVG_NAMESPACES)
     # What the browser asks for of its own has no page as its initiator.

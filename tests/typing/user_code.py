@@ -92,6 +92,30 @@ def recommended_chain(steps: int) -> optax.GradientTransformationExtraArgs:
     return ost.record_history(chain, length=1000, slow_every=50)
 
 
+def attention_heads(params: Params) -> dict[str, ost.AttentionHeads]:
+    """Queries and keys of one layer."""
+    query, key = params["query"].reshape(8, 2, 4), params["key"].reshape(8, 1, 4)
+    return {"block": ost.AttentionHeads(query, key, scale=params["scale"])}
+
+
+def largest_bound(params: Params) -> jax.Array:
+    """The largest bound on the logits of a head."""
+    query, key, scale, *_ = attention_heads(params)["block"]
+    return ost.attention_logit_bound(query, key, scale=scale, rotary=True).max()
+
+
+def chain_with_attention() -> optax.GradientTransformationExtraArgs:
+    """The bound of each head, its logits, and a brake on them."""
+    braked = ost.clip_attention_logits(
+        optax.adamw(1e-3), 100.0, heads_of=attention_heads, measured="attention_logits"
+    )
+    return optax.chain(
+        ost.record_logit_bound(attention_heads, every=10),
+        ost.record_extra("attention_logits", like={"block": np.zeros(2)}),
+        ost.spike_guard(braked),
+    )
+
+
 def chain_in_parts(per_layer: bool) -> optax.GradientTransformationExtraArgs:
     """A chain of single parts, with a threshold and groups of the user."""
     adam = ost.scale_by_safe_adam(eps_mode="atan2", rms_dtype=jnp.bfloat16)
@@ -315,6 +339,10 @@ def summary(state: object) -> dict[str, jax.Array]:
             return {"batch": batch}
         case ost.SafeAdamState() | ost.RecordState() | ost.RecordHistoryState():
             return {"step": state.step} | state.metrics
+        case ost.ClipAttentionLogitsState(heads=heads):
+            return {"heads": heads}
+        case ost.RecordLogitBoundState() | ost.RecordExtraState():
+            return state.metrics
         case _:
             return {}
 

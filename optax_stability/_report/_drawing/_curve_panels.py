@@ -25,7 +25,7 @@ def _measured(run: Run, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return run.train.columns["step"][known], finite(values[known])
 
 
-def _curve(axes: Axes, run: Run, values: np.ndarray, **style) -> None:
+def draw_curve(axes: Axes, run: Run, values: np.ndarray, **style) -> None:
     """Draws a line through the measured values, with gaps at non-finite ones."""
     steps, shown = _measured(run, values)
     if np.isfinite(shown).any():
@@ -43,9 +43,11 @@ def _curve_with_median(axes: Axes, run: Run, values: np.ndarray, name: str) -> N
     """
     if len(_measured(run, values)[1]) < 2 * _curves.SMOOTH:
         label = f"{name}, each step{_last_value(values)}"
-        _curve(axes, run, values, color=BLUE, lw=1.4, marker="o", ms=3, label=label)
+        draw_curve(axes, run, values, color=BLUE, lw=1.4, marker="o", ms=3, label=label)
         return
-    _curve(axes, run, values, color=BLUE, alpha=0.4, lw=0.7, label=f"{name}, each step")
+    draw_curve(
+        axes, run, values, color=BLUE, alpha=0.4, lw=0.7, label=f"{name}, each step"
+    )
     steps, shown = _measured(run, values)
     rows, level = _curves.running_median(shown)
     if np.isfinite(level).any():
@@ -127,12 +129,12 @@ def draw_norm(axes: Axes, run: Run) -> None:
     limit = _limit(run, "clip/limit")
     skip_limit = _limit(run, "skip/norm_limit")
     norm = np.full(len(steps), np.nan) if norm is None else norm
-    _curve(axes, run, norm, color=BLUE, lw=0.8, label=f"norm{_last_value(norm)}")
+    draw_curve(axes, run, norm, color=BLUE, lw=0.8, label=f"norm{_last_value(norm)}")
     if limit is not None:
-        _curve(axes, run, limit, color=INK, lw=1.0, label="clip limit")
+        draw_curve(axes, run, limit, color=INK, lw=1.0, label="clip limit")
     if skip_limit is not None:
         style = {"color": INK, "lw": 0.9, "ls": (0, (4, 2))}
-        _curve(axes, run, skip_limit, label="skip limit", **style)
+        draw_curve(axes, run, skip_limit, label="skip limit", **style)
     skipped = column(run.train, "skip/skipped")
     skipped = np.zeros(len(steps), bool) if skipped is None else skipped == 1
     lines = [each for each in (norm, limit, skip_limit) if each is not None]
@@ -178,7 +180,8 @@ def draw_noise(axes: Axes, run: Run) -> None:
         for name in ("b_simple", "low", "high", "batch_size")
     ]
     scale, low, high, batch = (none if each is None else each for each in found)
-    known, bounded = scale > 0, ~np.isfinite(scale) & (low > 0)
+    known = scale > 0  # 0 or NaN is not known.
+    bounded = ~(known & np.isfinite(scale)) & (low > 0)
     # Inf makes a gap in a line, for the steps of the other line; NaN makes no gap.
     bound = np.where(bounded, low, np.where(known, np.inf, np.nan))
     scale = np.where(bounded, np.inf, np.where(known, scale, np.nan))
@@ -186,13 +189,13 @@ def draw_noise(axes: Axes, run: Run) -> None:
     _axes.set_log_scale(axes, np.concatenate([scale, bound, batch, low]))
     _draw_interval(axes, steps, scale, low, high)
     label = f"noise scale{_last_value(scale)}"
-    _curve(axes, run, scale, color=BLUE, lw=1.4, label=label)
+    draw_curve(axes, run, scale, color=BLUE, lw=1.4, label=label)
     if np.isfinite(bound).any():
         style = {"color": BLUE, "lw": 1.6, "ls": (0, (1, 1.2))}
-        _curve(axes, run, bound, label="noise scale, at least", **style)
+        draw_curve(axes, run, bound, label="noise scale, at least", **style)
     if np.isfinite(batch).any():
         label = f"batch size{_last_value(batch)}"
-        _curve(axes, run, batch, color=INK, lw=1.0, ls=(0, (4, 2)), label=label)
+        draw_curve(axes, run, batch, color=INK, lw=1.0, ls=(0, (4, 2)), label=label)
 
 
 def _draw_interval(
@@ -212,7 +215,7 @@ def draw_update(axes: Axes, run: Run) -> None:
     rms = column(run.train, "update/rms")
     if rms is not None:
         shown = np.where(rms > 0, rms, np.nan)
-        _curve(axes, run, shown, color=BLUE, lw=1.3, label=f"RMS{_last_value(rms)}")
+        draw_curve(axes, run, shown, color=BLUE, lw=1.3, label=f"RMS{_last_value(rms)}")
         _axes.set_log_scale(axes, rms)
         _axes.mark_nonfinite(axes, run.train.columns["step"], rms)
 
@@ -222,11 +225,11 @@ def draw_adam(axes: Axes, run: Run) -> None:
     rms = column(run.train, "adam/update_rms")
     if rms is not None:
         rms = np.where(rms > 0, rms, np.nan)
-        _curve(axes, run, rms, color=BLUE, lw=1.3, label=f"RMS{_last_value(rms)}")
+        draw_curve(axes, run, rms, color=BLUE, lw=1.3, label=f"RMS{_last_value(rms)}")
         independent = (1 - 0.9) / (1 + 0.9)
         level = np.full(len(rms), np.sqrt(independent))
         label = "independent gradients\n(0.229, at b1 = 0.9)"
-        _curve(axes, run, level, color=INK, lw=0.9, ls=(0, (4, 2)), label=label)
+        draw_curve(axes, run, level, color=INK, lw=0.9, ls=(0, (4, 2)), label=label)
         _axes.set_log_scale(axes, np.append(rms, level))
 
 
@@ -238,7 +241,7 @@ def draw_rate(axes: Axes, run: Run) -> None:
     steps, shown = _measured(run, rate)
     rows = _curves.extreme_rows(shown)
     axes.fill_between(steps[rows], shown[rows], color=GREY, alpha=0.3, lw=0)
-    _curve(
+    draw_curve(
         axes, run, rate, color=INK, lw=1.0, label=f"learning rate{_last_value(rate)}"
     )
     known = shown[np.isfinite(shown)]

@@ -8,7 +8,12 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 
-from optax_stability._report._drawing import _curve_panels, _curves, _heat_map
+from optax_stability._report._drawing import (
+    _curve_panels,
+    _curves,
+    _entry_panels,
+    _heat_map,
+)
 from optax_stability._report._drawing._curves import Run
 
 
@@ -72,6 +77,7 @@ PANELS = (
     Panel(
         "noise",
         "Gradient noise scale",
+        "Of the model as it is at each step, with its interval. "
         "If the noise scale is far below the batch size, a larger batch is wasted; if "
         "it is far above, a larger batch would pay off. This is a rule of thumb, not a "
         "measurement of the best batch size.",
@@ -89,6 +95,17 @@ PANELS = (
         lambda run: 1.1,
         0.0,
         _curve_panels.draw_adam,
+    ),
+    Panel(
+        "attention",
+        "Attention logits",
+        "The highest and the lowest of all heads. Above the dashed line a head may see "
+        "one token alone. A bound, from the weights, is several times the largest "
+        "logit.",
+        tuple(_entry_panels.LEVELS),
+        lambda run: 1.3,
+        0.0,
+        _entry_panels.draw_attention,
     ),
     Panel(
         "update",
@@ -112,8 +129,16 @@ PANELS = (
 
 
 def shown(run: Run) -> list[Panel]:
-    """The panels whose metrics were measured."""
-    return [each for each in PANELS if any(_known(run, key) for key in each.metrics)]
+    """The panels whose metrics were measured, and one for each extra of the user."""
+    known = [each for each in PANELS if any(_known(run, key) for key in each.metrics)]
+    return known + [_extra_panel(name) for name in _entry_panels.extras(run.train)]
+
+
+def _extra_panel(name: str) -> Panel:
+    """The panel of a metric of ``record_extra``."""
+    title = name.removeprefix(_entry_panels.EXTRA)
+    draw = _entry_panels.drawer(name)
+    return Panel(name, title, "", (name,), lambda run: 1.1, 0.0, draw)
 
 
 def _known(run: Run, key: str) -> bool:
@@ -123,4 +148,6 @@ def _known(run: Run, key: str) -> bool:
         return bool(len(run.held_out))
     if key in ("loss", "skip/value"):
         return _curves.loss_of(run.train) is not None
+    if key in _entry_panels.LEVELS:
+        return bool(_entry_panels.curves_of(run.train, key))
     return run.train.first(key) is not None
