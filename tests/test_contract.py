@@ -70,6 +70,27 @@ def with_moments(tx):
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
+def with_probe(tx):
+    """``tx``, whose parameters have a loss probe beside them, and its gradient."""
+
+    def beside(tree, probe):
+        return None if tree is None else {"loss_probe": probe, "rest": tree}
+
+    def init(params):
+        return tx.init(beside(params, ost.loss_probe()))
+
+    def update(updates, state, params=None, **extra_args):
+        updates, state = tx.update(
+            beside(updates, jnp.array([1e-12, 1e-12])),
+            state,
+            beside(params, ost.loss_probe()),
+            **extra_args,
+        )
+        return updates["rest"], state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 QUICK_ZSCORE = ost.thresholds.zscore(warmup=2)
 
 CASES = {
@@ -135,6 +156,17 @@ CASES = {
     "spike_guard": Case(
         ost.spike_guard,
         lambda **kw: with_loss(ost.spike_guard(optax.identity(), **kw)),
+        reports_loss=True,
+    ),
+    "spike_guard without a loss": Case(
+        ost.spike_guard,
+        lambda **kw: ost.spike_guard(optax.identity(), loss=False, **kw),
+        reports_loss=True,
+    ),
+    "with_loss_probe": Case(
+        ost.with_loss_probe,
+        lambda: with_probe(ost.with_loss_probe(ost.spike_guard(optax.identity()))),
+        takes_axis_name=False,
         reports_loss=True,
     ),
     "branch_on_spike": Case(
@@ -306,7 +338,6 @@ NOT_FACTORIES = {
     "scale_learning_rate",
     "to_optax_adam_state",
     "verify_step",
-    "with_loss_probe",  # Of other parameters than here: test_loss_probe.py.
     "write_checksums",
     "write_report",
 }

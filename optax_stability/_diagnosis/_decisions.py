@@ -101,6 +101,10 @@ def skip_budget_spent(history: History) -> Finding | None:
             rows = rows[rows > 0]
         if not len(rows):
             continue
+        if len(rows) < limits.SCALED_SHARE * history.length and _norms_alone(
+            history, declined.key
+        ):
+            continue
         row = int(rows[0])
         skipped = history.columns.get(declined.key.replace("declined_", ""))
         before = "" if skipped is None else f"; {np.nanmax(skipped):.0f} were skipped"
@@ -110,6 +114,12 @@ def skip_budget_spent(history: History) -> Finding | None:
         )
         return finding("skip_budget_spent", history, row, declined.key, None, evidence)
     return None
+
+
+def _norms_alone(history: History, key: str) -> bool:
+    """Whether the guard had no limit on the loss: it then scales what a clip would."""
+    limit = history.columns.get(key.replace("declined_total", "value_limit"))
+    return limit is not None and not np.isfinite(limit).any()
 
 
 def clustered_skips(history: History) -> Finding | None:

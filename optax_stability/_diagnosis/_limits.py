@@ -112,6 +112,9 @@ CLIPPED_SHARE, CLIPPED_WINDOW = 0.95, 100
 # long time means that the bucket is empty. Source: its default ``budget``. A single
 # burst has at most 5 skips.
 SKIPPED_SHARE, SKIPPED_WINDOW, SKIPPED_MIN = 1 / 16, 100, 8
+# Without a loss, a guard scales a large norm where it has no skip: on logs of healthy
+# runs up to 0.5 % of the steps (benchmarks/real_logs.py).
+SCALED_SHARE = 0.01
 
 # --- Plateau --------------------------------------------------------------------------
 # Measurements after the warm-up; a fall within so many standard errors does not count.
