@@ -68,11 +68,11 @@ def fixed_clip() -> optax.GradientTransformation:
     return ost.spike_guard(optax.chain(fixed, adaptive()))
 
 
-def muon(*behind: optax.GradientTransformation) -> optax.GradientTransformation:
+def muon() -> optax.GradientTransformation:
     """Muon on the matrices inside the blocks, Adam on the rest, at one rate."""
     import recipes
 
-    return optax.chain(recipes.muon(1.0, weight_decay=0.1), *behind, scale_by_rate())
+    return optax.chain(recipes.muon(1.0, weight_decay=0.1), scale_by_rate())
 
 
 def clip_then_muon() -> optax.GradientTransformation:
@@ -121,8 +121,9 @@ MUONS: dict[str, Optimizer] = {
     "guard": lambda: ost.spike_guard(muon()),
     "clip in front": clip_then_muon,
     OURS: lambda: ost.spike_guard(clip_then_muon()),
-    # It cuts an orthogonal update to a norm that has nothing to do with it.
-    "guard, clip behind": lambda: ost.spike_guard(muon(optax.clip_by_global_norm(1.0))),
+    "guard, clip behind": lambda: ost.spike_guard(
+        optax.chain(muon(), optax.clip_by_global_norm(1.0))
+    ),
 }
 ACCUMULATORS: dict[str, Optimizer] = {
     CLIP: lambda: in_steps_of_eight(clipped()),
