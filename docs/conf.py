@@ -80,7 +80,7 @@ NAMES = public_names()
 _CODE_BLOCK = re.compile(r"^( *)(```|:::).*?^\1\2 *$", re.DOTALL | re.MULTILINE)
 _INLINE = re.compile(r"(?<![`\[\w}])`(([\w.]+)(?:\([^`<>]*\))?)`(?![`\w])")
 _THRESHOLD = re.compile(r"\(<function [^']*'([^']*)'\)")
-_ABSOLUTE_VALUE = re.compile(r"\|([^|\s`]{1,4})\|")
+_ABSOLUTE_VALUE = re.compile(r"\|([^|\s`]{1,16})\|")
 
 
 def leaves_the_site(path: Path) -> bool:

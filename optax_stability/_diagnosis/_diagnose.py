@@ -177,7 +177,7 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
         held-out data, NaN in rows without an evaluation), ``learning_rate`` (which
         shows warm-up and decay), ``epoch``, the metrics of ``record`` under ``grad``,
         ``update`` and ``params``, ``extra/attention_logits`` of ``record_extra``, and
-      the metrics of this library's states, each also as
+        the metrics of this library's states, each also as
         ``<key>/<leaf name>``; ``recheck/step`` and ``recheck/verdict``, 1 or 0, if the
         batch of a skipped step was evaluated again and was abnormal or normal.
 
