@@ -99,9 +99,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
 
 def create(config: Config, vocabulary: int) -> tuple[GPT, nnx.Optimizer]:
     """A new model and its optimizer."""
-    dtype = jnp.dtype(config.dtype)
     size = dataclasses.replace(SIZES[config.size], qk_norm=config.qk_norm)
-    model = GPT(size, vocabulary, dtype, nnx.Rngs(config.seed))
+    model = GPT(size, vocabulary, jnp.dtype(config.dtype), nnx.Rngs(config.seed))
     optimizer = nnx.Optimizer(model, make_optimizer(config), wrt=nnx.Param)
     return model, optimizer
 
@@ -131,9 +130,8 @@ def _loss_fn(config: Config, wrt: Any, gradient_factor: jax.Array | None):
         loss_fn = ost_flax.penalize_gradient_norm(
             loss_fn, config.gradient_penalty, wrt=wrt
         )
-    if gradient_factor is None:
-        return loss_fn
-    return faults.scale_gradient(loss_fn, gradient_factor)
+    scaled = gradient_factor is not None
+    return faults.scale_gradient(loss_fn, gradient_factor) if scaled else loss_fn
 
 
 def _measure(config: Config, model: GPT, optimizer: nnx.Optimizer, grads) -> Metrics:
