@@ -74,6 +74,7 @@ class Drift(NamedTuple):
     """How ρ = ‖G‖²/tr Σ moves, under each hypothesis.
 
     Attributes:
+      mean_trace: float32[n] – mean of S over all steps that the averages remember.
       trace: float32[n] – mean of S over the last steps.
       trend: float32[n] – mean of S relative to that mean, which lags.
       trace_total: float32[n] – sum of their weights.
@@ -85,6 +86,7 @@ class Drift(NamedTuple):
       steps: float32[n] – steps of equal weight that say as much as all that is known.
     """
 
+    mean_trace: jax.Array
     trace: jax.Array
     trend: jax.Array
     trace_total: jax.Array
@@ -100,6 +102,7 @@ class Present(NamedTuple):
     """The noise scale of now, of n streams.
 
     Attributes:
+      trace: float32[n] – tr Σ.
       signal: float32[n] – ρ; may be negative.
       ratio: float32[n] – B_simple, 0 where it is not ``valid``.
       low: float32[n] – lower end of its interval, 0 where it is unknown.
@@ -107,6 +110,7 @@ class Present(NamedTuple):
       valid: bool[n] – whether ρ can be distinguished from 0.
     """
 
+    trace: jax.Array
     signal: jax.Array
     ratio: jax.Array
     low: jax.Array
@@ -123,6 +127,7 @@ def init_drift(streams: int) -> Drift:
 
     belief = jnp.broadcast_to(_column(_PRIOR), (len(_PRIOR), streams))
     return Drift(
+        mean_trace=zeros(),
         trace=zeros(),
         trend=zeros(),
         trace_total=zeros(),
@@ -269,6 +274,10 @@ def update(
     later = _follow(present_trace, constant, value, observed, decay)
     first = _first_step(present_trace, value, observed)
     new = _select(constant.total > 0, later, first)
+    mean_trace = drift.mean_trace + (trace - drift.mean_trace) / jnp.maximum(
+        averages.total, 1
+    )
+    new = new._replace(mean_trace=mean_trace)
     for field in (*new, *averages):
         known &= jnp.all(jnp.isfinite(field.reshape(-1, known.size)), 0)
     return _select(known, (new, averages), (drift, constant))
@@ -340,6 +349,7 @@ def present(drift: Drift, constant: Averages, confidence) -> Present:
     valid = enough & jnp.where(silent, fixed.valid, (signal_low > 0) & (signal > 0))
     most = jnp.where(silent, fixed.high, ratio(1.0, signal_low))
     return Present(
+        trace=share * drift.mean_trace + (1 - share) * drift.trace,
         signal=jnp.where(silent, constant.grad_sq, signal),
         ratio=jnp.where(valid & ~silent, ratio(1.0, signal), 0.0),
         low=jnp.where(enough, jnp.where(silent, fixed.low, least), 0.0),

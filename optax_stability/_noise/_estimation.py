@@ -155,7 +155,8 @@ def estimate_noise_scale(
       changing   a Kalman filter for ‖G‖²/tr Σ, with a variance that is learned from
                  the errors, and a log-normal interval
       b_simple, low, high   their mean, each weighted by what is believed of it
-      trace      mean S over the last steps, 13 by default
+      trace      mean S over the averages' steps or the last ones (13 by default),
+                 weighted likewise
       grad_sq    trace/b_simple
 
     The weights of a step depend on earlier steps only. ``noise_to_weight`` is
@@ -189,6 +190,8 @@ def estimate_noise_scale(
       intervals contained the noise scale of that step (``benchmarks/noise_truth.py``).
       A change that is slow and steady is seen late: for some dozen steps at its start
       the interval may be too low. Of single leaves fewer intervals hold.
+    * S that varies by a large factor from step to step while ‖G‖² stays is taken for a
+      change; the interval is then wider than that of the average.
     * While it changes, it is that of a typical step: where a few steps have a far
       larger ‖G‖² than their neighbours, it is above the ratio of the means.
     * ``steps`` tells how much is known, not how old it is: so many steps of equal

@@ -36,7 +36,7 @@ class NoiseScale:
       low: lower end of its interval; a lower bound where it is not ``valid``.
       high: upper end, ∞ where it is not ``valid``.
       valid: whether the gradient can be distinguished from the noise.
-      trace: tr Σ, the mean of S over the last steps; NaN before the first estimate.
+      trace: tr Σ of now, a mean of S; NaN before the first estimate.
       grad_sq: ‖G‖² of now; may be negative; NaN likewise.
       noise_to_weight: √(var_g/var_p), noise of a microbatch relative to the parameters;
         NaN where either is not known.

@@ -69,7 +69,7 @@ class EstimateNoiseScaleState(NamedTuple):
 def readings(state: EstimateNoiseScaleState) -> dict[str, jax.Array]:
     """The estimates of all streams, by name, [n_streams] each; 0 where not known."""
     scale = _drift.present(state.drift, state.averages, state.confidence)
-    trace = state.drift.trace
+    trace = scale.trace
     # Without noise the signal is in the unit of the gradient.
     size = jnp.where(trace > 0, trace, 1.0)
     return {

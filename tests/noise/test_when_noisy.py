@@ -46,13 +46,13 @@ def test_it_switches_with_the_noise_and_not_between_the_levels():
 def test_chance_does_not_switch():
     """The estimate is above the level, its interval holds it."""
     tx = ost.when_noisy(HALF, above=10.0, estimator=ost.estimate_noise_scale())
-    acted, state = run(tx, [2.0, 25.0, 4.0, 18.0, 2.0, 30.0])
+    acted, state = run(tx, [6.0, 21.0, 8.0, 17.0, 6.0, 24.0])
     found = ost.noise_scale(state)
     assert found.valid
     assert found.low < 10 < found.b_simple
     assert not any(acted)
     # More of the same is no chance any more.
-    assert run(tx, [2.0, 25.0, 4.0, 18.0, 2.0, 30.0] * 20)[0][-1]
+    assert run(tx, [6.0, 21.0, 8.0, 17.0, 6.0, 24.0] * 20)[0][-1]
 
 
 @full
