@@ -10,7 +10,7 @@ rates than those they were found on:
 *lead*    steps from the alarm until the loss is .1 nat behind that of the same seed at
           the best rate, and stays so
 
-    python benchmarks/attention_saturation.py            # an hour; JSON and picture
+    python benchmarks/attention_saturation.py            # 20 minutes; JSON and picture
     python benchmarks/attention_saturation.py --quick    # two rates, no JSON
 """
 
