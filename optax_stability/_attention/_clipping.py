@@ -129,7 +129,8 @@ def _given(extra_args: Mapping[str, Any], name: str, like: Logits) -> Logits:
             "or leave measured out to use the bound from the weights."
         )
     shapes = {key: x.shape for key, x in like.items()}
-    found = {key: jnp.shape(x) for key, x in dict(given).items()}
+    layers = given if isinstance(given, Mapping) else {}
+    found = {key: jnp.shape(x) for key, x in layers.items()}
     if found != shapes:
         raise ValueError(
             f"{name} has the shapes {found}, but the heads have {shapes}; give the "

@@ -98,8 +98,8 @@ GROWTH_PER_THIRD, GROWTH_TOTAL, GROWTH_MEASUREMENTS = 1.5, 10.0, 12
 # the weight. Source: 36 runs of a GPT with 2 layers and width 64, rates 1e-3 to 0.3: it
 # was above in all 18 that ended .1 nat or more behind the best, and in none of the
 # other 18. The bound has a correlation of .98 with the logit, about .116·bound^1.07;
-# the level is that fit's. ``benchmarks/attention_saturation.py``, another size and
-# other text: the logit finds 11 of 11 bad runs and 1 of 19 others, the bound 11 and 0.
+# the level is that fit's. ``benchmarks/attention_saturation.py``, with another size
+# and other text: the logit finds 15 of 15 bad runs and 1 of 21 others, the bound 15, 0.
 ATTENTION_LOGIT, LOGIT_BOUND = 50.0, 250.0
 
 # --- Precision, noise, decisions ------------------------------------------------------

@@ -276,6 +276,6 @@ def test_missing_inputs_raise():
         tx.update(params, state)
     with pytest.raises(ValueError, match=r"measured='s'.* needs the largest logits"):
         tx.update(params, state, params)
-    for wrong in ({"block": np.ones(3)}, {"other": np.ones(HEADS)}):
+    for wrong in ({"block": np.ones(3)}, {"other": np.ones(HEADS)}, np.ones(HEADS)):
         with pytest.raises(ValueError, match="but the heads have"):
             tx.update(params, state, params, s=wrong)

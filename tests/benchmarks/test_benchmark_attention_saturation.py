@@ -54,3 +54,27 @@ def test_bad_are_higher_rates_that_end_behind_and_good_are_all_others():
 def test_a_logit_above_its_bound_is_counted():
     assert suite.violations({(1e-3, 0): run(2.0, 2.0, 5.0, bound=4.0)}) == [60, 60]
     assert suite.violations({(1e-3, 0): run(2.0, 2.0, 5.0, bound=6.0)}) == [0, 60]
+
+
+def test_the_tables_and_the_picture_show_every_setting(tmp_path, monkeypatch):
+    rates = (1e-2, 1e-1)
+    found = {
+        (1e-2, 0): run(2.0, 2.0, 5.0, 20.0),
+        (1e-1, 0): run(3.0, jumps(30, 2.0, 3.0), jumps(10, 5.0, 80.0), 300.0),
+    }
+    row = {
+        "rates": list(rates),
+        "plain": suite.ends(found, rates),
+        "qk_norm": [2.0, 2.5],
+        "logit": [5.0, 80.0],
+        "alarms": suite.alarms(found, rates),
+        "above_bound": suite.violations(found),
+    }
+    report = {"settings": {"small": row, "large": row}}
+    losses, alarms = suite.tables(report).values()
+    assert "| small, plain | 2.000 | 3.000 |" in losses
+    assert "| large, qk-norm | 2.000 | 2.500 |" in losses
+    assert "| small, logit | 1 of 1 | 0 of 1 |" in alarms
+    monkeypatch.setattr(suite, "PICTURE", tmp_path / "picture.png")
+    suite.draw(report)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
