@@ -40,6 +40,7 @@ ANYWHERE = (
     "early_warning",
     "attention_saturation",
     "noise_truth",
+    "clean_cost",
     "reliability",
     "mutations",
 )

@@ -23,6 +23,7 @@ import growth
 import low_precision
 import many_devices
 import noise_scale
+import noise_truth
 import norm_taps
 import reliability
 import spike_detection
@@ -72,6 +73,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "by_length": ("growth", growth.history_table),
     "accumulation": ("accumulation", accumulation.readme_table),
     "noise_scale": ("noise_scale", noise_scale.readme_table),
+    "noise_truth": ("noise_truth", noise_truth.evidence_table),
     "norm_taps": ("noise_scale", norm_taps.readme_table),
     "trainer_step": ("trainer_step", trainer_step.readme_table),
     "accelerators": ("accelerator_programs", accelerator_programs.readme_table),
