@@ -216,6 +216,7 @@ def test_half_precision_learns_and_its_scale_is_logged(tmp_path, text):
     assert {row["loss_scale"] for row in read_log(tmp_path)[0]} == {2.0**16}
 
 
+@full
 @pytest.mark.usefixtures("small")
 def test_a_healthy_run_makes_no_nan(tmp_path, text):
     with jax.debug_nans(True):
