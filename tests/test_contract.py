@@ -71,22 +71,30 @@ def with_moments(tx):
 
 
 def with_probe(tx):
-    """``tx``, whose parameters have a loss probe beside them, and its gradient."""
+    """``tx``, whose parameters have a loss probe beside them, and its gradient.
+
+    Beside leaves with the names that they have without it, whatever container they are
+    in: metrics are read with the parameters of the row, which have no probe.
+    """
 
     def beside(tree, probe):
-        return None if tree is None else {"loss_probe": probe, "rest": tree}
+        if tree is None:
+            return None
+        named = zip(ost.leaf_names(tree), jax.tree.leaves(tree), strict=True)
+        return {"loss_probe": probe, **dict(named)}
 
     def init(params):
         return tx.init(beside(params, ost.loss_probe()))
 
     def update(updates, state, params=None, **extra_args):
-        updates, state = tx.update(
+        new, state = tx.update(
             beside(updates, jnp.array([1e-12, 1e-12])),
             state,
             beside(params, ost.loss_probe()),
             **extra_args,
         )
-        return updates["rest"], state
+        leaves = [new[name] for name in ost.leaf_names(updates)]
+        return jax.tree.unflatten(jax.tree.structure(updates), leaves), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

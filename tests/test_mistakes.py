@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_contract import CASES, make_params, signature
+from test_contract import CASES, halves, make_params, signature
 from tiers import quick_only
 
 import optax_stability as ost
@@ -48,7 +48,12 @@ FACTORIES = {
     ost.estimate_noise_scale: {},
     ost.when_noisy: {"inner": INNER, "above": 10.0, "below": 1.0},
     ost.scale_by_noise_scale: {"batch_size": 64.0},
+    ost.clip_attention_logits: {"inner": INNER, "heads_of": halves},
+    ost.with_loss_probe: {"tx": INNER},
+    ost.probed: {"loss_fn": loss_fn},
     ost.record: {"name": "grad"},
+    ost.record_extra: {"name": "accuracy"},
+    ost.record_logit_bound: {"heads_of": halves},
     ost.record_history: {"inner": INNER},
     ost.microbatch_gradients: {"loss_fn": loss_fn, "num_microbatches": 2},
     ost_flax.microbatch_gradients: {"loss_fn": loss_fn, "num_microbatches": 2},
@@ -73,7 +78,7 @@ BAD = {
     "choice": ("sometimes", 3),
     "axis": (3, ["data"], ("data", 2), True),
     "threshold": ("5", 5.0, optax.sgd(0.1)),
-    "inner": (None, "adam", optax.sgd, 3),
+    "inner": (None, "adam", optax.sgd, 3, thresholds.constant(1.0)),
     "function": ("loss", 3, (loss_fn,)),
 }
 # Arguments whose default does not show what they are.
@@ -90,7 +95,9 @@ KINDS = {
     "confirm": "threshold",
     "on_spike": "threshold",
     "inner": "inner",
+    "tx": "inner",
     "loss_fn": "function",
+    "heads_of": "function",
     "weight_fn": "function",
     "axis_name": "axis",
     "spmd_axis_name": "axis",
@@ -100,7 +107,10 @@ KINDS = {
     **dict.fromkeys(NUMBERS, "number"),
 }
 # Their own tests are elsewhere: trees, patterns, names, filters, other functions.
-ELSEWHERE = {"stacked", "mask", "factors", "name", "metric", "wrt", "estimator"}
+ELSEWHERE = {
+    *("stacked", "mask", "factors", "name", "metric", "wrt", "estimator", "like"),
+    "measured",
+}
 
 
 def kind_of(name, default):
@@ -131,6 +141,16 @@ def test_an_impossible_argument_is_named_with_its_value(factory, needed, name, b
     assert repr(bad) in said or "array" in said
 
 
+def heads_clip(measured):
+    return ost.clip_attention_logits(INNER, heads_of=halves, measured=measured)
+
+
+def logit_bound(**options):
+    return ost.attention_logit_bound(
+        jnp.ones((4, 1, 2)), jnp.ones((4, 1, 2)), **options
+    )
+
+
 def test_every_public_factory_is_in_the_table():
     assert {case.factory for case in CASES.values()} <= FACTORIES.keys()
 
@@ -151,6 +171,11 @@ def test_an_unknown_keyword_names_the_function_that_was_called(factory):
         (lambda: ost.safe_adamw(0.1, mask={"w": "yes"}), ("mask", "'yes'")),
         (lambda: ost.RewindPolicy(metric=3), ("metric", "3")),
         (lambda: ost.record(3), ("name", "3")),
+        (lambda: ost.record_extra("a b"), ("name", "'a b'")),
+        (lambda: ost.record_extra("load", like={}), ("like", "{}")),
+        (lambda: heads_clip("a b"), ("measured", "'a b'")),
+        (lambda: heads_clip(3), ("measured", "3")),
+        (lambda: logit_bound(rotary="no"), ("rotary", "'no'")),
         (lambda: ost.when_noisy(INNER, above=1.0, estimator=3), ("estimator", "3")),
         (
             lambda: ost.from_optax_adam_state(OPTAX_ADAM, eps="x"),
@@ -476,10 +501,28 @@ def test_what_a_function_returns_is_named(case):
     assert all(word in str(raised.value) for word in case.words), raised.value
 
 
-def test_integers_among_the_parameters_are_named():
+@pytest.mark.parametrize(
+    ("leaf", "word"),
+    [
+        (jnp.ones(3, jnp.int32), "int32"),
+        (np.ones(3, np.int32), "int32"),
+        (jax.nn.relu, "a custom_jvp"),
+        ("relu", "a str"),
+        (1.0, "a float"),
+    ],
+    ids=["integers", "NumPy", "function", "text", "number"],
+)
+def test_parameters_without_a_float_are_named(leaf, word):
+    """Beside floats such leaves are static: tests/moments/test_static_leaves.py."""
+    with pytest.raises(ValueError, match="nothing to differentiate") as raised:
+        MICROBATCHES["together"]({"table": leaf}, jnp.ones((2, 4)))
+    assert f"{word} in the leaf 'table'" in str(raised.value)
+
+
+def test_integers_among_the_parameters_are_static():
     params = P | {"table": jnp.ones(3, jnp.int32)}
-    with pytest.raises(TypeError, match="int32 in the leaf 'table'"):
-        MICROBATCHES["together"](params, jnp.ones((2, 4)))
+    _, grads, _ = MICROBATCHES["together"](params, jnp.ones((2, 4)))
+    assert grads["table"] is None
 
 
 # --- readers ---------------------------------------------------------------------

@@ -80,7 +80,9 @@ def _decay(beta, count, dtype) -> _Decay:
 def _next_mu(g, mu, decay: _Decay):
     """Next mean: m ← β₁ᴷ·m + (1 − β₁ᴷ)·g, where g is finite."""
     old = mu.astype(g.dtype)
-    new = jnp.where(_numerics.is_finite(g), decay.kept * old + decay.learned * g, old)
+    kept, learned = (jnp.asarray(weight, _real(g)) for weight in decay)
+    mean = _numerics.times(old, kept) + _numerics.times(g, learned)
+    new = jnp.where(_numerics.is_finite(g), mean, old)
     return _numerics.saturating_cast(new, mu.dtype)
 
 
@@ -372,7 +374,7 @@ def scale_by_safe_adam(
         total = _numerics.increment(state.microbatches, count)
         mu_unit = _next_mu_unit(state.mu_unit, total, b1, decay1)
         rms_unit = _next_rms_unit(state.rms_unit, total, b2, decay2)
-        share = jnp.maximum(count, 1).astype(jnp.float32)
+        share = jnp.maximum(count, 1).astype(dtype)
         noise = decay1.kept**2 * state.noise + decay1.learned**2 / share
         eps_now = jnp.asarray(eps(state.step) if callable(eps) else eps, dtype)
         b1_now, b2_now = jnp.asarray(b1, dtype), jnp.asarray(b2, dtype)
@@ -384,7 +386,8 @@ def scale_by_safe_adam(
             u = _divide(mu, rms, eps_now * rms_unit, bound, eps_mode)
             if update_rms_max is not None:
                 excess = _rms_excess(size * rms_unit, rms, eps_now * rms_unit)
-                u = u / jnp.maximum(excess / update_rms_max, 1.0)
+                excess = jnp.maximum(excess / update_rms_max, 1.0)
+                u = _numerics.by_component(lambda part: part / excess, u)
             return u
 
         directions = jax.tree.map(direction, sizes, mu, rms)

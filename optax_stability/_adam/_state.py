@@ -151,7 +151,7 @@ def _metrics(state: SafeAdamState) -> dict[str, jax.Array]:
         outputs=3,
         batches_on_cpu=True,
     )
-    sizes = jnp.array([mu.size for mu in mus], jnp.float32)
+    sizes = jnp.array([mu.size for mu in mus], eps.dtype)
     totals = jnp.stack([squares * jnp.square(scale), shares, sizes - nonzero])
 
     per_leaf = totals / jnp.maximum(sizes, 1.0)[None]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from optax_stability._core import _parts
+from optax_stability._core import _numerics, _parts, _validate
 
 # Powers 2⁶ = 64: the bound is then at most head_dim^(1/128) too large.
 _SQUARINGS = 6
@@ -58,7 +58,7 @@ def _largest_eigenvalue(matrix):
         traces.append(trace)
     bound = jnp.ones_like(traces[0])
     for trace in reversed(traces[1:]):
-        bound = jnp.sqrt(trace * bound)
+        bound = _numerics.root(trace * bound)
     return traces[0] * bound
 
 
@@ -75,11 +75,11 @@ def _grams(weight):
 def _quadratic(vector, gram):
     """√(vᵀGv), the length of the image of v."""
     image = jnp.sum(gram * vector[..., None, :], axis=-1)
-    return jnp.sqrt(jnp.maximum(jnp.sum(vector * image, axis=-1), 0.0))
+    return _numerics.root(jnp.maximum(jnp.sum(vector * image, axis=-1), 0.0))
 
 
 def _length(vector):
-    return jnp.sqrt(jnp.sum(jnp.square(vector), axis=-1))
+    return _numerics.root(jnp.sum(jnp.square(vector), axis=-1))
 
 
 def _check(query, key, scale, bias, query_bias, key_bias) -> None:
@@ -109,6 +109,17 @@ def _check(query, key, scale, bias, query_bias, key_bias) -> None:
     for name, (x, shape) in wanted.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} has the shape {x.shape}, but must be {shape}.")
+
+
+def _moduli_if_complex(*arrays) -> list:
+    """The arrays; if one of them is complex, the moduli of all, which bound the same.
+
+    |q·k| ≤ Σ|qᵢ||kᵢ|, and |qᵢ| is at most the sum of the moduli of its terms.
+    """
+    given = [x for x in arrays if x is not None]
+    if not any(_numerics.is_complex(x) for x in given):
+        return list(arrays)
+    return [None if x is None else jnp.abs(x) for x in arrays]
 
 
 def attention_logit_bound(
@@ -153,6 +164,7 @@ def attention_logit_bound(
       depends on their distance: the product of both norms holds for all distances, and
       is looser.
     * A weight that is not finite gives NaN for its heads. Heads of zeros give 0.
+    * If a weight is complex, all count by their moduli: the bound holds, and is looser.
     * Queries and keys that are normalised themselves (qk-layernorm) need no bound.
     * Activations in bfloat16 are rounded, and may exceed it by a percent.
     * If the model divides its logits by anything else than √head_dim, multiply.
@@ -173,6 +185,7 @@ def attention_logit_bound(
       float32[heads], a bound on |logit| of each query head.
 
     Raises:
+      TypeError: ``rotary`` is not True or False.
       ValueError: shapes do not belong together.
 
     Example:
@@ -181,7 +194,11 @@ def attention_logit_bound(
       >>> print(attention_logit_bound(eye, eye, scale=jnp.array([3.0, 0, 0, 0])))
       [18.]
     """
+    _validate.check_flags(rotary=rotary)
     _check(query, key, scale, bias, query_bias, key_bias)
+    query, key, scale, bias, query_bias, key_bias = _moduli_if_complex(
+        query, key, scale, bias, query_bias, key_bias
+    )
     width, heads, head_dim = query.shape
     shared = heads // key.shape[1]
 
@@ -202,12 +219,12 @@ def attention_logit_bound(
     k_size, k_gram, b = (jnp.repeat(x, shared, axis=0) for x in project(key, key_bias))
     radius = width**0.5
     if rotary:
-        q_norm = q_size * jnp.sqrt(_largest_eigenvalue(q_gram))
-        k_norm = k_size * jnp.sqrt(_largest_eigenvalue(k_gram))
+        q_norm = q_size * _numerics.root(_largest_eigenvalue(q_gram))
+        k_norm = k_size * _numerics.root(_largest_eigenvalue(k_gram))
         bound = (radius * q_norm + _length(a)) * (radius * k_norm + _length(b))
     else:
         product = jnp.matmul(q_gram, k_gram, precision=lax.Precision.HIGHEST)
-        sigma = q_size * k_size * jnp.sqrt(_largest_eigenvalue(product))
+        sigma = q_size * k_size * _numerics.root(_largest_eigenvalue(product))
         linear = k_size * _quadratic(a, k_gram) + q_size * _quadratic(b, q_gram)
         bound = width * sigma + radius * linear + jnp.abs(jnp.sum(a * b, axis=-1))
     return bound / head_dim**0.5

@@ -28,7 +28,7 @@ from optax_stability._attention._heads import (
     check_heads_of,
     find_heads,
 )
-from optax_stability._core import _numerics, _parts, _validate
+from optax_stability._core import _leaves, _numerics, _parts, _validate
 from optax_stability._core._checked import checked
 
 # The logits of each layer, by its name: [heads], or [layers, heads].
@@ -74,8 +74,8 @@ def _add_to_query(heads: AttentionHeads, each) -> AttentionHeads:
     """Adds the number of each head to its queries and their biases."""
     query, bias = heads.query, heads.query_bias
     return heads._replace(
-        query=query + each[..., None, :, None],
-        query_bias=None if bias is None else bias + each[..., None],
+        query=query + each[..., None, :, None].astype(query.dtype),
+        query_bias=None if bias is None else bias + each[..., None].astype(bias.dtype),
     )
 
 
@@ -83,8 +83,8 @@ def _add_to_key(heads: AttentionHeads, each) -> AttentionHeads:
     """Adds the number of each head to its keys and their biases."""
     key, bias = heads.key, heads.key_bias
     return heads._replace(
-        key=key + each[..., None, :, None],
-        key_bias=None if bias is None else bias + each[..., None],
+        key=key + each[..., None, :, None].astype(key.dtype),
+        key_bias=None if bias is None else bias + each[..., None].astype(bias.dtype),
     )
 
 
@@ -106,7 +106,7 @@ def _spread(heads_of: HeadsOf, params: Any, factors: Logits) -> Any:
 
     ``heads_of`` takes entries out of the parameters; its transpose puts them back.
     """
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    wide = jax.tree.map(_numerics.widen, params)
     heads, put_back = jax.vjp(lambda params: find_heads(heads_of, params), wide)
     (spread,) = put_back({k: _excess(x, factors[k]) for k, x in heads.items()})
     return spread
@@ -114,9 +114,20 @@ def _spread(heads_of: HeadsOf, params: Any, factors: Logits) -> Any:
 
 def _scaled(update, param, excess):
     """The update that takes the parameter to factor·(parameter + update)."""
-    target = (param + update).astype(jnp.float32) * (1 + excess)
-    wanted = (target - param.astype(jnp.float32)).astype(update.dtype)
+    excess = excess.real
+    target = _numerics.times(param + update, 1 + excess)
+    wanted = (target - _numerics.widen(param)).astype(update.dtype)
     return jnp.where(excess != 0, wanted, update)
+
+
+def _check_measured(measured: Any) -> None:
+    """Raises unless it is None, or can be the name of an argument of ``update``."""
+    if measured is None or (isinstance(measured, str) and measured.isidentifier()):
+        return
+    raise ValueError(
+        f"measured={measured!r} must be a Python name, such as 'attention_logits', or "
+        "None: update takes the logits as a keyword argument."
+    )
 
 
 def _given(extra_args: Mapping[str, Any], name: str, like: Logits) -> Logits:
@@ -196,9 +207,11 @@ def clip_attention_logits(
       ``attention_clip/heads``, ``attention_clip/steps``.
 
     Raises:
-      TypeError: ``inner`` is not a transformation, ``heads_of`` no function.
-      ValueError: ``limit`` is not above 0; at ``update``, the parameters or the
-        measured logits are missing, or have other names or shapes than the heads.
+      TypeError: ``inner`` is not a transformation, ``heads_of`` no function, or
+        ``rotary`` is not True or False.
+      ValueError: ``limit`` is not above 0, or ``measured`` is not a Python name; at
+        ``update``, the parameters or the measured logits are missing, or have other
+        names or shapes than the heads or the gradient.
 
     Example:
       >>> import optax
@@ -215,6 +228,8 @@ def clip_attention_logits(
     _validate.check_transformation("inner", inner)
     _validate.check_interval("limit", limit, "(0, inf)", "100 is the default")
     check_heads_of(heads_of)
+    _check_measured(measured)
+    _validate.check_flags(rotary=rotary)
     limit = _validate.as_float32(limit)
     inner = optax.with_extra_args_support(inner)
 
@@ -231,6 +246,7 @@ def clip_attention_logits(
             raise ValueError(
                 "clip_attention_logits scales the parameters; pass params to update."
             )
+        _leaves.check_params("clip_attention_logits", params, updates)
         updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )

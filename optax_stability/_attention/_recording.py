@@ -90,7 +90,8 @@ def record_logit_bound(
       that of :func:`record`.
 
     Raises:
-      TypeError: ``heads_of`` is no function, or returns anything else.
+      TypeError: ``heads_of`` is no function, or returns anything else; or ``rotary``
+        is not True or False.
       ValueError: ``every`` is below 1; at ``update``, the parameters are missing.
 
     Example:
@@ -106,6 +107,7 @@ def record_logit_bound(
       ['attention/logit_bound/block/0', 'attention/logit_bound/block/1']
     """
     check_heads_of(heads_of)
+    _validate.check_flags(rotary=rotary)
     _validate.check_count("every", every, 1, "1 measures at every step")
 
     def init_fn(params):

@@ -22,11 +22,15 @@ RULES = (*_guard_rules.RULES, *_order_rules.RULES, *_measurement_rules.RULES)
 
 def _transformation_of(tx: Any) -> Any:
     """What has ``init`` and ``update``, or the ``tx`` of a Flax object."""
+    is_threshold = hasattr(tx, "rebase")
     for each in (tx, getattr(tx, "tx", None)):
-        if hasattr(each, "init") and hasattr(each, "update"):
+        has_both = hasattr(each, "init") and hasattr(each, "update")
+        if has_both and not isinstance(each, type) and not is_threshold:
             return each
     remedy = "pass the transformation, not its state"
-    if callable(tx):
+    if is_threshold:
+        remedy = "pass what it is an argument of, such as clip_by_threshold(threshold)"
+    elif callable(tx):
         remedy = "pass the result of its call, such as optax.adamw(1e-3)"
     raise TypeError(
         "tx must be an optax.GradientTransformation, or an object that holds one as "

@@ -18,7 +18,7 @@ import optax
 
 from optax_stability._core import _leaves, _states
 
-_ANY = AttributeError, IndexError, TypeError, ValueError
+_ANY = AttributeError, IndexError, KeyError, TypeError, ValueError
 
 
 def _fresh_state(init_fn: Callable[[Any], Any], like: Any) -> Any:

@@ -212,7 +212,9 @@ def join_norms(norms) -> jax.Array:
     """Joins the norms of all parts into one norm, real[]."""
     largest = jnp.max(norms, initial=0.0)
     # Squares of ratios to the largest norm cannot overflow.
-    ratios = _numerics.relative_to(norms, largest)
+    # ∞/∞ would be NaN.
+    finite = jnp.where(jnp.isfinite(largest), largest, 0.0)
+    ratios = _numerics.relative_to(norms, finite)
     joined = largest * _root(jnp.sum(jnp.square(ratios)))
     return jnp.where(jnp.isfinite(largest), joined, largest)
 

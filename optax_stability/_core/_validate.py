@@ -121,8 +121,12 @@ def check_axis_name(name: str, value: Any) -> None:
 
 
 def check_transformation(name: str, tx: Any) -> None:
-    """Raises TypeError unless ``tx`` has the two functions of a transformation."""
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+    """Raises TypeError unless ``tx`` has the two functions of a transformation.
+
+    A threshold has them as well, and a third one.
+    """
+    has_both = hasattr(tx, "init") and hasattr(tx, "update")
+    if not has_both or hasattr(tx, "rebase"):
         raise TypeError(
             f"{name} must be an optax.GradientTransformation, got {tx!r}; pass "
             "the result of a call, such as optax.adamw(1e-3)."

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_stability._core import _tree
+from optax_stability._core import _tree, _validate
 
 LossFn = TypeVar("LossFn", bound=Callable[..., Any])
 
@@ -121,8 +121,10 @@ def probed(loss_fn: LossFn) -> LossFn:
       A function with the same arguments and results.
 
     Raises:
+      TypeError: ``loss_fn`` is not a function.
       ValueError: when it is called with parameters without a probe.
     """
+    _validate.check_callable("loss_fn", loss_fn)
 
     @functools.wraps(loss_fn)
     def with_probe(params, *args, **kwargs):
@@ -177,6 +179,7 @@ def with_loss_probe(
       A transformation with the state of ``tx``.
 
     Raises:
+      TypeError: ``tx`` is not a transformation.
       ValueError: the parameters hold no probe, or several.
 
     Example:
@@ -189,6 +192,7 @@ def with_loss_probe(
       >>> print(state.value, updates["loss_probe"])
       2.0 [0. 0.]
     """
+    _validate.check_transformation("tx", tx)
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):

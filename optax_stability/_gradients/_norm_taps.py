@@ -48,6 +48,11 @@ def _by_example(x):
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
+def along_features(parameter, x):
+    """Reshapes parameter[D] to [1, ..., D], with the axes of x[B, ..., D]."""
+    return jnp.expand_dims(parameter, tuple(range(x.ndim - 1)))
+
+
 def _squared_norms(parts):
     """Sum of squares of each example, [B]."""
     return jnp.sum(jnp.square(parts), axis=tuple(range(1, parts.ndim)))
@@ -182,7 +187,7 @@ def shift(x, bias, tap):
       tap: float32[B], zero.
     """
     del tap
-    return x + bias
+    return x + along_features(bias, x)
 
 
 def _shift_forward(x, bias, tap):
@@ -209,7 +214,7 @@ def scale(x, factors, tap):
       tap: float32[B], zero.
     """
     del tap
-    return x * factors
+    return x * along_features(factors, x)
 
 
 def _scale_forward(x, factors, tap):
@@ -220,7 +225,8 @@ def _scale_backward(residuals, g):
     x, factors, tap = residuals
     wide = _wide_dtype(x, g)
     per_example = jnp.sum(_by_example(g.astype(wide) * x.astype(wide)), axis=1)
-    return (g * factors).astype(x.dtype), *_sum_and_squares(per_example, factors, tap)
+    dx = (g * along_features(factors, g)).astype(x.dtype)
+    return dx, *_sum_and_squares(per_example, factors, tap)
 
 
 scale.defvjp(_scale_forward, _scale_backward)

@@ -22,7 +22,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_stability._core import _leaves, _norms, _numerics, _tree, _validate
+from optax_stability._core import _norms, _numerics, _tree, _validate
 from optax_stability._core._mesh_axes import (
     all_varying_axes,
     sharding_axes,
@@ -428,7 +428,6 @@ def microbatch_gradients(
 
     def fn(params, batch, *, loss_scale=None) -> Any:
         check_batch(batch, num_microbatches)
-        _leaves.check_inexact("microbatch_gradients: params", params)
         loss_scale = _usable_scale(loss_scale)
         parts = _split(
             batch, groups, vmap_size, across_devices=spmd_axis_name is not None

@@ -326,7 +326,8 @@ def stacked(
         return jnp.sum(jnp.where(broadcast(kept, leaf), parts, 0), axis=0)
 
     def deviation(leaf, mean):
-        squares = broadcast(weights, leaf) * _numerics.abs_sq(leaf - mean[None])
+        squares = _numerics.abs_sq(leaf - mean[None])
+        squares = broadcast(weights, leaf).astype(squares.dtype) * squares
         return _total(jnp.where(broadcast(kept, leaf), squares, 0), dtype)
 
     grads, dtype = widen(grads), real_dtype(grads)
@@ -448,7 +449,9 @@ def rescaled(
         return moments
     squared_factors = jnp.square(_scale_factors(moments, grads, axis_name))
     leaves, treedef = jax.tree.flatten(moments.mean_square)
-    scaled = [leaf * squared_factors[i] for i, leaf in enumerate(leaves)]
+    scaled = [
+        _numerics.scale(leaf, squared_factors[i]) for i, leaf in enumerate(leaves)
+    ]
     return moments._replace(
         deviation=moments.deviation * squared_factors,
         mean_square=jax.tree.unflatten(treedef, scaled),
@@ -470,9 +473,11 @@ def rms(moments: Moments, grads: Any) -> Any:
     factors = _scale_factors(moments, grads)
 
     def leaf_rms(square, g, i):
-        root = _numerics.root(square) * factors[i]
+        dtype = _numerics.real_dtype((square, g, factors))
+        root = _numerics.root(square).astype(dtype) * factors[i].astype(dtype)
+        size = jnp.abs(g).astype(dtype)
         # Where a square or the sum of the squares is not finite, the result is |ḡ|.
-        return jnp.maximum(jnp.where(_numerics.is_finite(root), root, 0), jnp.abs(g))
+        return jnp.maximum(jnp.where(_numerics.is_finite(root), root, 0), size)
 
     squares = jax.tree.leaves(moments.mean_square)
     return jax.tree.unflatten(

@@ -35,6 +35,16 @@ class RecordExtraState(NamedTuple):
     entries: Any
 
     reports_metrics = True  # For ost.metrics.
+    number = "first"
+
+    @property
+    def first(self) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of the first number, which is () in a single state."""
+        (value,) = self.metrics.values()
+        shape = np.shape(value)
+        return jax.ShapeDtypeStruct(
+            shape if self.entries is None else shape[1:], jnp.float32
+        )
 
 
 def _shapes(tree: Any) -> Any:

@@ -59,6 +59,7 @@ def init_measured(num_parts: int, options: Options, dtype: Any) -> Measured:
 
 
 def _rms(norms: Norms, sizes) -> tuple[jax.Array, jax.Array]:
+    sizes = sizes.astype(norms.total.dtype)
     total = norms.total / jnp.sqrt(jnp.maximum(jnp.sum(sizes), 1.0))
     return total, norms.leaves / jnp.sqrt(jnp.maximum(sizes, 1.0))
 
@@ -96,7 +97,8 @@ def measure_when_due(
 ) -> tuple[Measured, Memory]:
     """The quantities that need passes of their own, and the updated memory."""
     previous, spectrum = memory
-    sizes, scale = parts.sizes(), _distribution.safe_scale(norms.leaves)
+    sizes = parts.sizes().astype(norms.total.dtype)
+    scale = _distribution.safe_scale(norms.leaves)
     entries = _distribution.measure_entries(parts, scale)
     # On some backends the maximum over devices ignores NaN.
     largest = jnp.where(jnp.isnan(norms.leaves), jnp.nan, entries.largest)

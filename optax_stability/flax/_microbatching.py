@@ -54,7 +54,7 @@ def _mean_of_finite(values):
     """Mean along axis 0 over the finite entries; ``values[0]`` if there is none."""
     finite = jnp.isfinite(values)
     total = jnp.sum(jnp.where(finite, values, 0), axis=0)
-    count = jnp.sum(finite, axis=0)
+    count = jnp.sum(finite, axis=0, dtype=total.dtype)
     return jnp.where(count > 0, total / jnp.maximum(count, 1), values[0])
 
 

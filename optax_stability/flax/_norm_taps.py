@@ -105,7 +105,7 @@ def _deviations(seen, norms, weights):
     squares, uses, grad_sq = seen[:, :-2], seen[:, -2], seen[:, -1]
     total, valid = jnp.sum(weights), weights > 0
     factors = jnp.where(valid, total / jnp.where(valid, weights, 1), 0)
-    sums = jnp.sum(jnp.where(valid, factors * squares, 0), axis=1)
+    sums = jnp.sum(jnp.where(valid[None], factors[None] * squares, 0), axis=1)
     expected = jnp.square(norms)
     deviations = jnp.maximum(total * (sums - expected), 0)
     complete = (uses <= 1) & (jnp.abs(grad_sq - expected) <= _ROUNDING * expected)

@@ -150,7 +150,9 @@ def _add_bias(y: jax.Array, bias: jax.Array | None, tap: NormTap | None) -> jax.
         return y
     dtype = _numerics.promote(y.dtype, bias.dtype)
     y, bias = y.astype(dtype), bias.astype(dtype)
-    return y + bias if tap is None else _norm_taps.shift(y, bias, tap.squares)
+    if tap is None:
+        return y + _norm_taps.along_features(bias, y)
+    return _norm_taps.shift(y, bias, tap.squares)
 
 
 def _apply_scale(
@@ -159,7 +161,9 @@ def _apply_scale(
     if scale is None:
         return x
     scale = scale.astype(x.dtype)
-    return x * scale if tap is None else _norm_taps.scale(x, scale, tap.squares)
+    if tap is None:
+        return x * _norm_taps.along_features(scale, x)
+    return _norm_taps.scale(x, scale, tap.squares)
 
 
 def _check_normalization(module: Any, tap: NormTap, mask: Any) -> None:

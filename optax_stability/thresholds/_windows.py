@@ -42,7 +42,7 @@ def push(values, x):
 def filled(values, count) -> jax.Array:
     """Which slots hold one of the ``count`` learned values, bool[window]."""
     size = values.shape[0]
-    return jnp.arange(size) >= size - count
+    return jnp.arange(size, dtype=jnp.int32) >= size - count
 
 
 def _order_statistics(values, count, ranks: list) -> list[jax.Array]:
@@ -55,18 +55,18 @@ def _order_statistics(values, count, ranks: list) -> list[jax.Array]:
     place = jnp.arange(values.shape[0])
     x, y = padded[:, None], padded[None, :]
     smaller = (y < x) | ((y == x) & (place[None, :] < place[:, None]))
-    rank_of = jnp.sum(smaller, axis=1)
+    rank_of = jnp.sum(smaller, axis=1, dtype=jnp.int32)
     return [jnp.max(padded, where=rank_of == r, initial=-jnp.inf) for r in ranks]
 
 
 def quantile(values, count, q):
     """The q-quantile of the learned values, with linear interpolation."""
     size = jnp.clip(count, 1, values.shape[0])
-    position = q * (size - 1).astype(jnp.float32)
+    position = q * (size - 1).astype(values.dtype)
     below = jnp.floor(position).astype(jnp.int32)
     ranks = [below, jnp.minimum(below + 1, size - 1)]
     low, high = _order_statistics(values, count, ranks)
-    return low + (position - below.astype(jnp.float32)) * (high - low)
+    return low + (position - below.astype(values.dtype)) * (high - low)
 
 
 def median(values, count):
@@ -79,7 +79,7 @@ def median(values, count):
 def _mean_and_std(values, count):
     """Mean and sample standard deviation (n − 1) of the learned values."""
     mask = filled(values, count)
-    size = jnp.clip(count, 1, values.shape[0]).astype(jnp.float32)
+    size = jnp.clip(count, 1, values.shape[0]).astype(values.dtype)
     largest = jnp.max(values)
     # Sums and squares of ratios to the largest value cannot overflow.
     ratios = _numerics.relative_to(values, largest)
@@ -95,7 +95,7 @@ def _without_first_spikes(values, count):
     They are clipped to ten times the median of all learned values.
     """
     size = values.shape[0]
-    is_first = jnp.arange(size) - size + count < size // 2
+    is_first = jnp.arange(size, dtype=jnp.int32) - size + count < size // 2
     limit = _FIRST_VALUES_FACTOR * median(values, count)
     return jnp.where(is_first & (values > limit), limit, values)
 
@@ -174,7 +174,7 @@ def window_zscore(
 
     Raises:
       ValueError: an argument is outside its range.
-      TypeError: ``window`` is traced.
+      TypeError: ``window`` is traced, or ``published`` is not True or False.
 
     References:
       OLMo-core ``SkipStepOptimizer``; the same rule in MaxText and Levanter (which
@@ -184,6 +184,7 @@ def window_zscore(
       learned (in OLMo-core one NaN disables the rule for a window).
     """
     _validate.check_interval("num_sigmas", num_sigmas, "(0, inf)", "6 is usual")
+    _validate.check_flags(published=published)
     num_sigmas = _validate.as_float32(num_sigmas)
 
     def limit_of(values, count):

@@ -26,11 +26,14 @@ class ZScoreState(NamedTuple):
       step: int32[] – values learned.
       mean: float32[] – μ, mean of the learned values, in the unit of the stream.
       std: float32[] – σ, their standard deviation, same unit.
+      forgotten: int32[] – values before the last start of the warm-up, which are no
+        longer learned.
     """
 
     step: jax.Array
     mean: jax.Array
     std: jax.Array
+    forgotten: jax.Array
 
 
 def _zscore_limit(x, mean, std, z_max, mode: Mode):
@@ -51,6 +54,22 @@ def _warmup_limit(x, state: ZScoreState):
     """No limit, as published, unless x is of another level than the values so far."""
     limit = _WARMUP_FACTOR * state.mean
     return jnp.where((state.step > 0) & (x > limit), limit, jnp.inf)
+
+
+def _starts_again(x, state: ZScoreState, warmup):
+    """Whether x is so small that the warm-up before it was of another level.
+
+    Only among the first ``warmup`` values of the stream, so that a stream that goes to
+    and fro between two levels does not stay in the warm-up for ever.
+    """
+    early = state.step < warmup - state.forgotten
+    return early & (x < state.mean / _WARMUP_FACTOR)
+
+
+def _forget(state: ZScoreState) -> ZScoreState:
+    """The state before the first value of a warm-up that starts again."""
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    return zeros._replace(forgotten=state.forgotten + state.step)
 
 
 def _learn(x, state: ZScoreState, share, shrink) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +100,8 @@ def zscore(
 
       t ≤ warmup:   limit = ∞;  μ, σ = plain mean, population deviation of all values
                     x > 10·μ: limit = 10·μ, and x counts as 10·μ
-                    x < μ/10: the warm-up starts again, with x as its first value
+                    x < μ/10: the warm-up starts again, with x as its first value,
+                    if x is among the first ``warmup`` values of the stream
       z ≤ z_max:    limit = μ + z_max·σ
       z > z_max:    limit = μ + z_max²·σ/z    mode "adaptive"
                     limit = μ                 mode "mean"
@@ -95,6 +115,8 @@ def zscore(
     * On finite, positive values it equals the paper's rule to rounding, if no value of
       the warm-up is ten times as large, or as small, as the mean of those before it.
       With ``published=True``, it always does.
+    * The warm-up ends, on any stream, after fewer than 2·warmup values; after
+      ``warmup`` values if it does not start again.
     * An outlier of any size in the warm-up leaves the limit after it below six times
       the level; after the warm-up, it moves μ by at most (1 − decay)·z_max·σ.
     * Values that are zero or not finite leave the state unchanged (a zero norm means
@@ -121,6 +143,7 @@ def zscore(
       restarts at 2x.
 
     Raises:
+      TypeError: ``published`` is not True or False.
       ValueError: an argument is outside its range.
 
     References:
@@ -135,6 +158,7 @@ def zscore(
     _validate.check_interval("decay", decay, "[0, 1)", "0.97 averages about 33 values")
     _validate.check_count("warmup", warmup, 1, "25 is the published value")
     _validate.check_choice("mode", mode, get_args(Mode))
+    _validate.check_flags(published=published)
     z_max, decay = _validate.as_float32(z_max), _validate.as_float32(decay)
 
     def init():
@@ -142,28 +166,30 @@ def zscore(
             step=jnp.zeros((), jnp.int32),
             mean=jnp.zeros((), jnp.float32),
             std=jnp.zeros((), jnp.float32),
+            forgotten=jnp.zeros((), jnp.int32),
         )
 
     def update(x, state):
         x = jnp.asarray(x, state.mean.dtype)
         armed = state.step >= warmup
         limit = _zscore_limit(x, state.mean, state.std, z_max, mode)
-        early = jnp.inf if published else _warmup_limit(x, state)
+        early, past = jnp.inf, state
+        if not published:
+            early = _warmup_limit(x, state)
+            starts_again = _starts_again(x, state, warmup)
+            past = optax.tree.where(starts_again, _forget(state), state)
         limit = jnp.where(armed, limit, early)
-        starts_again = ~armed & (x < state.mean / _WARMUP_FACTOR) & (not published)
-        forgotten = jax.tree.map(jnp.zeros_like, state)
-        past = optax.tree.where(starts_again, forgotten, state)
         step = _numerics.increment(past.step)
         share = jnp.where(armed, 1 - decay, 1 / step.astype(x.dtype))
         shrink = jnp.where(armed, decay, 1.0)
         mean, std = _learn(jnp.minimum(x, limit), past, share, shrink)
-        learned = ZScoreState(step, mean, std)
+        learned = ZScoreState(step, mean, std, past.forgotten)
         return limit, optax.tree.where(is_learnable(x), learned, state)
 
     def rebase(x, state):
         x = jnp.asarray(x, state.mean.dtype)
         step = jnp.maximum(state.step, jnp.asarray(warmup, jnp.int32))
-        rebased = ZScoreState(step, x, _numerics.capped(x / z_max))
+        rebased = ZScoreState(step, x, _numerics.capped(x / z_max), state.forgotten)
         return optax.tree.where(is_learnable(x), rebased, state)
 
     return Threshold(init, update, rebase)

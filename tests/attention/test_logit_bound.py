@@ -247,3 +247,19 @@ def test_sharded_weights_give_the_same_and_send_only_small_matrices(kind):
     np.testing.assert_allclose(found, known, rtol=RTOL)
     sent = [shape for _, shapes in collectives(compiled) for shape in shapes]
     assert max(np.prod(shape, dtype=int) for shape in sent) <= 4 * 6 * 6, sent
+
+
+def test_the_logits_of_complex_weights_are_bounded_by_their_moduli():
+    rng = np.random.default_rng(0)
+    shape = (6, 2, 3)
+    query, key = rng.standard_normal((2, *shape)) + 1j * rng.standard_normal(
+        (2, *shape)
+    )
+    x = rng.standard_normal((500, 6))
+    x *= 6**0.5 / np.linalg.norm(x, axis=1, keepdims=True)
+    q, k = (np.einsum("nw,whd->nhd", x, weight) for weight in (query, key))
+    largest = np.abs(np.einsum("nhd,mhd->hnm", q, k.conj())).max((1, 2)) / 3**0.5
+    bound = ost.attention_logit_bound(query.astype("c8"), key.astype("c8"))
+    assert np.all(largest <= bound)
+    real = ost.attention_logit_bound(abs(query).astype("f4"), abs(key).astype("f4"))
+    np.testing.assert_array_equal(bound, real)

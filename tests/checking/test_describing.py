@@ -248,6 +248,8 @@ def test_objects_of_flax_are_read():
         (optax.adamw, r"got a function; pass the result of its call"),
         (None, "got a NoneType"),
         ({"tx": optax.adamw(0.1)}, "got a dict"),
+        (ost.thresholds.constant(1.0), r"got a Threshold; .* clip_by_threshold\("),
+        (optax.GradientTransformation, r"got a type; pass the result of its call"),
     ],
 )
 def test_what_is_no_transformation_is_refused(given, said):

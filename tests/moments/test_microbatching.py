@@ -1036,7 +1036,7 @@ def test_sharded_parameters_on_an_explicit_mesh(parts, vmap_size):
     def loss(params, batch):
         # Gathered to be used, as fully sharded parameters are.
         whole = jax.tree.map(lambda p: reshard(p, PartitionSpec()), params)
-        return mlp_loss({**whole, "bias": 0.0}, batch)
+        return mlp_loss({**whole, "bias": np.zeros(1, np.float32)}, batch)
 
     plain = {**params, "bias": np.zeros(1, np.float32)}
     expected = whole_gradient(plain, batch)

@@ -101,7 +101,39 @@ def test_the_warm_up_of_zscore_starts_again_at_a_tenth_of_its_mean():
 def test_what_is_no_level_does_not_start_the_warm_up_again(bad):
     threshold = zscore(warmup=5)
     _, states = run(threshold, [1.0, 1.2, bad])
-    assert [jnp.asarray(x[2]) == x[1] for x in states] == [True] * 3
+    assert [jnp.asarray(x[2]) == x[1] for x in states] == [True] * len(states)
+
+
+def between_two_levels(period):
+    """A level, and fifty times as much, for ``period`` values each."""
+    return np.resize([1.0] * period + [50.0] * period, 200)
+
+
+# Each value is far below those before it, as long as float32 has such values.
+FALLING = np.maximum(1e36 * 1.5e-3 ** np.arange(200.0), 1e-37)
+
+
+@pytest.mark.parametrize("warmup", [1, 2, 5, 25])
+@pytest.mark.parametrize(
+    "values",
+    [FALLING, *map(between_two_levels, (1, 2, 3, 5, 10, 24))],
+    ids=["falling", *(f"two levels, {period}" for period in (1, 2, 3, 5, 10, 24))],
+)
+def test_the_warm_up_ends_before_twice_its_length_on_any_stream(values, warmup):
+    _, states = run(zscore(warmup=warmup), values)
+    assert states.step[2 * warmup - 2] >= warmup
+    assert np.all(np.diff(states.step[2 * warmup - 2 :]) == 1)
+    assert states.forgotten[-1] < warmup
+
+
+def test_the_warm_up_starts_again_at_its_last_value_at_the_latest():
+    high, low = [100.0] * 4, [1.0] * 8
+    _, last = run(zscore(warmup=5), high + low)
+    assert last.step.tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert last.forgotten.tolist() == [0] * 4 + [4] * 8
+    # The sixth value of a stream that has started again already is learned.
+    _, again = run(zscore(warmup=5), [1e4, 100.0, 100.0, 100.0, 100.0, *low])
+    assert again.step.tolist() == [1, *range(1, 13)]
 
 
 def test_a_rise_in_the_warm_up_is_followed():

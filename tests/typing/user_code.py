@@ -92,6 +92,12 @@ def recommended_chain(steps: int) -> optax.GradientTransformationExtraArgs:
     return ost.record_history(chain, length=1000, slow_every=50)
 
 
+def misplaced(tx: optax.GradientTransformation, params: Params) -> str:
+    """What stands where it cannot work, one line each."""
+    faults: list[str] = ost.check(tx, params)
+    return "\n".join(faults)
+
+
 def attention_heads(params: Params) -> dict[str, ost.AttentionHeads]:
     """Queries and keys of one layer."""
     query, key = params["query"].reshape(8, 2, 4), params["key"].reshape(8, 1, 4)
