@@ -262,4 +262,4 @@ def test_the_logits_of_complex_weights_are_bounded_by_their_moduli():
     bound = ost.attention_logit_bound(query.astype("c8"), key.astype("c8"))
     assert np.all(largest <= bound)
     real = ost.attention_logit_bound(abs(query).astype("f4"), abs(key).astype("f4"))
-    np.testing.assert_allclose(bound, real, rtol=ROUNDING)
+    np.testing.assert_allclose(bound, real, rtol=RTOL)
