@@ -102,7 +102,7 @@ def begin(config):
     return graphdef, state
 
 
-def compile_step(config):
+def compile_step(config, look=None):
     """The trainer's step on a mesh, and where the state lies."""
     graphdef, state = begin(config)
     mesh = devices.make_mesh(config.mesh)
@@ -114,7 +114,7 @@ def compile_step(config):
     )
 
     def step(state, windows):
-        return training.train_step(graphdef, config, state, windows, {})
+        return training.train_step(graphdef, config, state, windows, {}, look)
 
     step = jax.jit(
         step, donate_argnums=0, out_shardings=(lie, devices.replicated(mesh))
@@ -141,10 +141,13 @@ def test_the_optimizer_keeps_what_is_like_a_parameter_where_that_is(small):
 
 @full
 def test_a_step_moves_no_array_from_one_split_to_another(small):
-    """Sums, and where parameters are split they are gathered: no exchange."""
+    """Sums, and where parameters are split they are gathered: no exchange.
+
+    (A step that measures also brings the queries and keys of each head together.)
+    """
     del small
     config = Config(mesh="fsdp=4,model=2", batch_size=32, microbatches=2)
-    compiled, state = compile_step(config)
+    compiled, state = compile_step(config, look=False)
     found = many_devices.messages_of(compiled)
     assert {each.kind for each in found} == {"all-reduce", "all-gather"}
     largest = max(leaf.size for leaf in jax.tree.leaves(state.arrays[0]))
