@@ -1,12 +1,21 @@
 """Problems that the loss itself shows: spikes and divergence."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._location import first_affected, gradient_norm
-from optax_stability._diagnosis._normal import Base, Normal, base, caution, levels
+from optax_stability._diagnosis._normal import (
+    Base,
+    Normal,
+    base,
+    caution,
+    levels,
+    spread,
+)
 from optax_stability._diagnosis._series import History, Series
 from optax_stability._diagnosis._windows import stretches
 
@@ -73,10 +82,14 @@ def divergence(history: History) -> Finding | None:
     limit = _rise_limit(values, past)
     single = values > past.level + limit
     level = single if died else levels(values) > past.level + limit
-    found = _lasting(level, single, died)
-    if found is None:
+    found = [
+        (start, stop)
+        for start, stop in _lasting(level, single, died)
+        if not _is_noise(values, past, start, stop)
+    ]
+    if not found:
         return None
-    start, stop = found
+    start, stop = found[0]
     row = int(rows[start])
     evidence = (
         f"lowest loss {past.level[start]:.3g} (median of {limits.CENTRE}) before step "
@@ -125,8 +138,8 @@ def _rise_limit(values: np.ndarray, past: Base) -> np.ndarray:
 
 def _lasting(
     level: np.ndarray, single: np.ndarray, died: bool
-) -> tuple[int, int] | None:
-    """(start, stop) of the first rise that lasts; of single values, not of medians."""
+) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the rises that last; of single values, not of medians."""
     count = len(level)
     at_end = np.clip(
         count // limits.DIVERGED_SHARE,
@@ -141,8 +154,18 @@ def _lasting(
         ends = stop == count
         least = limits.MIN_MEASUREMENTS - 1 if died and ends else at_end
         if stop - first >= (least if ends else limits.DIVERGED_MEASUREMENTS):
-            return first, stop
-    return None
+            yield first, stop
+
+
+def _is_noise(values: np.ndarray, past: Base, start: int, stop: int) -> bool:
+    """Whether a rise above a level of a few values is within the noise before the rise.
+
+    The noise at the time of such a level was not known yet.
+    """
+    noise = np.nan_to_num(spread(values)[start])
+    highest = levels(values)[start:stop].max()
+    few = past.known[start] < limits.CENTRE
+    return bool(few and highest <= past.level[start] + limits.LOSS_SCALES * noise)
 
 
 def _end(

@@ -33,7 +33,7 @@ from histories import (
     scaled,
     wobbling,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiers import full
 
@@ -395,6 +395,7 @@ def test_health_has_no_findings(make):
 
 
 @settings(derandomize=True, max_examples=40, deadline=None)
+@example(seed=100_000, rows=24, first=300, noise=0.5, decays=False)  # Low by chance.
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(0, 500),
