@@ -34,12 +34,13 @@ class RecordLogitBoundState(NamedTuple):
 
     Attributes:
       step: int32[] – calls of ``update``.
-      bound: float32[n_heads] – the last bounds, of all layers; zeros before the first.
+      bound: float32[n_heads] – the last bounds, of all layers; zeros before the first;
+        None without heads, because Orbax saves no array of size 0.
       entries: one mark per head, to name it by layer and index.
     """
 
     step: jax.Array
-    bound: jax.Array
+    bound: jax.Array | None
     entries: Any
 
     reports_metrics = True  # For ost.metrics.
@@ -47,7 +48,7 @@ class RecordLogitBoundState(NamedTuple):
     @property
     def metrics(self) -> dict[str, jax.Array]:
         """``attention/logit_bound``: the largest, and that of each head; if any."""
-        if not self.bound.size:
+        if self.bound is None:
             return {}
         return {
             "attention/logit_bound": jnp.max(self.bound, initial=0.0),
@@ -114,10 +115,10 @@ def record_logit_bound(
         shapes = jax.eval_shape(
             lambda params: bounds(find_heads(heads_of, params), rotary), params
         )
-        sizes = [shape.size for shape in shapes.values()]
+        heads = sum(shape.size for shape in shapes.values())
         return RecordLogitBoundState(
             step=jnp.zeros((), jnp.int32),
-            bound=jnp.zeros((sum(sizes),), jnp.float32),
+            bound=jnp.zeros((heads,), jnp.float32) if heads else None,
             entries={
                 name: _tree.mark_entries(shape.shape) for name, shape in shapes.items()
             },
@@ -133,9 +134,12 @@ def record_logit_bound(
             raise ValueError(
                 "record_logit_bound measures the parameters; pass params to update."
             )
+        step = _numerics.increment(state.step)
+        if state.bound is None:
+            return updates, state._replace(step=step)
         due = is_due(extra_args, lambda: every == 1 or state.step % every == 0)
         passed, bound = measure_if(due, measure, updates, params, state.bound)
         _known_norms.alias_norms(updates, passed)
-        return passed, state._replace(step=_numerics.increment(state.step), bound=bound)
+        return passed, state._replace(step=step, bound=bound)
 
     return checked("record_logit_bound", RecordLogitBoundState, init_fn, update_fn)
