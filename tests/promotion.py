@@ -1,4 +1,4 @@
-"""Strict promotion for every test: JAX converts no dtype and adds no axis by itself.
+"""Strict promotion for tests: JAX converts no dtype and adds no axis by itself.
 
 A line of the library that needs a conversion or an axis has to say so. optax's Adam and
 its schedules, Flax's layers and the losses of some tests do not: a test in which such
