@@ -21,11 +21,14 @@ def kept(tx, params, steps=4, **extra_args):
     return ost.history(state)
 
 
+def bound(heads):
+    return ost.attention_logit_bound(**heads._asdict())
+
+
 def bounds(heads_of, params):
     """By name, head for head."""
     found = {}
     for name, heads in heads_of(params).items():
-        bound = lambda each: ost.attention_logit_bound(**each._asdict())  # noqa: E731
         values = jax.vmap(bound)(heads) if heads.query.ndim == 4 else bound(heads)
         for index in np.ndindex(*values.shape):
             found["/".join([name, *map(str, index)])] = values[index]

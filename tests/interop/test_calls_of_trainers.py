@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import sys
 import types
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ class AdamConfig:
 class OptimizerConfig:
     """A registry of classes by name."""
 
-    registered: dict = {}  # noqa: RUF012
+    registered: ClassVar[dict] = {}
 
     @classmethod
     def register_subclass(cls, name):
