@@ -45,7 +45,7 @@ from faulty_streams import (
 )
 from reporting import Report, finish, markdown, parser
 from scipy import stats
-from stability import learning_rate, make_model, stack
+from stability import held_out_loss, learning_rate, loss_of, make_model, stack
 
 import optax_stability as ost
 
@@ -120,18 +120,12 @@ FEW = (CLIP, OURS)
 
 def trainer(setting: Setting, make: Optimizer) -> Any:
     """``(seeds, streams, peak) -> held-out losses``, with a leading axis of runs."""
-    from flax import nnx
-
     tx = optax.with_extra_args_support(make())
     shape = learning_rate(setting._replace(learning_rate=1.0))
 
     def train(seed, stream: Stream, peak):
         structure, params = make_model(setting, jax.random.key(seed))
-
-        def loss_fn(params, batch, labels):
-            logits = nnx.merge(structure, params)(batch[:, :-1])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean()
+        loss_fn = loss_of(structure)
 
         def step(carry, data):
             params, state = carry
@@ -144,8 +138,7 @@ def trainer(setting: Setting, make: Optimizer) -> Any:
 
         data = jnp.arange(setting.calls), stream.batch, stream.labels
         (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), data)
-        parts = stream.held_out.reshape(8, -1, stream.held_out.shape[-1])
-        return jnp.mean(jax.lax.map(lambda x: loss_fn(params, x, x[:, 1:]), parts))
+        return held_out_loss(loss_fn, params, stream)
 
     return jax.jit(jax.vmap(train, in_axes=(0, 0, None)))
 

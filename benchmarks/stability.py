@@ -98,6 +98,24 @@ def make_model(setting: Setting, key: jax.Array) -> tuple[Any, Any]:
     return nnx.split(GPT(size, size.vocabulary, jnp.float32, nnx.Rngs(params=key)))
 
 
+def loss_of(structure: Any) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """``(params, batch, labels) -> loss`` of a model, nats per byte."""
+    from flax import nnx
+
+    def loss_fn(params, batch, labels):
+        logits = nnx.merge(structure, params)(batch[:, :-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean()
+
+    return loss_fn
+
+
+def held_out_loss(loss_fn: Callable, params: Any, stream: Stream) -> jax.Array:
+    """The loss on the text that no run is trained on, part by part."""
+    parts = stream.held_out.reshape(8, -1, stream.held_out.shape[-1])
+    return jnp.mean(jax.lax.map(lambda x: loss_fn(params, x, x[:, 1:]), parts))
+
+
 def parameters(setting: Setting) -> int:
     """How many numbers the model has."""
     _, params = jax.eval_shape(lambda: make_model(setting, jax.random.key(0)))
@@ -113,17 +131,11 @@ def branch_of(params: Any, state: Any) -> tuple[Any, Any]:
 
 def trainer(setting: Setting, make: Optimizer) -> Callable[..., Outcome]:
     """``(seeds, streams) -> Outcome``, all with a leading axis of runs."""
-    from flax import nnx
-
     rate, tx = learning_rate(setting), optax.with_extra_args_support(make())
 
     def train(seed, stream):
         structure, params = make_model(setting, jax.random.key(seed))
-
-        def loss_fn(params, batch, labels):
-            logits = nnx.merge(structure, params)(batch[:, :-1])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean()
+        loss_fn = loss_of(structure)
 
         def step(carry, data):
             params, state = carry
@@ -142,11 +154,9 @@ def trainer(setting: Setting, make: Optimizer) -> Callable[..., Outcome]:
         data = jnp.arange(setting.calls), *stream[:4]
         start = params, tx.init(params)
         (params, state), seen = jax.lax.scan(step, start, data)
-        parts = stream.held_out.reshape(8, -1, stream.held_out.shape[-1])
 
         def evaluate(params):
-            losses = jax.lax.map(lambda x: loss_fn(params, x, x[:, 1:]), parts)
-            return jnp.mean(losses)
+            return held_out_loss(loss_fn, params, stream)
 
         held_out = evaluate(branch_of(params, state)[0])
         finite = everywhere(jnp.isfinite, params)
