@@ -161,11 +161,10 @@ def clip_attention_logits(
     """Scales the queries and keys of heads whose attention logits are above a limit.
 
     QK-Clip, as a change of the update: the parameters after the step are what Kimi K2
-    makes of them. A brake, not a cure. In small GPTs at learning rates from 3e-3 to
-    0.3, the mean loss above the best rate's was .417 nat without, .293 with it (limit
-    30, measured logits), .308 from the bound, and .273 with qk-layernorm in the model;
-    it made no further rate come within .1 nat of the best. A logit that was measured
-    before the step lags it: with a limit of 30, logits of 44 to 336 were seen.
+    makes of them. A brake, not a cure: it keeps logits small, and a learning rate that
+    is too high stays too high. Normalise queries and keys where you can choose the
+    model (``benchmarks/attention_saturation.py``). A logit that was measured before the
+    step lags it, and may be far above the limit after it.
 
     **Rule**, for a head with the logit S, and its queries and keys W (and their biases)
     after the step of ``inner``::

@@ -15,7 +15,7 @@ Mode = Literal["adaptive", "mean", "max"]
 # and its rounding errors must not be abnormal.
 _MIN_RELATIVE_STD = 1e-6
 # Values of the warm-up that differ by more than this factor from the mean before them
-# are not of one level. In the logs of healthy runs, the factor is at most 7.
+# are not of one level. Choice: above what the first steps of a healthy run fall by.
 _WARMUP_FACTOR = 10.0
 
 
