@@ -191,7 +191,7 @@ def clip_attention_logits(
 
     Args:
       inner: the whole chain, with the learning rate.
-      limit: largest logit, > 0. The bound is some 4 to 7.5 times the largest logit that
+      limit: largest logit, > 0. The bound is several times the largest logit that
         occurs: a limit of 100 on logits corresponds to one of about 500 on the bound.
       heads_of: a function from the parameters to a dict: for each layer, by its name,
         its :class:`AttentionHeads`. It may only take entries out of the parameters and
