@@ -22,6 +22,9 @@ CACHE_OPTIONS = {
 }
 DAYS_KEPT = 30
 WHOLE_PROGRAMS = {"examples", "interop"}
+# A worker of the full tier would hold the programs of a thousand tests: 12 GB and more.
+TESTS_BETWEEN_CLEARINGS = 100
+TESTS_RUN = pytest.StashKey[int]()
 # Code generation takes XLA most of its time on a CPU. In the quick tier it is the
 # simplest: slower code, whose last bit may differ. XLA ends the process at a flag that
 # it does not know.
@@ -98,6 +101,14 @@ def pytest_runtest_call(item):
     result = yield
     item.user_properties.extend(survival.take().items())
     return result
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """What was compiled stays in the cache on disk."""
+    run = item.config.stash[TESTS_RUN] = item.config.stash.get(TESTS_RUN, 0) + 1
+    if run % TESTS_BETWEEN_CLEARINGS == 0:
+        jax.clear_caches()
 
 
 def pytest_terminal_summary(terminalreporter):
