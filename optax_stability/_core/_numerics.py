@@ -145,6 +145,8 @@ def scale(leaf, factor):
     return times(leaf, jnp.asarray(factor, wide)).astype(jnp.result_type(leaf))
 
 
+# One trace and one function for all leaves of a shape.
+@functools.partial(jax.jit, static_argnames=("factor", "dtype"))
 def square_at(factor: float, x, dtype=FLOAT32):
     """|factor·x|² in a real dtype, scaled before it is squared.
 
@@ -195,20 +197,25 @@ def _root_jvp(primals, tangents):
     return result, tangents[0] * 0.5 * _inverse(result)
 
 
-@jax.custom_jvp
+@jax.jit  # One trace and one function for all leaves of a shape.
 def hypot(a, b):
     """√(a² + b²) for a, b ≥ 0 of float32 or wider, without forming either square.
 
     The derivative at (0, 0) is 0.
     """
+    return _hypot(a, b)
+
+
+@jax.custom_jvp
+def _hypot(a, b):
     high, low = jnp.maximum(a, b), jnp.minimum(a, b)
     ratio = low / jnp.maximum(high, tiny(high.dtype))
     return high * jnp.sqrt(1 + ratio * ratio)
 
 
-@hypot.defjvp
+@_hypot.defjvp
 def _hypot_jvp(primals, tangents):
-    result = hypot(*primals)
+    result = _hypot(*primals)
     inverse = _inverse(result)
     (a, b), (da, db) = primals, tangents
     return result, a * inverse * da + b * inverse * db
