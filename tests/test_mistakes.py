@@ -68,6 +68,7 @@ FACTORIES = {
     thresholds.window_zscore: {},
     thresholds.ema_ratio: {},
     thresholds.detrended_mad: {"floor": 2.0},
+    thresholds.at_most_median: {"threshold": thresholds.zscore()},
     thresholds.relearn: {"threshold": thresholds.zscore(), "after": 5},
 }
 # What an argument cannot be, whatever else it can be.

@@ -322,6 +322,9 @@ THRESHOLDS = {
     "window_median": ost.thresholds.window_median(2.0, window=8),
     "ema_ratio": ost.thresholds.ema_ratio(warmup=4),
     "detrended_mad": ost.thresholds.detrended_mad(5.0, floor=5.0, arm=4),
+    "at_most_median": ost.thresholds.at_most_median(
+        ost.thresholds.zscore(warmup=4), window=8
+    ),
     "relearn": ost.thresholds.relearn(ost.thresholds.zscore(warmup=4), after=3),
 }
 

@@ -47,9 +47,9 @@ PUBLIC_NAMES = {
         write_checksums write_report
     """,
     ost.thresholds: """
-        DetrendedMadState EmaRatioState RelearnState Threshold WindowState ZScoreState
-        constant detrended_mad ema_ratio relearn window_median window_quantile
-        window_zscore zscore
+        AtMostMedianState DetrendedMadState EmaRatioState RelearnState Threshold
+        WindowState ZScoreState at_most_median constant detrended_mad ema_ratio relearn
+        window_median window_quantile window_zscore zscore
     """,
     ost_flax: """
         Embed LayerNorm Linear NormTap RMSNorm TrainState microbatch_gradients

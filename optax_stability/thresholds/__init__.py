@@ -55,6 +55,10 @@ Each docstring cites the paper and lists every deviation from it.
 May import: ``_core``.
 """
 
+from optax_stability.thresholds._at_most_median import (
+    AtMostMedianState,
+    at_most_median,
+)
 from optax_stability.thresholds._detrended_mad import (
     DetrendedMadState,
     detrended_mad,
@@ -71,12 +75,14 @@ from optax_stability.thresholds._windows import (
 from optax_stability.thresholds._zscore import ZScoreState, zscore
 
 __all__ = [
+    "AtMostMedianState",
     "DetrendedMadState",
     "EmaRatioState",
     "RelearnState",
     "Threshold",
     "WindowState",
     "ZScoreState",
+    "at_most_median",
     "constant",
     "detrended_mad",
     "ema_ratio",

@@ -100,38 +100,41 @@ def _without_first_spikes(values, count):
     return jnp.where(is_first & (values > limit), limit, values)
 
 
-def _learn(x, state: WindowState) -> WindowState:
-    return WindowState(_numerics.increment(state.step), push(state.values, x))
+def empty_window(window: int) -> WindowState:
+    """The state before the first value."""
+    values = jnp.zeros((window,), jnp.float32)
+    return WindowState(step=jnp.zeros((), jnp.int32), values=values)
 
 
-def _rescale_to(x, state: WindowState) -> WindowState:
+def learn_in_window(x, state: WindowState) -> WindowState:
+    """The state after x, if x can be learned."""
+    learned = WindowState(_numerics.increment(state.step), push(state.values, x))
+    return optax.tree.where(is_learnable(x), learned, state)
+
+
+def rescale_window(x, state: WindowState) -> WindowState:
     """Scales the window so that its median is x; the relative spread is kept."""
     relative = _numerics.relative_to(state.values, median(state.values, state.step))
     values = jnp.where(state.values > 0, relative * x, 0.0)
     rescaled = WindowState(state.step, _numerics.capped(values))
-    return optax.tree.where(state.step > 0, rescaled, _learn(x, state))
+    known = is_learnable(x) & (state.step > 0)
+    return optax.tree.where(known, rescaled, learn_in_window(x, state))
 
 
 def _window_threshold(window: int, limit_of: Callable) -> Threshold:
     """A threshold with the limit ``limit_of(values, count)`` of its window."""
     _validate.check_size("window", window, 2)
 
-    def init():
-        return WindowState(
-            step=jnp.zeros((), jnp.int32), values=jnp.zeros((window,), jnp.float32)
-        )
-
     def update(x, state):
         x = jnp.asarray(x, state.values.dtype)
         limit = _numerics.capped(limit_of(state.values, state.step))
         limit = jnp.where(state.step >= window // 2, limit, jnp.inf)
-        return limit, optax.tree.where(is_learnable(x), _learn(x, state), state)
+        return limit, learn_in_window(x, state)
 
     def rebase(x, state):
-        x = jnp.asarray(x, state.values.dtype)
-        return optax.tree.where(is_learnable(x), _rescale_to(x, state), state)
+        return rescale_window(jnp.asarray(x, state.values.dtype), state)
 
-    return Threshold(init, update, rebase)
+    return Threshold(lambda: empty_window(window), update, rebase)
 
 
 @repr_as_call

@@ -525,6 +525,7 @@ CALLS = (
     "window_median(3.0)",
     "detrended_mad(5.0, floor=5.0)",
     "relearn(zscore(), after=25)",
+    "at_most_median(zscore(), window=16)",
 )
 
 

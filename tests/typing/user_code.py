@@ -50,6 +50,7 @@ def norm_thresholds(limit: float) -> dict[str, Threshold]:
         "OLMo": thresholds.window_zscore(6.0, window=128),
         "AutoClip": thresholds.window_quantile(0.9),
         "icefall": thresholds.window_median(3.0),
+        "even": thresholds.at_most_median(thresholds.zscore(), window=16),
         "trend": thresholds.detrended_mad(5.0, floor=5.0),
     }
 
