@@ -19,7 +19,9 @@ def title(part: Part) -> str:
         every = all(_roles.thresholds_of(part).values())
         return "spike_guard" if every else "skip_spikes"
     if _roles.named("clip_by_threshold")(part):
-        made = repr(part.arguments["threshold"]).removeprefix("relearn(")
+        made = repr(part.arguments["threshold"])
+        for wrapper in ("at_most_median(", "relearn("):
+            made = made.removeprefix(wrapper)
         return _CLIPS.get(made.split("(")[0], part.name)
     if _roles.turns_sign(part):
         return "scale_by_learning_rate"

@@ -68,7 +68,8 @@ def at_most_median(threshold: Threshold, *, window: int = 16) -> Threshold:
 
     **Edge cases**: the first value meets the limit of ``threshold`` alone. While the
     level falls, the median of the past is above nearly all values, and nothing is
-    clipped by it; while it rises, the limit lags by half a window.
+    clipped by it; while it rises, and after ``threshold`` has accepted a new level, the
+    limit lags by half a window.
 
     Args:
       threshold: the threshold to wrap.

@@ -199,10 +199,11 @@ def test_inactive_is_identity_for_float64():
         assert bits(updates) == bits(grads)
 
 
-@pytest.mark.parametrize("scope", QUICK)
+@pytest.mark.parametrize("scope", ["global", "leaf"])
 def test_nothing_of_the_level_so_far_is_clipped_in_the_warm_up(scope):
+    tx = ost.clip_by_zscore(warmup=2, at_most_median=False, scope=scope)
     trees = [random_tree(scale=4.0**power) for power in range(2)]
-    updates, states = run(QUICK[scope], trees)
+    updates, states = run(tx, trees)
     assert bits(updates) == bits(trees)
     assert int(states[-1].clipped_total) == 0
     assert float(states[-1].limit) == np.inf
@@ -245,7 +246,7 @@ def test_a_gradient_that_is_not_finite_is_not_learned_at_any_step(scope, bad):
         _, (poisoned,) = run(tx, [poison(grads, bad)], state)
         _, (clean,) = run(tx, [grads], state)
         expected = jax.tree.map(
-            lambda new, old: np.where(np.arange(len(new)) == hit, old, new),
+            lambda new, old: np.concatenate([new[:hit], old[hit:][:1], new[hit + 1 :]]),
             clean.threshold,
             state.threshold,
         )
@@ -463,19 +464,23 @@ def computation(tx, grads=None):
         {"mode": "max"},
         {"relearn_after": 2},
         {"relearn_after": None},
+        {"at_most_median": False},
         {"scope": "leaf"},
         {"scope": SCOPES["labels"]},
     ],
     ids=" ".join,
 )
-@quick_only("scope0", "decay")
+@quick_only("scope0", "decay", "at_most_median")
 def test_clip_by_zscore_is_the_composition(settings):
     published = {"z_max": 2.5, "decay": 0.97, "warmup": 25, "mode": "adaptive"}
     written_out = published | {"relearn_after": 25, "scope": "global"} | settings
     after, scope = written_out.pop("relearn_after"), written_out.pop("scope")
+    evens_out = written_out.pop("at_most_median", True)
     threshold = thresholds.zscore(**written_out)
     if after is not None:
         threshold = thresholds.relearn(threshold, after=after)
+    if evens_out:
+        threshold = thresholds.at_most_median(threshold, window=16)
     composed = computation(ost.clip_by_threshold(threshold, scope=scope))
     assert computation(ost.clip_by_zscore(**settings)) == composed
     if settings:
@@ -492,12 +497,14 @@ def test_a_lasting_rise_is_clipped_for_25_steps_and_then_accepted():
     updates, _ = run(ost.clip_by_zscore(), rising_norms())
     values = np.array([update["w"][0] for update in updates])
     assert (values[30:55] < 5).all()
-    assert (values[55:] == 20).all()
+    assert (values[55 + 8 :] == 20).all()  # Then most of the last 16 norms are new.
+    outliers_alone, _ = run(ost.clip_by_zscore(at_most_median=False), rising_norms())
+    assert all(update["w"][0] == 20 for update in outliers_alone[55:])
 
 
 def test_without_relearning_a_lasting_rise_is_clipped_for_ever():
     updates, states = run(ost.clip_by_zscore(relearn_after=None), rising_norms())
-    assert isinstance(states[-1].threshold, thresholds.ZScoreState)
+    assert isinstance(states[-1].threshold.inner, thresholds.ZScoreState)
     assert all(update["w"][0] < 5 for update in updates[30:])
 
 
