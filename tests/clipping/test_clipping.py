@@ -497,7 +497,7 @@ def test_a_lasting_rise_is_clipped_for_25_steps_and_then_accepted():
     updates, _ = run(ost.clip_by_zscore(), rising_norms())
     values = np.array([update["w"][0] for update in updates])
     assert (values[30:55] < 5).all()
-    assert (values[55 + 8 :] == 20).all()  # Then most of the last 16 norms are new.
+    assert (values[55 + 9 :] == 20).all()  # Then most of the last 16 norms are new.
     outliers_alone, _ = run(ost.clip_by_zscore(at_most_median=False), rising_norms())
     assert all(update["w"][0] == 20 for update in outliers_alone[55:])
 
