@@ -36,7 +36,7 @@ _TRAINERS = {
     "Hugging Face Trainer": re.compile(r"\{['\"](?:eval_)?loss['\"]:"),
 }
 _LEARN_FROM = 400
-# Forms of lines: how many are learned, and how many are tried.
+# Forms of lines: how many are learned, with and without pairs, and how many are tried.
 _FORMS, _KEPT_FORMS = 64, 8
 # A search for plain text is much faster than an expression.
 _OF_INTEREST = ("loss", "Loss", "LOSS", "norm", "Norm", "earning", "lr")
@@ -108,25 +108,27 @@ def _pattern(names: list[str]) -> re.Pattern[str]:
 
 def _is_of_interest(text: str) -> bool:
     """Whether there may be a number that a history has a place for."""
-    return any(word in text for word in _OF_INTEREST)
+    return any(map(text.__contains__, _OF_INTEREST))
 
 
 def _records(lines: list[str], pattern: re.Pattern[str]) -> list[dict[str, str]]:
     """The pairs of each line that has some."""
     records: list[dict[str, str]] = []
     forms: list[tuple[re.Pattern[str], tuple[str, ...]]] = []
-    learned = 0
+    # A long head without pairs uses up nothing of what lines with pairs need.
+    learned = {True: 0, False: 0}
     for line in lines:
         for form, names in forms:
             if same := form.fullmatch(line):
-                records.append(dict(zip(names, same.groups(), strict=True)))
+                if names:
+                    records.append(dict(zip(names, same.groups(), strict=True)))
                 break
         else:
             found = list(pattern.finditer(line))
             if found:
                 records.append({match[1]: match[2] for match in found})
-            if found and learned < _FORMS:
-                learned += 1
+            if learned[bool(found)] < _FORMS:
+                learned[bool(found)] += 1
                 names = tuple(match[1] for match in found)
                 forms = [(_form(line, found), names), *forms[: _KEPT_FORMS - 1]]
     return records
