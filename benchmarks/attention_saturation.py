@@ -10,11 +10,12 @@ rates than those they were found on:
 *lead*    steps from the alarm until the loss is .1 nat behind that of the same seed at
           the best rate, and stays so
 
-    python benchmarks/attention_saturation.py            # 10 minutes; JSON and picture
+    python benchmarks/attention_saturation.py            # 10 minutes; writes the JSON
     python benchmarks/attention_saturation.py --quick    # two rates, no JSON
 """
 
 import functools
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,6 @@ sys.path.append(str(Path(__file__).parents[1] / "examples" / "gpt"))
 from heads import fused_heads
 from model import GPT, Size, next_token_loss
 
-PICTURE = Path(__file__).parents[1] / "examples" / "docs" / "qk_norm.png"
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 STEPS, SEEDS = 200, 2
 # The first is where the levels were found.
@@ -213,24 +213,24 @@ def measure(settings, rates, seeds: int, steps: int) -> Iterator[tuple[str, Any]
         )
 
 
-def draw(report: Report) -> None:
-    """Loss against rate, one panel for each setting."""
+def picture(report: Report) -> bytes:
+    """Loss against rate as PNG, one panel for each setting."""
+    import matplotlib.style
     from matplotlib.figure import Figure
 
-    settings = report["settings"]
-    figure = Figure((3.2 * len(settings), 2.8), layout="constrained")
-    panels = figure.subplots(1, len(settings), sharex=True, squeeze=False)[0]
-    for axes, (name, row) in zip(panels, settings.items(), strict=True):
-        axes.plot(row["rates"], row["plain"], "o-", color="#0072B2", label="plain")
-        axes.plot(
-            row["rates"], row["qk_norm"], "s--", color="#E69F00", label="--qk-norm"
-        )
-        axes.set_xscale("log")
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel("learning rate")
-    panels[0].set_ylabel("held-out loss at the end")
-    panels[0].legend(frameon=False)
-    figure.savefig(PICTURE, dpi=120)
+    settings, file = report["settings"], io.BytesIO()
+    with matplotlib.style.context(["default", "optax_stability.report"]):
+        figure = Figure((3.2 * len(settings), 2.8), layout="constrained")
+        panels = figure.subplots(1, len(settings), sharex=True, squeeze=False)[0]
+        for axes, (name, row) in zip(panels, settings.items(), strict=True):
+            axes.plot(row["rates"], row["plain"], "o-", color="C1", label="plain")
+            style = {"color": "C0", "label": "--qk-norm", "ms": 4}
+            axes.plot(row["rates"], row["qk_norm"], "s--", **style)
+            axes.set(xscale="log", title=name, xlabel="learning rate")
+        panels[0].set_ylabel("held-out loss at the end")
+        panels[0].legend(loc="upper center")
+        figure.savefig(file, dpi=120)
+    return file.getvalue()
 
 
 def make_report(quick: bool) -> Report:
@@ -238,9 +238,7 @@ def make_report(quick: bool) -> Report:
     if quick:
         one = {"1 layer of 32": SETTINGS["1 layer of 32"]}
         return {"settings": dict(measure(one, (1e-2, 3e-1), 1, 40))}
-    report = {"settings": dict(measure(SETTINGS, RATES, SEEDS, STEPS))}
-    draw(report)
-    return report
+    return {"settings": dict(measure(SETTINGS, RATES, SEEDS, STEPS))}
 
 
 def rate_table(report: Report) -> str:

@@ -194,6 +194,7 @@ def fingerprint() -> str:
     files = [
         Path(__file__),
         ROOT / "tests" / "diagnosis" / "histories.py",
+        ROOT / "optax_stability" / "report.mplstyle",
         *sorted((ROOT / "optax_stability" / "_report" / "_drawing").glob("*.py")),
     ]
     content = b"".join(each.read_bytes() for each in files)

@@ -57,23 +57,34 @@ def rows_of(records: list[dict[str, Any]], trainer: str = "") -> Rows:
 
     None is NaN, not nothing: JSON has no NaN, and many write null in its place.
     """
-    names = dict.fromkeys(name for record in records for name in record)
+    cells: dict[str, tuple[list[int], list[Any]]] = {}
+    for i, record in enumerate(records):
+        for name, value in record.items():
+            if name not in cells:
+                cells[name] = [], []
+            rows, values = cells[name]
+            rows.append(i)
+            values.append(value)
     columns, given = {}, {}
-    for name in names:
-        values = [record.get(name) for record in records]
-        there = [name in record for record in records]
-        try:
-            column = np.array(values, np.float64)
-        except (TypeError, ValueError):
-            numbers = [number(value) for value in values]
-            column = np.array(numbers, np.float64)
-            there = [
-                is_there and (value is None or each is not None)
-                for is_there, value, each in zip(there, values, numbers, strict=True)
-            ]
-        if any(there):
-            columns[name], given[name] = column, np.array(there, bool)
+    for name, (rows, values) in cells.items():
+        numbers, known = _numbers(values)
+        if known.any():
+            columns[name] = np.full(len(records), np.nan)
+            columns[name][rows] = numbers
+            given[name] = np.zeros(len(records), bool)
+            given[name][rows] = known
     return Rows(columns, given, trainer)
+
+
+def _numbers(values: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers, NaN for what is none; and whether each is one, or None."""
+    try:
+        return np.array(values, np.float64), np.ones(len(values), bool)
+    except (TypeError, ValueError):
+        numbers = [number(value) for value in values]
+        pairs = zip(values, numbers, strict=True)
+        known = [value is None or each is not None for value, each in pairs]
+        return np.array(numbers, np.float64), np.array(known, bool)
 
 
 def read_text(path: Path) -> str:

@@ -15,13 +15,15 @@ _NUMBER = (
     r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
     r"|[-+]?(?:[nN][aA][nN]|[iI]nf(?:inity)?|INF)"
 )
-_SEPARATED_NUMBER = re.compile(
-    rf"""['"]?\s*(?:[:=]\s*|\s)['"]?({_NUMBER})(?![\w.]*[A-Za-z_])"""
-)
+_WHOLE_NUMBER = rf"({_NUMBER})(?![\w.]*[A-Za-z_])"
+# Between the numbers of interest: also times, and dates, whose hyphens are no signs.
+_UNSIGNED = r"\d[\d.,:]*(?:[eE][-+]?\d+)?"
+_VARYING = re.compile(rf"\s+|(?<![A-Za-z_])(?:(?<!\w)[-+])?{_UNSIGNED}")
+_SEPARATOR = r"""['"]?\s*(?:[:=]\s*|\s)['"]?"""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _PAIR = re.compile(
-    r"""(?<![\w/.])['"]?(?P<name>[A-Za-z][\w./\-]*(?:[ ][A-Za-z][\w./\-]*){0,3})['"]?"""
-    rf"""\s*(?:[:=]\s*|\s)['"]?(?P<number>{_NUMBER})(?![\w.]*[A-Za-z_])"""
+    r"""(?<![\w/.])['"]?(?P<name>[A-Za-z][\w./\-]*(?:[ ][A-Za-z][\w./\-]*){0,3})"""
+    rf"{_SEPARATOR}{_WHOLE_NUMBER}"
 )
 # What only this trainer prints, in any of the first lines.
 _TRAINERS = {
@@ -34,7 +36,10 @@ _TRAINERS = {
     "Hugging Face Trainer": re.compile(r"\{['\"](?:eval_)?loss['\"]:"),
 }
 _LEARN_FROM = 400
-_OF_INTEREST = re.compile(r"[lL]oss|LOSS|[nN]orm|[lL]earning|\blr\b")
+# Forms of lines: how many are learned, with and without pairs, and how many are tried.
+_FORMS, _KEPT_FORMS = 64, 8
+# A search for plain text is much faster than an expression.
+_OF_INTEREST = ("loss", "Loss", "LOSS", "norm", "Norm", "earning", "lr")
 
 
 def rows(text: str) -> Rows | None:
@@ -59,7 +64,8 @@ def rows(text: str) -> Rows | None:
 
 def _unify_steps(records: list[dict[str, str]], name: str | None) -> None:
     """One name for the step: some trainers call it otherwise in evaluations."""
-    others = {each for each in set().union(*records) if _columns.is_step(each)} - {name}
+    names = set().union(*set(map(tuple, records)))
+    others = {each for each in names if _columns.is_step(each)} - {name}
     if name is None or not others:
         return
     for record in records:
@@ -70,7 +76,7 @@ def _unify_steps(records: list[dict[str, str]], name: str | None) -> None:
 
 def _wanted(lines: list[str]) -> list[str]:
     """Names of pairs that a history has a place for, from lines all over the log."""
-    likely = [i for i, line in enumerate(lines) if _OF_INTEREST.search(line)]
+    likely = [i for i, line in enumerate(lines) if _is_of_interest(line)]
     every = max(len(likely) // _LEARN_FROM, 1)
     found: dict[str, None] = {}
     chosen = likely[:_LEARN_FROM] + likely[_LEARN_FROM::every]
@@ -97,39 +103,55 @@ def _without_words(name: str) -> str:
 def _pattern(names: list[str]) -> re.Pattern[str]:
     """Finds these names with their numbers."""
     either = "|".join(re.escape(each) for each in sorted(names, key=len, reverse=True))
-    return re.compile(rf"(?<![\w/.\-])({either}){_SEPARATED_NUMBER.pattern}")
+    return re.compile(rf"(?<![\w/.\-])({either}){_SEPARATOR}{_WHOLE_NUMBER}")
+
+
+def _is_of_interest(text: str) -> bool:
+    """Whether there may be a number that a history has a place for."""
+    return any(map(text.__contains__, _OF_INTEREST))
 
 
 def _records(lines: list[str], pattern: re.Pattern[str]) -> list[dict[str, str]]:
     """The pairs of each line that has some."""
     records: list[dict[str, str]] = []
-    names: tuple[str, ...] = ()
+    forms: list[tuple[re.Pattern[str], tuple[str, ...]]] = []
+    # A long head without pairs uses up nothing of what lines with pairs need.
+    learned = {True: 0, False: 0}
     for line in lines:
-        # Most lines have the names of the last one, in the same order.
-        found = _same_names(line, names)
-        if found is None:
-            found = {match[1]: match[2] for match in pattern.finditer(line)}
-            if len(found) > 1:
-                names = tuple(found)
-        if found:
-            records.append(found)
+        for form, names in forms:
+            if same := form.fullmatch(line):
+                if names:
+                    records.append(dict(zip(names, same.groups(), strict=True)))
+                break
+        else:
+            found = list(pattern.finditer(line))
+            if found:
+                records.append({match[1]: match[2] for match in found})
+            if learned[bool(found)] < _FORMS:
+                learned[bool(found)] += 1
+                names = tuple(match[1] for match in found)
+                forms = [(_form(line, found), names), *forms[: _KEPT_FORMS - 1]]
     return records
 
 
-def _same_names(line: str, names: tuple[str, ...]) -> dict[str, str] | None:
-    """The pairs of a line with these names in this order; None if it has others.
+def _form(line: str, found: list[re.Match[str]]) -> re.Pattern[str]:
+    """Lines that are like this one, but for their numbers; a group for each pair.
 
-    A search for plain text is much faster than the expression for any name.
+    To match a whole line takes a fraction of the time of a search for any name.
     """
-    found, at = {}, 0
-    for name in names:
-        at = line.find(name, at)
-        if at < 0 or (at and (line[at - 1].isalnum() or line[at - 1] in "_/.-")):
-            return None
-        number = _SEPARATED_NUMBER.match(line, at + len(name))
-        if number is None:
-            return None
-        found[name], at = number[1], number.end()
-    if not found or _OF_INTEREST.search(line, at):
-        return None
-    return found
+    parts, at = [], 0
+    for match in found:
+        before, after = line[at : match.start(1)], line[match.end(1) : match.start(2)]
+        parts += [_loose(before), re.escape(match[1]), _loose(after), _WHOLE_NUMBER]
+        at = match.end(2)
+    return re.compile("".join(parts) + _loose(line[at:]))
+
+
+def _loose(text: str) -> str:
+    """An expression for this text, with any numbers and any number of spaces."""
+    parts, at = [], 0
+    for match in _VARYING.finditer(text):
+        parts.append(re.escape(text[at : match.start()]))
+        parts.append(r"\s+" if match[0].isspace() else rf"[-+]?{_UNSIGNED}")
+        at = match.end()
+    return "".join(parts) + re.escape(text[at:])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import quick_only
 
 import optax_stability as ost
 from optax_stability._diagnosis._finding import KINDS
@@ -191,12 +192,27 @@ def test_it_is_a_module_and_a_script(module, healthy):
     assert "Nothing found." in done.stdout
 
 
-def test_a_hundred_thousand_rows_take_less_than_three_seconds(tmp_path):
+def in_the_form_of(form, count, monkeypatch):
+    """A long log in one of the forms of ``log_samples``."""
+    loss = falling(count=count).round(4).tolist()
+    steps = range(1, count + 1)
+    monkeypatch.setattr(
+        samples, "ROWS", [(i, x, 0.5, 1e-3) for i, x in zip(steps, loss, strict=True)]
+    )
+    name, text, *_ = samples.ALL[form]
+    return name, text()
+
+
+@quick_only("CSV")
+@pytest.mark.parametrize("form", ["CSV", "Megatron-LM", "torchtitan", "OLMo"])
+def test_a_hundred_thousand_rows_take_less_than_three_seconds(
+    form, tmp_path, monkeypatch
+):
     """Of this process: its import was measured elsewhere."""
-    path = tmp_path / "long.csv"
-    path.write_text(rows(falling(count=100_000)))
+    name, text = in_the_form_of(form, 100_000, monkeypatch)
+    (tmp_path / name).write_text(text)
     start = time.process_time()
-    assert main(["diagnose", str(path)]) == 0
+    assert main(["diagnose", str(tmp_path / name)]) == 0
     assert time.process_time() - start < 3
 
 

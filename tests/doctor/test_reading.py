@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import optax_stability as ost
-from optax_stability._doctor import _columns, _reading
+from optax_stability._doctor import _columns, _reading, _text
 from optax_stability._doctor._log import UnreadableError
 
 
@@ -152,6 +152,33 @@ def test_lines_of_other_trainers_are_read(write, line, step):
     (log,) = read(write("out.log", "".join(line.format(i) + "\n" for i in (5, 6, 7))))
     assert log.history["loss"].tolist() == [1.5] * 3
     assert log.history["step"].tolist() == ([5, 6, 7] if step else [1, 2, 3])
+
+
+def test_a_line_of_another_form_does_not_change_how_the_next_are_read(write):
+    """Its names are in the next lines too, but not all of those of the next lines."""
+    lines = [f"step {i} loss {3 - i / 10:.1f} lr 1.0e-{3 + i} ok" for i in range(1, 9)]
+    lines[3:3] = ["step 3 lr 1e-4 ok: not measured", "step 3 lr nan ok", "step 3"]
+    (log,) = read(write("out.txt", "\n".join(lines)))
+    np.testing.assert_array_equal(log.history["step"], range(1, 9))
+    np.testing.assert_allclose(log.history["loss"], 3 - np.arange(1, 9) / 10)
+
+
+def test_digits_of_a_name_are_no_number_of_a_form():
+    """``lr_group0`` is known and ``lr_group1`` is not; two heads are two names."""
+    lines = []
+    for i in range(1, 9):
+        lines += [f"step {i} loss {i} lr_group1: 7.0", f"step {i} lr_group1: 7.0"]
+        lines += [f"step {i} lr_group0: {i}e-4"]
+        lines += [f"head-1/loss: {i}", f"head-2/loss: {2 * i}"]
+    rows = _text.rows("\n".join(lines))
+    count = np.arange(1, 9)
+    for name, first, expected in (
+        ("lr_group0", 2, count * 1e-4),
+        ("head-1/loss", 3, count),
+        ("head-2/loss", 4, 2 * count),
+    ):
+        assert np.flatnonzero(rows.given[name]).tolist() == list(range(first, 40, 5))
+        np.testing.assert_allclose(rows.columns[name][first::5], expected)
 
 
 def test_null_is_nan_and_a_missing_key_is_nothing(write):

@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import compare
+import drawing
 import faults
 import matplotlib.pyplot as plt
 import model
@@ -134,30 +135,32 @@ def test_a_curve_is_broken_by_a_rewind_and_ends_where_it_dies(tmp_path, monkeypa
     monkeypatch.setattr(plt, "close", drawn.append)
     happened = faults.parse(("bytes@2x3", "nan@8"))
     sides = {"skip": ROWS, "plain": dead}
-    ours, plain = (compare.SIDES[side].name for side in sides)
-    compare.draw(sides, happened, tmp_path / "compare.png")
+    drawing.draw(sides, happened, tmp_path / "compare.png")
     monkeypatch.undo()
     (figure,) = drawn
-    top, bottom = figure.axes
-    curves = {line.get_label(): line for line in top.lines}
-    batches, values = curves[ours].get_data()
+    ours, plain, held_out = figure.axes
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["optax_stability", "plain optax", "Held-out loss"]
+    batches, values = ours.lines[0].get_data()
     np.testing.assert_array_equal(batches, [1, 2, 3, 4, 8, 9])
     np.testing.assert_array_equal(values, [5, 4, math.nan, 9, math.nan, 3.5])
-    np.testing.assert_array_equal(curves[plain].get_data()[1][2:], [math.nan] * 2)
-    crosses = [line for line in top.lines if line.get_marker() == "X"]
-    assert [(*line.get_xdata(), *line.get_ydata()) for line in crosses] == [(2, 4)]
-    assert crosses[0].get_color() == compare.SIDES["plain"].color
-    written = [text.get_text() for text in top.texts]
-    assert sorted(written) == [
-        " back to step 2",
-        "bytes × 3",
-        "nan",
-        "not a number from here",
-    ]
-    spans = [(each.get_x(), each.get_x() + each.get_width()) for each in top.patches]
-    assert spans == [(2, 5), (8, 9)]
-    *_, points = bottom.lines
+    curve, cross = plain.lines
+    np.testing.assert_array_equal(curve.get_ydata()[2:], [math.nan] * 2)
+    assert (*cross.get_xdata(), *cross.get_ydata()) == (2, 4)
+    assert (cross.get_marker(), cross.get_color()) == ("X", curve.get_color())
+    assert curve.get_color() != ours.lines[0].get_color()
+    written = [text.get_text() for text in ours.texts]
+    assert sorted(written) == [" back to step 2", "bytes × 3", "nan"]
+    assert [text.get_text() for text in plain.texts] == ["not a number from here"]
+    for axes in (ours, plain):
+        spans = [(each.get_x(), each.get_width()) for each in axes.patches]
+        assert spans == [(2, 3), (8, 1)]
+    assert ours.get_ylim() == plain.get_ylim()
+    *_, points = held_out.lines
     np.testing.assert_array_equal(points.get_xdata(), [0, 2, 4, 9])
+    # All but the evaluation before the first step, and what is not finite: 3.25, 3.5.
+    low, high = held_out.get_ylim()
+    assert 3 < low < 3.25 < 3.5 < high < 4
     plt.close(figure)
 
 
@@ -181,15 +184,15 @@ def test_a_branch_is_marked_and_its_probes_are_no_part_of_the_curve(
     assert compare.summarise(rows)["branches taken back"] == "1"
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
-    compare.draw({"branch": rows}, (), tmp_path / "compare.png")
+    drawing.draw({"branch": rows}, (), tmp_path / "compare.png")
     monkeypatch.undo()
     (top, _), (curve, *_) = drawn[0].axes, drawn[0].axes[0].lines
     np.testing.assert_array_equal(curve.get_xdata(), [1, 2, 3, 5, 7])
     (bar,) = top.collections
     ends = bar.get_paths()[0].get_extents()
     assert (ends.xmin, ends.xmax) == (2, 5)
-    (said,) = [text for text in top.texts if "taken back" in text.get_text()]
-    assert said.get_position()[0] == 7
+    (said,) = top.texts
+    assert (said.get_position()[0], said.get_text()) == (7, " branch taken back")
     plt.close(drawn[0])
 
 

@@ -1,36 +1,19 @@
 """The style of axes: colours, scales, legends, and marks at the edges."""
 
+from pathlib import Path
+
 import numpy as np
+from matplotlib import rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._report._drawing import _curves
 
-BLUE, ORANGE, GREY, INK = "#0062a8", "#d55e00", "#8a949e", "#22303c"
-RULE = "#e3e8ec"
-STYLE = {
-    "font.size": 8.5,
-    "text.color": INK,
-    "axes.edgecolor": "#b5bec6",
-    "axes.linewidth": 0.7,
-    "axes.labelcolor": INK,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "xtick.color": "#b5bec6",
-    "ytick.color": "#b5bec6",
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "legend.handlelength": 1.6,
-    "legend.labelspacing": 0.55,
-    "legend.borderpad": 0,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "optax_stability",
-}
+# The same look is public, as ``plt.style.use("optax_stability.report")``.
+_SHEET = Path(__file__).parents[2] / "report.mplstyle"
+STYLE = dict(rc_params_from_file(_SHEET, use_default_template=False))
+BLUE, ORANGE, INK, GREY = STYLE["axes.prop_cycle"].by_key()["color"]
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SMALLEST = 1e-100  # smaller values underflow in the arithmetic of axes
 _ROUND = [1, 2, 5, 10]  # ticks are multiples of these, times a power of ten
@@ -62,11 +45,8 @@ def _tick(value: float, position: int | None = None) -> str:
 
 
 def apply_style(axes: Axes) -> None:
-    """Applies the style that all panels share, and turns autoscaling off."""
+    """Applies what all panels share beside the style, and turns autoscaling off."""
     axes.autoscale(False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=RULE, lw=0.7)
-    axes.tick_params(length=3, width=0.7)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=_ROUND))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
 
