@@ -27,8 +27,9 @@ import faults
 import train
 from command import run_command
 from config import Config
-from input_error import InputError
-from trainer import DivergedError
+from inputs import InputError
+
+from optax_stability.loop import DivergedError
 
 Rows = list[dict[str, float]]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import grain
 import numpy as np
 from console import count
-from input_error import InputError
+from inputs import InputError
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "idlelib", "lib2to3", "test", "tests"}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from input_error import InputError
+from inputs import InputError
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import optax_stability as ost

@@ -30,8 +30,7 @@ import train
 import training
 from command import run_command
 from config import FIXED, Config, check
-from flags import Resume
-from input_error import InputError
+from inputs import InputError, Resume
 from model import GPT, SIZES
 from resuming import as_json
 

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import devices
 import faults
-from flags import Resume, flag
-from input_error import InputError
+from inputs import InputError, Resume, flag
 from model import SIZES
 
 # Settings that may differ when a run resumes. They do not affect its training, except

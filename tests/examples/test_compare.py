@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import train
 from tiers import full
-from trainer import DivergedError
+
+from optax_stability.loop import DivergedError
 
 # What costs much to make is made in one worker.
 pytestmark = pytest.mark.xdist_group("compare")

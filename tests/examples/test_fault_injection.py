@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from command import FailedError
 from faults import Fault, Injector, parse, scale_by_surge
 from verifying import verified
+
+from optax_stability.loop import FailedError
 
 WINDOWS = np.arange(12, dtype=np.int32).reshape(3, 4)
 
