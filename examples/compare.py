@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).parent / "gpt"))
-import faults
 import train
 from command import run_command
 from config import Config
 from inputs import InputError
 
+from optax_stability.faults import Fault, parse_faults
 from optax_stability.loop import DivergedError
 
 Rows = list[dict[str, float]]
@@ -66,12 +66,10 @@ class Comparison(Config):
 
     def of(self, side: str) -> Config:
         """The settings of one run."""
-        names = [each.name for each in dataclasses.fields(Config)]
-        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
-        settings |= {"out": self.out / side, "baseline": side == "plain"}
-        if side != "plain":
-            settings["on_spike"] = side
-        return Config(**settings)
+        settings = {x.name: getattr(self, x.name) for x in dataclasses.fields(Config)}
+        reaction = {"baseline": True} if side == "plain" else {"on_spike": side}
+        given = {"out": self.out / side, "baseline": False}
+        return Config(**settings | given | reaction)
 
 
 def _train(config: Config) -> Rows:
@@ -164,7 +162,7 @@ def _draw_branches(losses: Axes, color: str, steps: Rows) -> None:
         losses.text(at, 0.03, " taken back", transform=across, color=color)
 
 
-def draw(runs: dict[str, Rows], injected: tuple[faults.Fault, ...], path: Path) -> None:
+def draw(runs: dict[str, Rows], injected: tuple[Fault, ...], path: Path) -> None:
     """Draws the training and held-out losses of all runs, and the injected faults."""
     figure, (losses, held_out) = plt.subplots(
         2, 1, figsize=(9, 6), sharex=True, layout="constrained", height_ratios=(3, 2)
@@ -193,7 +191,7 @@ def compare(comparison: Comparison) -> dict[str, Rows]:
         raise InputError(f"--sides: no side is given; give some of {', '.join(SIDES)}")
     runs = {side: _train(comparison.of(side)) for side in comparison.sides}
     show(runs)
-    injected = faults.parse(comparison.inject)
+    injected = parse_faults(comparison.inject)
     draw(runs, injected, comparison.out / "compare.png")
     return runs
 

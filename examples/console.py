@@ -218,9 +218,7 @@ class Screen:
 
     def sample(self, prompt: str, written: str) -> None:
         """Shows the prompt, and the text with which the model continues it."""
-        self.say(
-            "\n" + " held-out text, and how the model continues it ".center(79, "─")
-        )
         parts = (printable(prompt), "dim"), (printable(written), "bold green")
+        self.console.rule("held-out text, and how the model continues it")
         self.console.print(Text.assemble(*parts))
-        self.say("─" * 79)
+        self.console.rule()

@@ -106,8 +106,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch: split by examples over ``data`` and ``fsdp``."""
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
-    return NamedSharding(mesh, PartitionSpec(axes))
+    axes = [axis for axis in ("data", "fsdp") if axis in mesh.axis_names]
+    return NamedSharding(mesh, PartitionSpec(tuple(axes)))
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

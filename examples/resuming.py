@@ -6,7 +6,7 @@ processes write to one folder.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -33,53 +33,62 @@ def as_json(config: Any) -> dict[str, Any]:
     return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
 
 
+def _logs(out: Path, newest: Progress | None, on_finding: str | None) -> list[Any]:
+    """What receives the rows of a run, and can be closed."""
+    step, batch = (newest[key] if newest else None for key in ("step", "batch"))
+    logs: list[Any] = [
+        ost.RunLog(out / "log.jsonl", resume_after=batch, report=console.warn),
+        TensorBoardLog(out / "tensorboard", resume_after=step),
+    ]
+    if on_finding:
+        logs.append(ost.FindingAlert(on_finding, report=console.warn))
+    return logs
+
+
+@contextlib.contextmanager
 def open_folder(
-    stack: contextlib.ExitStack,
     out: Path,
     about: dict[str, Any],
     check: Callable[[Path, dict[str, Any], Progress | None], None],
     keep: int,
-) -> tuple[Checkpoints, Progress | None, list[Writer]]:
+    on_finding: str | None = None,
+) -> Iterator[tuple[Checkpoints, Progress | None, list[Writer]]]:
     """Opens the output folder of a run; only the first process writes a log.
 
     Args:
-      stack: closes what is opened.
       out: the folder.
       about: what identifies the run.
       check: raises if the run in the folder is another; see :func:`check_resume`.
       keep: how many checkpoints to keep.
+      on_finding: a command to run for each new finding.
 
-    Returns:
+    Yields:
       Its checkpoints, the progress of the newest that is whole (None for a new run),
       and its logs.
 
     Raises:
       InputError: the folder cannot be used.
     """
-    try:
-        saved = Checkpoints(out / "checkpoints", keep, report=console.warn)
-        stack.enter_context(saved)
-        newest = saved.newest()
-        if newest is None and saved.damaged:
-            problem = f"no checkpoint in {out} is whole; they are in {saved.aside}"
-            raise InputError(f"--out: {problem}; give another --out to start anew")
-        check(out, about, newest)
-        step, batch = (newest[key] if newest else None for key in ("step", "batch"))
-        if not devices.is_first():
-            return saved, newest, []
-        told = {"resume_after": batch, "report": console.warn}
-        log = ost.RunLog(out / "log.jsonl", **told)
-        stack.callback(log.close)
-        board = TensorBoardLog(out / "tensorboard", resume_after=step)
-        stack.callback(board.close)
-    except BlockingIOError as error:
-        problem = f"another process is training in {out} ({error.strerror})"
-        remedy = "wait until it ends, or give another --out"
-        raise InputError(f"--out: {problem}; {remedy}") from error
-    except OSError as error:
-        reason = f"cannot write to {out} ({error.strerror})"
-        raise InputError(f"--out: {reason}; give another folder") from error
-    return saved, newest, [log, board]
+    with contextlib.ExitStack() as stack:
+        try:
+            saved = Checkpoints(out / "checkpoints", keep, report=console.warn)
+            stack.enter_context(saved)
+            newest = saved.newest()
+            if newest is None and saved.damaged:
+                problem = f"no checkpoint in {out} is whole; they are in {saved.aside}"
+                raise InputError(f"--out: {problem}; give another --out to start anew")
+            check(out, about, newest)
+            logs = _logs(out, newest, on_finding) if devices.is_first() else []
+        except BlockingIOError as error:
+            problem = f"another process is training in {out} ({error.strerror})"
+            remedy = "wait until it ends, or give another --out"
+            raise InputError(f"--out: {problem}; {remedy}") from error
+        except OSError as error:
+            reason = f"cannot write to {out} ({error.strerror})"
+            raise InputError(f"--out: {reason}; give another folder") from error
+        for log in logs:
+            stack.callback(log.close)
+        yield saved, newest, logs
 
 
 def _show(value: Any, default: Any) -> str:

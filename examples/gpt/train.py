@@ -26,13 +26,13 @@ import tyro
 from flax import nnx
 
 import optax_stability as ost
+from optax_stability.faults import FaultInjector, parse_faults
 from optax_stability.loop import Drawn, Schedule, TrainingLoop, Window
 
 sys.path.append(str(Path(__file__).parents[1]))  # for modules that the examples share
 import console
 import data
 import devices
-import faults
 import pace
 import resuming
 import training
@@ -111,7 +111,8 @@ class Run:
         held_out = data.Windows(corpus.held_out, *shape, seed=0)
         self._held_out = [held_out(i) for i in range(config.eval_batches)]
         self._prompt = corpus.held_out[: size.context].astype(np.int32)
-        self._injector = faults.Injector(faults.parse(config.inject), corpus.vocabulary)
+        faults = parse_faults(config.inject)
+        self._injector = FaultInjector(faults, corpus.vocabulary)
 
     @property
     def state(self) -> TrainState:
@@ -228,13 +229,9 @@ def run_training(
     rules = {"free": FREE, "fixed": fixed, "defaults": default_values}
     same = functools.partial(resuming.check_resume, config.resume, **rules)
     with contextlib.ExitStack() as stack:
-        keep = config.keep_checkpoints
-        opened = resuming.open_folder(stack, config.out, about, same, keep)
-        saved, newest, files = opened
-        if config.on_finding and devices.is_first():
-            alert = ost.FindingAlert(config.on_finding, report=console.warn)
-            stack.callback(alert.close)
-            files.append(alert)
+        keep, on_finding = config.keep_checkpoints, config.on_finding
+        folder = resuming.open_folder(config.out, about, same, keep, on_finding)
+        saved, newest, files = stack.enter_context(folder)
         shown = config.steps, config.log_every, corpus.unit, newest
         screen = console.Screen(*shown, quiet=not devices.is_first())
         stack.callback(screen.close)

@@ -5,7 +5,6 @@ import pathlib
 import sys
 
 import compare
-import faults
 import matplotlib.pyplot as plt
 import model
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import train
 from tiers import full
 
+from optax_stability.faults import parse_faults
 from optax_stability.loop import DivergedError
 
 # What costs much to make is made in one worker.
@@ -133,7 +133,7 @@ def test_a_curve_is_broken_by_a_rewind_and_ends_where_it_dies(tmp_path, monkeypa
     dead = [step_of(1, 5.0), step_of(2, 4.0), step_of(3, None), step_of(4, None)]
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
-    happened = faults.parse(("bytes@2x3", "nan@8"))
+    happened = parse_faults(("bytes@2x3", "nan@8"))
     sides = {"skip": ROWS, "plain": dead}
     ours, plain = (compare.SIDES[side].name for side in sides)
     compare.draw(sides, happened, tmp_path / "compare.png")

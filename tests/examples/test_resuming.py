@@ -138,8 +138,8 @@ def test_settings_are_kept_as_json_can(tmp_path, monkeypatch):
 @contextlib.contextmanager
 def open_it(out):
     about = {"settings": {}, "corpus": CORPUS}
-    with contextlib.ExitStack() as stack:
-        yield resuming.open_folder(stack, out, about, lambda *_: None, keep=3)
+    with resuming.open_folder(out, about, lambda *_: None, keep=3) as opened:
+        yield opened
 
 
 def test_a_folder_is_for_one_process(tmp_path):
