@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -66,10 +66,12 @@ class Comparison(Config):
 
     def of(self, side: str) -> Config:
         """The settings of one run."""
-        settings = {x.name: getattr(self, x.name) for x in dataclasses.fields(Config)}
-        reaction = {"baseline": True} if side == "plain" else {"on_spike": side}
-        given = {"out": self.out / side, "baseline": False}
-        return Config(**settings | given | reaction)
+        names = [each.name for each in dataclasses.fields(Config)]
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        settings |= {"out": self.out / side, "baseline": side == "plain"}
+        if side != "plain":
+            settings["on_spike"] = side
+        return Config(**settings)
 
 
 def _train(config: Config) -> Rows:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -51,7 +52,7 @@ def scale_by_surge() -> optax.GradientTransformationExtraArgs:
 
     Example:
       >>> tx = optax.chain(optax.sgd(0.1), scale_by_surge())
-      >>> grads = {"w": jax.numpy.ones(())}
+      >>> grads = {"w": jnp.ones(())}
       >>> updates, _ = tx.update(grads, tx.init(grads), surge=30.0)
       >>> print(updates["w"])
       -3.0
@@ -65,6 +66,6 @@ def scale_by_surge() -> optax.GradientTransformationExtraArgs:
         del params, extra_args
         if surge is None:
             return updates, state
-        return jax.tree.map(lambda u: (u * surge).astype(u.dtype), updates), state
+        return jax.tree.map(lambda u: u * jnp.asarray(surge, u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
