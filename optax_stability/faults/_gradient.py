@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 
 def with_gradient_factor(
-    loss_fn: Callable[..., jax.Array], factor: jax.Array | float
+    loss_fn: Callable[..., jax.Array], factor: ArrayLike
 ) -> Callable[..., jax.Array]:
     """The loss, with a gradient that is multiplied by a factor.
 

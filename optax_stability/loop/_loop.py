@@ -123,7 +123,8 @@ class TrainingLoop:
         self._run, self._saved, self._schedule = run, saved, schedule
         self._writers, self._about = tuple(writers), dict(about or {})
         self._policy, self._keep_flagged = policy, keep_flagged
-        self.step = self.batch = 0
+        self.step: int = 0
+        self.batch: int = 0
         # The batches to draw once more before the next new one, by their position in
         # the data, and how many were drawn once more.
         self._again: list[int] = []
