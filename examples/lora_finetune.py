@@ -136,10 +136,17 @@ def load(folder: Path) -> tuple[Config, GPT]:
 
 def configure(flags: Flags, before: Config) -> Config:
     """The settings of the run: those of the base, with the values of the flags."""
-    given = {name: x for name, x in vars(flags).items() if hasattr(before, name)}
-    unlike_before = {"min_learning_rate": None, "baseline": False, "histogram_every": 0}
-    here = {"mesh": None, "processes": None}
-    return dataclasses.replace(before, **unlike_before, **here, **given)
+    names = {field.name for field in dataclasses.fields(Config)}
+    given = {name: value for name, value in vars(flags).items() if name in names}
+    return dataclasses.replace(
+        before,
+        **given,
+        min_learning_rate=None,
+        baseline=False,
+        histogram_every=0,
+        mesh=None,
+        processes=None,
+    )
 
 
 def finetune(flags: Flags) -> tuple[GPT, train.Row]:

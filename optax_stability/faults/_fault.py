@@ -53,13 +53,13 @@ def _parse(text: str) -> Fault:
 def parse_faults(texts: Iterable[str]) -> tuple[Fault, ...]:
     """Reads faults that are written ``KIND@BATCH``, for a flag of a trainer.
 
-    ==================  ================================================================
-    ``nan@300``         the gradient of batch 300 is NaN
-    ``scale=1e6@300``   the gradient of batch 300 is a million times as large
-    ``bytes@300x5``     batches 300 to 304 are random tokens
-    ``surge=30@300x20`` the learning rate is thirty times as large for twenty batches
-    ``flip@300``        one bit of the state after batch 300 is wrong
-    ==================  ================================================================
+    ===================  ===============================================================
+    ``nan@300``          the gradient of batch 300 is NaN
+    ``scale=1e6@300``    the gradient of batch 300 is a million times as large
+    ``bytes@300x5``      batches 300 to 304 are random tokens
+    ``surge=30@300x20``  the learning rate is thirty times as large for twenty batches
+    ``flip@300``         one bit of the state after batch 300 is wrong
+    ===================  ===============================================================
 
     Batches are counted from 1. Only ``scale`` and ``surge`` have a size, by default 1e4
     and 30.

@@ -1,17 +1,19 @@
 """Faults inside of the compiled step: in the gradient, and in the update."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+_P = ParamSpec("_P")
+
 
 def with_gradient_factor(
-    loss_fn: Callable[..., jax.Array], factor: ArrayLike
-) -> Callable[..., jax.Array]:
+    loss_fn: Callable[_P, jax.Array], factor: ArrayLike
+) -> Callable[_P, jax.Array]:
     """The loss, with a gradient that is multiplied by a factor.
 
     **Guarantees**
@@ -32,7 +34,7 @@ def with_gradient_factor(
       9.0 60.0
     """
 
-    def faulty(*arguments: Any, **keywords: Any) -> jax.Array:
+    def faulty(*arguments: _P.args, **keywords: _P.kwargs) -> jax.Array:
         loss = loss_fn(*arguments, **keywords)
         return loss + (factor - 1) * (loss - jax.lax.stop_gradient(loss))
 

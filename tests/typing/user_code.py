@@ -467,7 +467,7 @@ class LinearRun:
             return jnp.mean(self._batches[drawn.position] @ params["w"])
 
         faulty = ost_faults.with_gradient_factor(loss_fn, factors["gradient"])
-        grads = jax.grad(faulty)(self.state)
+        _, grads = jax.value_and_grad(faulty)(self.state)
         tx = optax.chain(optax.sgd(0.1), ost_faults.scale_by_surge())
         updates, _ = tx.update(grads, tx.init(self.state), surge=factors["surge"])
         self.state = jax.tree.map(jnp.add, self.state, updates)
