@@ -15,8 +15,11 @@ from pathlib import Path
 from sphinx.application import Sphinx
 
 import optax_stability
+import optax_stability.faults
 import optax_stability.flax
+import optax_stability.loop
 import optax_stability.orbax
+import optax_stability.tensorboard
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
@@ -47,8 +50,8 @@ maximum_signature_line_length = 70
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", r"(jax|jaxlib|numpy|optax|flax|collections|os|pathlib)\..*"),
-    ("py:class", r"optax_stability\.(flax\.)?_.*"),
-    ("py:class", r"ArrayTree|P|dict\[str"),
+    ("py:class", r"optax_stability\.(\w+\.)?_.*"),
+    ("py:class", r"ArrayTree|_?P|dict\[str"),
 ]
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -68,7 +71,8 @@ html_theme_options = {"navigation_with_keys": True}
 def public_names() -> dict[str, str]:
     """What pages call a public name, to where it is."""
     names = {}
-    for module in ("", ".thresholds", ".flax", ".orbax"):
+    public = ("thresholds", "flax", "orbax", "loop", "faults", "tensorboard")
+    for module in ("", *(f".{name}" for name in public)):
         path = f"optax_stability{module}"
         prefix = f"{module[1:]}." if module else ""
         for name in sys.modules[path].__all__:

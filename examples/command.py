@@ -8,11 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from input_error import InputError
+from inputs import InputError
 
-
-class FailedError(Exception):
-    """The run has failed, and the message says why; exit code 1."""
+from optax_stability.loop import FailedError
 
 
 def end_at_once() -> None:

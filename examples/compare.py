@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).parent / "gpt"))
-import faults
 import train
 from command import run_command
 from config import Config
 from drawing import SIDES, Rows, column, draw
-from input_error import InputError
-from trainer import DivergedError
+from inputs import InputError
+
+from optax_stability.faults import parse_faults
+from optax_stability.loop import DivergedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def compare(comparison: Comparison) -> dict[str, Rows]:
         raise InputError(f"--sides: no side is given; give some of {', '.join(SIDES)}")
     runs = {side: _train(comparison.of(side)) for side in comparison.sides}
     show(runs)
-    injected = faults.parse(comparison.inject)
+    injected = parse_faults(comparison.inject)
     draw(runs, injected, comparison.out / "compare.png")
     return runs
 

@@ -3,20 +3,22 @@
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import devices
-from flagged import MACHINE, align
+import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.table import Column
 from rich.text import Text
-from writers import Row, Writer
 
 import optax_stability as ost
+
+Row = Mapping[str, Any]
 
 
 def count(value: float) -> str:
@@ -78,6 +80,17 @@ def printable(text: str) -> str:
     return "".join(keep)
 
 
+def _rechecks(columns: dict[str, np.ndarray], steps: np.ndarray) -> dict:
+    """The rechecks in a log, at these steps; NaN where there are none."""
+    rows = {step: i for i, step in enumerate(columns["step"].tolist())}
+    at = [rows.get(step, -1) for step in np.asarray(steps).tolist()]
+    return {
+        key: np.append(column, math.nan)[at]
+        for key, column in columns.items()
+        if key.startswith("recheck/")
+    }
+
+
 def warn(text: str) -> None:
     """Prints what is wrong with a file, as one line, by the first process."""
     if devices.is_first():
@@ -95,7 +108,7 @@ def explaining(
         if devices.is_first():
             columns = ost.read_log(out / "log.jsonl", report=warn)
             kept = history() or columns
-            kept |= align(columns, kept["step"])
+            kept |= _rechecks(columns, kept["step"])
             for finding in ost.diagnose(kept):
                 screen.say(str(finding), "bold")
             try:
@@ -107,7 +120,7 @@ def explaining(
                 screen.say(f"log, picture and report are in {out}")
 
 
-class Screen(Writer):
+class Screen:
     """Live lines in a terminal; log lines, without control characters, elsewhere."""
 
     def __init__(
@@ -171,9 +184,9 @@ class Screen(Writer):
     def _show_recheck(self, row: Row) -> None:
         text = f"the batch of step {row['recheck/step']} was flagged; its loss is now "
         text += f"{row['recheck/loss']:.3g}: "
-        verdict = "the data, "
-        if row["recheck/verdict"] == MACHINE:
-            verdict = "the machine, and the batch is trained on after all; "
+        verdict = "the machine, and the batch is trained on after all; "
+        if row["recheck/verdict"]:
+            verdict = "the data, "
         self.say(f"{text}{verdict}highest in {row['recheck/origin']}", "bold")
 
     def _show_step(self, at: str, step: int, row: Row) -> None:
@@ -205,9 +218,7 @@ class Screen(Writer):
 
     def sample(self, prompt: str, written: str) -> None:
         """Shows the prompt, and the text with which the model continues it."""
-        self.say(
-            "\n" + " held-out text, and how the model continues it ".center(79, "─")
-        )
         parts = (printable(prompt), "dim"), (printable(written), "bold green")
+        self.console.rule("held-out text, and how the model continues it")
         self.console.print(Text.assemble(*parts))
-        self.say("─" * 79)
+        self.console.rule()

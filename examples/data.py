@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import itertools
 import random
+import re
 import string
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from pathlib import Path
 import grain
 import numpy as np
 from console import count
-from input_error import InputError
+from inputs import InputError
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "idlelib", "lib2to3", "test", "tests"}
 
@@ -129,8 +130,8 @@ class Corpus:
       held_out: token ids to evaluate on.
       vocabulary: number of ids that covers both.
       unit: ``"byte"`` or ``"token"``.
+      decode: token ids → text; it leaves out ids that only the model has.
       bytes_per_token: mean of the held-out part; None if no tokenizer is known.
-      tokenizer: the tokenizer of the ids; None for bytes, or if it is not known.
       files: names of the files, and where in the stream each starts.
       left_out: what was left out, and why, as sentences.
     """
@@ -140,8 +141,8 @@ class Corpus:
     held_out: np.ndarray
     vocabulary: int
     unit: str
+    decode: Callable[[Sequence[int]], str]
     bytes_per_token: float | None
-    tokenizer: Tokenizer | None = None
     files: tuple[tuple[str, int], ...] = ()
     left_out: tuple[str, ...] = ()
 
@@ -155,17 +156,14 @@ class Corpus:
         name, start = self.files[at]
         return f"{name}, {self.unit} {position - start}"
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Converts tokens to text, or to numbers if no tokenizer is known.
 
-        A model may have more ids than the data: those ids are left out.
-        """
-        if self.tokenizer is not None:
-            return self.tokenizer.decode(tokens)
-        if self.unit == "token":
-            return " ".join(str(token) for token in tokens) + " "
-        known = bytes(token for token in tokens if token < 256)
-        return known.decode("utf-8", errors="replace")
+def _decode_bytes(tokens: Sequence[int]) -> str:
+    known = bytes(token for token in tokens if token < 256)
+    return known.decode("utf-8", errors="replace")
+
+
+def _as_numbers(tokens: Sequence[int]) -> str:
+    return " ".join(map(str, tokens)) + " "
 
 
 def _files(root: Path, pattern: str = "*", without: Iterable[str] = ()) -> list[Path]:
@@ -245,33 +243,25 @@ def _read_ids(path: Path) -> tuple[np.ndarray, int]:
 
 def _check_ids(path: Path, ids: np.ndarray) -> int:
     """The number of ids up to the highest; refuses one far above all others."""
-    top = max(int(ids[i : i + _PART].max()) for i in range(0, len(ids), _PART))
+    parts = [ids[i : i + _PART] for i in range(0, len(ids), _PART)]
+    top = max(int(part.max()) for part in parts)
     if top >= 2**20:
         problem = f"has a token id of {top}, which no vocabulary has"
         raise InputError(f"--data: {path} {problem}; write uint16 tokens")
     counts = np.zeros(top + 1, np.int64)
-    for i in range(0, len(ids), _PART):
-        counts += np.bincount(ids[i : i + _PART].astype(np.int64), minlength=top + 1)
+    for part in parts:
+        counts += np.bincount(part.astype(np.int64), minlength=top + 1)
     used = np.flatnonzero(counts)
     below = used[used < used[-1] // 2]
     rare = counts[used[-1] // 2 :].sum() <= max(1, len(ids) // 1000)
     if len(below) and top > 1000 and rare:
-        where = next(
-            i + int(np.argmax(ids[i : i + _PART] == top))
-            for i in range(0, len(ids), _PART)
-            if (ids[i : i + _PART] == top).any()
-        )
+        i = next(i for i, part in enumerate(parts) if part.max() == top)
+        where = i * _PART + int(np.argmax(parts[i] == top))
         problem = f"has id {top} at token {where}, far above nearly all others, which "
         problem += f"end at {below[-1]}"
         remedy = "mend the file, or give the --tokenizer that made it"
         raise InputError(f"--data: {path} {problem}; {remedy}")
     return top + 1
-
-
-def _split(stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first nine tenths, and the last."""
-    cut = len(stream) * 9 // 10
-    return stream[:cut], stream[cut:]
 
 
 def _split_texts(texts: list[bytes]) -> tuple[list[bytes], list[bytes]]:
@@ -298,9 +288,9 @@ def _load_ids(path: Path, tokenizer: Tokenizer | None) -> Corpus:
     if path.name == "train.bin" and val.is_file():
         train, held_out = ids, _read_ids(val)[0]
     else:
-        train, held_out = _split(ids)
-    size = None
+        train, held_out = np.split(ids, [len(ids) * 9 // 10])
     if tokenizer is None:
+        decode, size = _as_numbers, None
         vocabulary = max(_check_ids(*each) for each in ((path, train), (val, held_out)))
     else:
         vocabulary = 1 + int(max(train.max(initial=0), held_out.max(initial=0)))
@@ -308,25 +298,24 @@ def _load_ids(path: Path, tokenizer: Tokenizer | None) -> Corpus:
             problem = f"{path} has ids up to {vocabulary - 1}, but the tokenizer only"
             remedy = f"up to {tokenizer.vocabulary - 1}; give the one that made the ids"
             raise InputError(f"--tokenizer: {problem} {remedy}")
-        vocabulary, part = tokenizer.vocabulary, held_out[:100_000].tolist()
-        size = len(tokenizer.decode(part).encode()) / max(1, len(part))
+        vocabulary, decode = tokenizer.vocabulary, tokenizer.decode
+        part = held_out[:100_000].tolist()
+        size = len(decode(part).encode()) / max(1, len(part))
     note = f"{path}: {ids.dtype} ids" + " behind a header of llm.c" * bool(header)
     notes = (note,) if header or ids.dtype != np.uint16 else ()
-    files = ((str(path), 0),)
-    parts = train, held_out, vocabulary, "token", size, tokenizer
-    return Corpus(path.name, *parts, files, notes)
+    parts = train, held_out, vocabulary, "token", decode, size
+    return Corpus(path.name, *parts, ((str(path), 0),), notes)
 
 
 def _say_left_out(refused: dict[str, str]) -> tuple[str, ...]:
     """Sentences about the files of a folder that are not text, by reason."""
-    kinds = ("it is compressed", "it has a NUL", "it is not UTF-8", "it is empty")
-    said = []
-    for kind in kinds:
-        names = [name for name, why in refused.items() if why.startswith(kind)]
-        if names:
-            which = f"{names[0]}" + f" and {len(names) - 1} more" * (len(names) > 1)
-            said.append(f"left out {which}: {refused[names[0]]}")
-    return tuple(said)
+    by_kind: dict[str, list[str]] = {}
+    for name, why in refused.items():
+        by_kind.setdefault(re.split(":| at ", why)[0], []).append(name)
+    return tuple(
+        f"left out {first}{f' and {len(more)} more' * bool(more)}: {refused[first]}"
+        for first, *more in by_kind.values()
+    )
 
 
 def _load_text(path: Path | None, tokenizer: Tokenizer | None) -> Corpus:
@@ -348,13 +337,13 @@ def _load_text(path: Path | None, tokenizer: Tokenizer | None) -> Corpus:
     parts = _split_texts(texts)
     if tokenizer is None:
         train, held_out = (np.frombuffer(b"".join(part), np.uint8) for part in parts)
-        lengths, known = map(len, texts), (256, "byte", 1.0, None)
+        lengths, known = map(len, texts), (256, "byte", _decode_bytes, 1.0)
     else:
         encoded = [_encode(tokenizer, part) for part in parts]
         train, held_out = map(np.concatenate, encoded)
         lengths = map(len, encoded[0])
         size = sum(map(len, parts[1])) / max(1, len(held_out))
-        known = tokenizer.vocabulary, "token", size, tokenizer
+        known = tokenizer.vocabulary, "token", tokenizer.decode, size
     starts = itertools.accumulate(lengths, initial=0)
     files = tuple(zip(found, starts, strict=False))
     return Corpus(name, train, held_out, *known, files, _say_left_out(refused))

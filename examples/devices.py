@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from input_error import InputError
+from inputs import InputError
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import optax_stability as ost
@@ -106,8 +106,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch: split by examples over ``data`` and ``fsdp``."""
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
-    return NamedSharding(mesh, PartitionSpec(axes))
+    axes = [axis for axis in ("data", "fsdp") if axis in mesh.axis_names]
+    return NamedSharding(mesh, PartitionSpec(tuple(axes)))
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from faults import Fault
+from optax_stability.faults import Fault
 from matplotlib.axes import Axes
 
 Rows = list[dict[str, float]]

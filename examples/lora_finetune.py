@@ -30,8 +30,7 @@ import train
 import training
 from command import run_command
 from config import FIXED, Config, check
-from flags import Resume
-from input_error import InputError
+from inputs import InputError, Resume
 from model import GPT, SIZES
 from resuming import as_json
 
@@ -64,7 +63,7 @@ class Flags:
     warmup_steps: int | None = None
     """Steps in which the rate rises to its peak; by default a tenth, at most 50."""
     inject: tuple[str, ...] = ()
-    """Faults to inject, such as nan@100; see examples/faults.py."""
+    """Faults to inject, such as nan@100; see optax_stability.faults."""
     sample_tokens: int = 300
     """Length of the text that the model writes at the end; 0 for none."""
     resume: Resume = "auto"
@@ -130,20 +129,15 @@ def load(folder: Path) -> tuple[Config, GPT]:
         graphdef, arrays = nnx.split(shapes)
         state = training.TrainState(arrays, training.start_loss_scale(config))
         mesh = devices.make_mesh(None)
-        arrays = saved.load(
-            newest, like=state, sharding=devices.replicated(mesh)
-        ).arrays
-    return config, nnx.merge(graphdef, arrays)[0]
+        whole = devices.replicated(mesh)
+        found = saved.load(newest, like=state, sharding=whole)
+    return config, nnx.merge(graphdef, found.arrays)[0]
 
 
 def configure(flags: Flags, before: Config) -> Config:
     """The settings of the run: those of the base, with the values of the flags."""
     names = {field.name for field in dataclasses.fields(Config)}
-    given = {
-        field.name: getattr(flags, field.name)
-        for field in dataclasses.fields(flags)
-        if field.name in names
-    }
+    given = {name: value for name, value in vars(flags).items() if name in names}
     return dataclasses.replace(
         before,
         **given,
@@ -175,12 +169,9 @@ def finetune(flags: Flags) -> tuple[GPT, train.Row]:
     corpus = data.load(config.data, SIZES[config.size].context, config.tokenizer)
     vocabulary = model.tokens.num_embeddings
     if corpus.vocabulary > vocabulary:
-        problem = (
-            f"has {corpus.vocabulary} token ids, but the model of {flags.base} has "
-            f"{vocabulary}"
-        )
-        remedy = "give data of the same tokenizer"
-        raise InputError(f"--data: {flags.data} {problem}; {remedy}")
+        problem = f"{flags.data} has {corpus.vocabulary} token ids, but the model of"
+        remedy = f"{flags.base} has {vocabulary}; give data of the same tokenizer"
+        raise InputError(f"--data: {problem} {remedy}")
 
     graphdef, arrays = nnx.split(model)
 

@@ -1,7 +1,6 @@
 """How fast a run is: tokens per second, and the share of the device in use."""
 
 import re
-import time
 
 import jax
 
@@ -30,34 +29,9 @@ def peak_flops() -> float | None:
     return None
 
 
-class Pace:
-    """Average speed over the last steps; pauses for other work are left out."""
-
-    def __init__(self, tokens_per_step: int, flops_per_token: float):
-        """Starts without an average: the first step compiles, and is not counted."""
-        self._tokens, self._flops = tokens_per_step, flops_per_token
-        self._peak = peak_flops()
-        self._last: float | None = None
-        self.seconds_per_step: float | None = None
-
-    def pause(self) -> None:
-        """Leaves out the time from here to the next step."""
-        self._last = None
-
-    def step(self) -> dict[str, float]:
-        """Counts a finished step; returns the speed by metric name, if known."""
-        now = time.perf_counter()
-        if self._last is not None:
-            # At least something: a coarse clock may stand still.
-            took, before = max(now - self._last, 1e-9), self.seconds_per_step
-            self.seconds_per_step = (
-                took if before is None else 0.9 * before + 0.1 * took
-            )
-        self._last = now
-        if self.seconds_per_step is None:
-            return {}
-        speed = self._tokens / self.seconds_per_step
-        known = {"perf/tokens_per_second": speed}
-        if self._peak is not None:
-            known["perf/mfu"] = speed * self._flops / self._peak
-        return known
+def speed(tokens_per_second: float, flops_per_token: float) -> dict[str, float]:
+    """The speed by metric name, as far as it is known."""
+    peak, known = peak_flops(), {"perf/tokens_per_second": tokens_per_second}
+    if peak is not None:
+        known["perf/mfu"] = tokens_per_second * flops_per_token / peak
+    return known

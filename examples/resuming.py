@@ -6,21 +6,18 @@ processes write to one folder.
 
 import contextlib
 import dataclasses
-import os
-import socket
-import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import console
 import devices
-import filelock
-import writers
-from flags import Resume, flag
-from input_error import InputError
+from inputs import InputError, Resume, flag
 
+import optax_stability as ost
+from optax_stability.loop import Writer
 from optax_stability.orbax import Checkpoints
+from optax_stability.tensorboard import TensorBoardLog
 
 Progress = dict[str, Any]
 
@@ -36,48 +33,16 @@ def as_json(config: Any) -> dict[str, Any]:
     return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
 
 
-@contextlib.contextmanager
-def lock(out: Path) -> Iterator[None]:
-    """Holds the folder for one process, until its end, however it ends.
-
-    The operating system releases the lock of a process that dies. Where the file system
-    has no such locks, filelock compares host and process in a file.
-
-    Raises:
-      InputError: another process holds the folder.
-      OSError: the folder cannot be used.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    held, owner = filelock.FileLock(out / ".lock"), out / ".owner"
-    try:
-        held.acquire(timeout=0)
-    except filelock.Timeout as error:
-        who = owner.read_text() if owner.exists() else "unknown"
-        remedy = "wait until it ends, or give another --out"
-        problem = f"another process is training in {out} ({who}); {remedy}"
-        raise InputError(f"--out: {problem}") from error
-    try:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        owner.write_text(
-            f"process {os.getpid()} on {socket.gethostname()} since {since}"
-        )
-        yield
-    finally:
-        held.release()
-
-
-class Opened(NamedTuple):
-    """The output folder of a run.
-
-    Attributes:
-      saved: its checkpoints.
-      newest: the progress of the newest that is whole; None for a new run.
-      files: the writers of its log.
-    """
-
-    saved: Checkpoints
-    newest: Progress | None
-    files: list[writers.Writer]
+def _logs(out: Path, newest: Progress | None, on_finding: str | None) -> list[Any]:
+    """What receives the rows of a run, and can be closed."""
+    step, batch = (newest[key] if newest else None for key in ("step", "batch"))
+    logs: list[Any] = [
+        ost.RunLog(out / "log.jsonl", resume_after=batch, report=console.warn),
+        TensorBoardLog(out / "tensorboard", resume_after=step),
+    ]
+    if on_finding:
+        logs.append(ost.FindingAlert(on_finding, report=console.warn))
+    return logs
 
 
 @contextlib.contextmanager
@@ -86,22 +51,26 @@ def open_folder(
     about: dict[str, Any],
     check: Callable[[Path, dict[str, Any], Progress | None], None],
     keep: int,
-) -> Iterator[Opened]:
-    """Opens the output folder of a run; only the first process locks it and logs.
+    on_finding: str | None = None,
+) -> Iterator[tuple[Checkpoints, Progress | None, list[Writer]]]:
+    """Opens the output folder of a run; only the first process writes a log.
 
     Args:
       out: the folder.
       about: what identifies the run.
       check: raises if the run in the folder is another; see :func:`check_resume`.
       keep: how many checkpoints to keep.
+      on_finding: a command to run for each new finding.
+
+    Yields:
+      Its checkpoints, the progress of the newest that is whole (None for a new run),
+      and its logs.
 
     Raises:
       InputError: the folder cannot be used.
     """
     with contextlib.ExitStack() as stack:
         try:
-            if devices.is_first():
-                stack.enter_context(lock(out))
             saved = Checkpoints(out / "checkpoints", keep, report=console.warn)
             stack.enter_context(saved)
             newest = saved.newest()
@@ -109,17 +78,17 @@ def open_folder(
                 problem = f"no checkpoint in {out} is whole; they are in {saved.aside}"
                 raise InputError(f"--out: {problem}; give another --out to start anew")
             check(out, about, newest)
-            step, batch = (newest[key] if newest else None for key in ("step", "batch"))
-            files: list[writers.Writer] = []
-            if devices.is_first():
-                log, board = out / "log.jsonl", out / "tensorboard"
-                told = {"resume_after": batch, "report": console.warn}
-                files.append(writers.JsonLines(log, **told))
-                files.append(writers.TensorBoard(board, resume_after_step=step))
+            logs = _logs(out, newest, on_finding) if devices.is_first() else []
+        except BlockingIOError as error:
+            problem = f"another process is training in {out} ({error.strerror})"
+            remedy = "wait until it ends, or give another --out"
+            raise InputError(f"--out: {problem}; {remedy}") from error
         except OSError as error:
             reason = f"cannot write to {out} ({error.strerror})"
             raise InputError(f"--out: {reason}; give another folder") from error
-        yield Opened(saved, newest, files)
+        for log in logs:
+            stack.callback(log.close)
+        yield saved, newest, logs
 
 
 def _show(value: Any, default: Any) -> str:

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from command import FailedError
 
 import optax_stability as ost
+from optax_stability.loop import FailedError
 
 
 def verified(step: Callable, structure: Any, say: Callable[[str], object]) -> Callable:

@@ -47,6 +47,7 @@ from optax_stability._clipping._presets import (
 )
 from optax_stability._core._metrics import metrics
 from optax_stability._core._tree import leaf_names
+from optax_stability._diagnosis._alerting import FindingAlert
 from optax_stability._diagnosis._diagnose import diagnose
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._gradients._loss_probe import (
@@ -117,6 +118,7 @@ __all__ = [
     "Decision",
     "EstimateNoiseScaleState",
     "Finding",
+    "FindingAlert",
     "Moments",
     "NoiseScale",
     "RecordExtraState",

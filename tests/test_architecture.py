@@ -35,6 +35,9 @@ ALLOWED = {
     "_doctor": {"_core", "_diagnosis", "_report"},
     "flax": {"_core", "_moments", "_gradients"},
     "orbax": {"_core", "_recovery"},
+    "loop": {"_core", "_recovery", "orbax"},
+    "faults": set(),
+    "tensorboard": {"_recording"},
 }
 
 
@@ -121,6 +124,8 @@ def test_the_diagnosis_needs_numpy_alone():
         ("orbax", "orbax"),
         ("matplotlib", "_report"),
         ("tensorboard", "_doctor"),
+        ("tensorboardX", "tensorboard"),
+        ("filelock", "orbax"),
     ],
 )
 def test_what_is_optional_is_imported_where_it_is_needed_alone(library, only):

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 import optax_stability as ost
+from optax_stability import faults as ost_faults
 from optax_stability import flax as ost_flax
+from optax_stability import loop as ost_loop
 from optax_stability import orbax as ost_orbax
+from optax_stability import tensorboard as ost_tensorboard
 
 ROOT = Path(__file__).parents[1]
 CHEAT_SHEET = (ROOT / "docs" / "start" / "cheat_sheet.md").read_text()
@@ -29,7 +32,7 @@ PUBLIC_NAMES = {
     ost: """
         AccumulateMomentsState AttentionHeads BatchSizeSchedule
         BranchOnSpikeState ClipAttentionLogitsState ClipByThresholdState
-        Decision EstimateNoiseScaleState Finding Moments NoiseScale
+        Decision EstimateNoiseScaleState Finding FindingAlert Moments NoiseScale
         RecordExtraState RecordHistoryState RecordLogitBoundState RecordState
         RestartMomentsState RewindPolicy RunLog SafeAdamState
         ScaleByNoiseScaleState SkipSpikesState StopRequest WhenNoisyState
@@ -37,12 +40,12 @@ PUBLIC_NAMES = {
         batch_size_schedule branch_on_spike check clip_attention_logits
         clip_by_leaf_history clip_by_quantile clip_by_threshold clip_by_zscore
         critical_batch_range diagnose estimate_noise_scale eval_params
-        find_damage flax flush from_optax_adam_state has_updated histogram_edges
-        history leaf_names loss_probe metrics microbatch_gradients noise_scale
+        faults find_damage flax flush from_optax_adam_state has_updated histogram_edges
+        history leaf_names loop loss_probe metrics microbatch_gradients noise_scale
         orbax penalize_gradient_norm plot_history probed read_log record
         record_extra record_history record_logit_bound restart_moments
         safe_adamw scale_by_noise_scale scale_by_safe_adam scale_gradients
-        scale_learning_rate skip_spikes spike_guard thresholds
+        scale_learning_rate skip_spikes spike_guard tensorboard thresholds
         to_optax_adam_state verify_step when_noisy with_loss_probe
         write_checksums write_report
     """,
@@ -56,6 +59,14 @@ PUBLIC_NAMES = {
         penalize_gradient_norm per_example_gradients update_dynamic_scale
     """,
     ost_orbax: "Checkpoints select_checkpoints",
+    ost_loop: """
+        DivergedError Drawn FailedError NotSavedError Run Schedule TrainingLoop Window
+        Writer
+    """,
+    ost_faults: """
+        Fault FaultInjector parse_faults scale_by_surge with_gradient_factor
+    """,
+    ost_tensorboard: "TensorBoardLog",
 }
 MODULES = list(PUBLIC_NAMES)
 
@@ -63,6 +74,9 @@ NAMES = exports(ost)
 NAMES |= {f"thresholds.{name}": f for name, f in exports(ost.thresholds).items()}
 NAMES |= {f"flax.{name}": f for name, f in exports(ost_flax).items()}
 NAMES |= {f"orbax.{name}": f for name, f in exports(ost_orbax).items()}
+NAMES |= {f"loop.{name}": f for name, f in exports(ost_loop).items()}
+NAMES |= {f"faults.{name}": f for name, f in exports(ost_faults).items()}
+NAMES |= {f"tensorboard.{name}": f for name, f in exports(ost_tensorboard).items()}
 FUNCTIONS = {name: f for name, f in NAMES.items() if inspect.isfunction(f)}
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import devices
-import faults
-from flags import Resume, flag
-from input_error import InputError
+from inputs import InputError, Resume, flag
 from model import SIZES
+
+from optax_stability.faults import parse_faults
 
 # Settings that may differ when a run resumes. They do not affect its training, except
 # for the checkpoint that a rewind returns to.
@@ -76,7 +76,7 @@ class Config:
     verify_every: int = 0
     """Steps between those that are run twice and compared bit by bit; 0 for none."""
     inject: tuple[str, ...] = ()
-    """Faults to inject, such as nan@300 or bytes@200x5; see examples/faults.py."""
+    """Faults to inject, nan@300 or bytes@200x5; see optax_stability.faults."""
     mesh: str | None = None
     """How the devices share the work, as data=4,model=2; by default all as data."""
     processes: str | None = None
@@ -149,6 +149,6 @@ def check(config: Config) -> None:
     remedy = "is out of range; give a finite number above 0"
     require(0 < config.value("learning_rate") < math.inf, "learning_rate", remedy)
     try:
-        faults.parse(config.inject)
+        parse_faults(config.inject)
     except ValueError as error:
         raise InputError(f"--inject: {error}") from error

@@ -26,27 +26,25 @@ import tyro
 from flax import nnx
 
 import optax_stability as ost
+from optax_stability.faults import FaultInjector, parse_faults
+from optax_stability.loop import Drawn, Schedule, TrainingLoop, Window
 
 sys.path.append(str(Path(__file__).parents[1]))  # for modules that the examples share
-import alerts
 import console
 import data
 import devices
-import faults
-import flagged
+import pace
 import resuming
 import training
-import writers
 from command import end_at_once, run_command
 from config import FIXED, FREE, Config, check, default_values
-from flagged import Drawn, Window
 from model import GPT, SIZES, SPLIT, window_losses
 from sampling import generate
-from trainer import Metrics, Row, Schedule, Trainer
-from training import TrainState
+from training import Metrics, TrainState
 from verifying import verified
 
 Create = Callable[..., tuple[GPT, nnx.Optimizer]]
+Row = dict[str, Any]
 
 
 class Run:
@@ -65,8 +63,6 @@ class Run:
         ``create(*arguments)`` returns a new model and its optimizer.
         """
         self._config, self._say, size = config, say, SIZES[config.size]
-        self.step = self.batch = self.repeated = 0
-        self.again: list[int] = []
         self._mesh = mesh = devices.make_mesh(config.mesh)
         self._by_rows = devices.batch_sharding(mesh)
         replicated = devices.replicated(mesh)
@@ -77,7 +73,7 @@ class Run:
 
         model, optimizer = nnx.eval_shape(create, *arguments)
         self.parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
-        self.flops_per_token = size.flops_per_token(self.parameters)
+        self._flops_per_token = size.flops_per_token(self.parameters)
         self._graphdef = nnx.graphdef((model, optimizer))
         made = devices.create_sharded(create_state, arguments, mesh, SPLIT)
         self.state, places = made
@@ -115,7 +111,8 @@ class Run:
         held_out = data.Windows(corpus.held_out, *shape, seed=0)
         self._held_out = [held_out(i) for i in range(config.eval_batches)]
         self._prompt = corpus.held_out[: size.context].astype(np.int32)
-        self._injector = faults.Injector(faults.parse(config.inject), corpus.vocabulary)
+        faults = parse_faults(config.inject)
+        self._injector = FaultInjector(faults, corpus.vocabulary)
 
     @property
     def state(self) -> TrainState:
@@ -136,11 +133,10 @@ class Run:
     def _windows(self, drawn: Drawn) -> np.ndarray:
         return self._injector.corrupt(self._batches(drawn.position), drawn.batch)
 
-    def advance(self) -> tuple[Drawn, Metrics]:
-        """Trains on the next batch; the metrics may not be ready yet."""
-        drawn = flagged.draw(self)
+    def advance(self, drawn: Drawn) -> Metrics:
+        """Trains on a batch; the metrics may not be ready yet."""
         factors = self._injector.factors(drawn.batch) if self._config.inject else {}
-        look = devices.look(self.step, training.MEASURE_EVERY)
+        look = devices.look(drawn.step, training.MEASURE_EVERY)
         step = functools.partial(self._train_step, look=look)
         step = self._injector.flipping(step, drawn.batch)
         every = self._config.verify_every
@@ -149,7 +145,11 @@ class Run:
         with jax.set_mesh(self._mesh):
             windows = devices.place(self._windows(drawn), self._by_rows)
             self._leaves, metrics = step(self._leaves, windows, factors)
-        return drawn, metrics
+        return metrics
+
+    def speed(self, seconds: float) -> Row:
+        """Tokens per second, and the share of the devices in use."""
+        return pace.speed(self.tokens_per_step / seconds, self._flops_per_token)
 
     def _losses_of(self, windows: np.ndarray) -> np.ndarray:
         placed = devices.place(windows, self._by_rows)
@@ -229,13 +229,12 @@ def run_training(
     rules = {"free": FREE, "fixed": fixed, "defaults": default_values}
     same = functools.partial(resuming.check_resume, config.resume, **rules)
     with contextlib.ExitStack() as stack:
-        folder = resuming.open_folder(config.out, about, same, config.keep_checkpoints)
+        keep, on_finding = config.keep_checkpoints, config.on_finding
+        folder = resuming.open_folder(config.out, about, same, keep, on_finding)
         saved, newest, files = stack.enter_context(folder)
-        if devices.is_first():
-            files += alerts.on_finding(config.on_finding)
         shown = config.steps, config.log_every, corpus.unit, newest
         screen = console.Screen(*shown, quiet=not devices.is_first())
-        writer = stack.enter_context(writers.Several(*files, screen))
+        stack.callback(screen.close)
         stop = stack.enter_context(ost.StopRequest(at_once=end_at_once))
         run = Run(config, corpus, create, arguments, screen.say)
         policy = None
@@ -245,28 +244,29 @@ def run_training(
         every = config.eval_every, config.checkpoint_every, config.histogram_every
         schedule = Schedule(config.steps, *every)
         kept = config.out / "flagged" if devices.is_first() else None
-        trainer = Trainer(schedule, run, saved, writer, about, policy, kept)
+        more = {"about": about, "policy": policy, "keep_flagged": kept}
+        loop = TrainingLoop(run, saved, schedule, [*files, screen], **more)
         model = f"GPT {config.size}, {console.count(run.parameters)} parameters"
         title = f"{model} · {corpus} · {devices.describe(config.mesh)}"
         screen.say("\n".join([title, *corpus.left_out]), "bold")
         for fault in ost.check(run.optimizer()):
             screen.say(f"order of the chain: {fault}", "bold red")
         if newest:
-            trainer.resume(newest)
-            left = run.step < config.steps
+            loop.resume(newest)
+            left = loop.step < config.steps
             does = "resuming from there" if left else "nothing is left to do"
-            screen.say(f"{config.out} is at step {run.step}: {does}", "bold")
+            screen.say(f"{config.out} is at step {loop.step}: {does}", "bold")
         with console.explaining(config.out, title, run.history, screen):
-            trainer.train(stop)
+            loop.train(stop)
     if stop.requested:
-        saved_at = f"{stop.requested}: saved at step {run.step}"
+        saved_at = f"{stop.requested}: saved at step {loop.step}"
         screen.say(f"{saved_at}; the same command resumes the run", "bold")
         raise KeyboardInterrupt
     if not config.baseline:
         screen.say(str(ost.noise_scale(run.optimizer())))
     if config.sample_tokens:
         screen.sample(*(corpus.decode(part.tolist()) for part in run.sample()))
-    return run, trainer.row
+    return run, loop.row
 
 
 def train(config: Config) -> Row:

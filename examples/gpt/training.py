@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-import faults
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,6 +17,7 @@ from shown import no_skips, shown_metrics
 
 import optax_stability as ost
 import optax_stability.flax as ost_flax
+from optax_stability.faults import scale_by_surge, with_gradient_factor
 
 Metrics = dict[str, jax.Array]
 
@@ -66,14 +66,12 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
     )
     if config.inject:
-        step = optax.chain(step, faults.scale_by_surge())
+        step = optax.chain(step, scale_by_surge())
     if config.baseline:
         return optax.chain(optax.clip_by_global_norm(MAX_NORM), step)
     clip = ost.clip_by_zscore()
     if config.clip_after_warmup:
-        clip = optax.conditionally_transform(
-            clip, lambda step, **_: jnp.asarray(step) >= config.value("warmup_steps")
-        )
+        clip = recipes.clip_after_warmup(clip, int(config.value("warmup_steps")))
     noise, level = ost.estimate_noise_scale(scope="global"), config.clip_when_noisy
     parts = [("noise", noise), ("clip", clip)]
     if level is not None:
@@ -131,7 +129,7 @@ def _loss_fn(config: Config, wrt: Any, gradient_factor: jax.Array | None):
             loss_fn, config.gradient_penalty, wrt=wrt
         )
     scaled = gradient_factor is not None
-    return faults.scale_gradient(loss_fn, gradient_factor) if scaled else loss_fn
+    return with_gradient_factor(loss_fn, gradient_factor) if scaled else loss_fn
 
 
 def _measure(config: Config, model: GPT, optimizer: nnx.Optimizer, grads) -> Metrics:

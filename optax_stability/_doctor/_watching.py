@@ -4,22 +4,17 @@ A log is read again when its size or its time changed. A finding is new if its k
 not there when the log was read last. A log that does not exist yet is waited for.
 """
 
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from optax_stability._diagnosis import _telling
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._doctor import _reading
 from optax_stability._doctor._examination import Examination, examine
 from optax_stability._doctor._log import UnreadableError
-
-# A command that takes longer is ended: the next finding must not wait for it.
-_COMMAND_SECONDS = 60
 
 
 def stamp(path: str) -> tuple[tuple[str, int, int], ...]:
@@ -82,33 +77,10 @@ def message(examined: Examination, finding: Finding) -> dict[str, Any]:
 
 
 def tell(command: str, content: dict[str, Any]) -> None:
-    """Runs a command of the user's in a shell, with JSON as its input.
-
-    The variables ``FINDING_KIND`` and ``FINDING_STEP`` are set. A command that fails is
-    reported, and does not end the watch.
-    """
-    named = {"FINDING_KIND": content["kind"], "FINDING_STEP": str(content["step"])}
-    try:
-        done = subprocess.run(
-            command,
-            shell=True,
-            input=json.dumps(content, ensure_ascii=False) + "\n",
-            text=True,
-            env=os.environ | named,
-            timeout=_COMMAND_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        sys.stderr.write(
-            f"--exec {command!r} was ended after {_COMMAND_SECONDS} seconds; let it "
-            "start what takes longer in the background.\n"
-        )
-        return
-    if done.returncode:
-        sys.stderr.write(
-            f"--exec {command!r} failed with exit code {done.returncode}; the watch "
-            "goes on.\n"
-        )
+    """Runs a command of the user's; one that fails does not end the watch."""
+    failure = _telling.tell(command, content)
+    if failure is not None:
+        sys.stderr.write(f"--exec {failure}; the watch goes on.\n")
 
 
 def watch(

@@ -65,8 +65,8 @@ class RunLog:
     * Rows that cannot be written, because the disk is full, stay in memory until they
       can; the file never keeps a part of them.
 
-    **Edge cases**: non-finite numbers become null. A folder that was removed is created
-    again.
+    **Edge cases**: non-finite numbers become null; arrays with axes are left out. A
+    folder that was removed is created again.
 
     Args:
       path: path of the file; missing folders are created.
@@ -115,7 +115,8 @@ class RunLog:
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Adds a line."""
-        plain = {"step": step} | {key: _plain(x) for key, x in row.items()}
+        numbers = {key: x for key, x in row.items() if not getattr(x, "ndim", 0)}
+        plain = {"step": step} | {key: _plain(x) for key, x in numbers.items()}
         self._waiting += json.dumps(plain).encode() + b"\n"
         try:
             self._flush()

@@ -27,6 +27,7 @@ from optax_stability._recovery._checksums import (
     find_damage,
     write_checksums,
 )
+from optax_stability.orbax._lock import hold
 from optax_stability.orbax._selection import Preserve, Progress, select_checkpoints
 
 # What Orbax and TensorStore raise when something is wrong on disk.
@@ -59,6 +60,8 @@ class Checkpoints:
     * Every file of a checkpoint has a checksum. :meth:`newest` reads all of them before
       anything is loaded, and moves a damaged checkpoint to a folder beside this one, so
       that the run goes on from the one before.
+    * One process writes to a folder at a time. The operating system frees the folder of
+      a process that dies, however it dies.
     * A save that fails (a full disk, a folder that was removed) deletes no checkpoint,
       leaves no part of its own, and ends no run: it is reported, and :meth:`wait` says
       whether the last one is on disk.
@@ -76,6 +79,7 @@ class Checkpoints:
         saved; by default it becomes a warning.
 
     Raises:
+      BlockingIOError: another process writes to the folder; the message says which.
       OSError: the folder cannot be created or read.
       ValueError: ``keep`` is out of range, or something is saved with ``read_only``.
 
@@ -107,12 +111,21 @@ class Checkpoints:
         self._writing: tuple[int, Future[None]] | None = None
         self._failed: str | None = None
         self._manager: ocp.CheckpointManager | None = None
+        self._held = contextlib.ExitStack()
+        if not read_only and jax.process_index() == 0:
+            self._held.enter_context(hold(self.folder))
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._held.close)
+            self._open()
+            stack.pop_all()
+
+    def _open(self) -> None:
         self._remove_unreadable()
-        if not read_only:
+        if not self._read_only:
             options = ocp.CheckpointManagerOptions(
                 # Orbax stores our progress as its metrics, but only with best_fn.
                 best_fn=lambda progress: progress["batch"],
-                preservation_policy=Preserve(keep),
+                preservation_policy=Preserve(self._keep),
                 cleanup_tmp_directories=True,
             )
             self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -322,6 +335,7 @@ class Checkpoints:
         self._thread.shutdown()
         if self._manager is not None:
             self._manager.close()
+        self._held.close()
 
     def __enter__(self) -> Self:
         """Returns itself."""

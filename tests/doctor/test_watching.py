@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_doctor_command import diverging, falling, rows
 
+from optax_stability._diagnosis import _telling
 from optax_stability._doctor import _serving, _watching
 from optax_stability._doctor._command import main
 from optax_stability._doctor._log import UnreadableError
@@ -78,7 +79,7 @@ def test_a_command_that_fails_does_not_end_the_watch(capsys):
 
 
 def test_a_command_that_hangs_is_ended(monkeypatch, capsys):
-    monkeypatch.setattr(_watching, "_COMMAND_SECONDS", 0.1)
+    monkeypatch.setattr(_telling, "_COMMAND_SECONDS", 0.1)
     _watching.tell("sleep 5", {"kind": "divergence", "step": 3})
     assert "was ended after 0.1 seconds" in capsys.readouterr().err
 

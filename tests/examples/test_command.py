@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from command import FailedError, run_command
-from input_error import InputError
+from command import run_command
+from inputs import InputError
+
+from optax_stability.loop import FailedError
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,15 @@ import sys
 
 import compare
 import drawing
-import faults
 import matplotlib.pyplot as plt
 import model
 import numpy as np
 import pytest
 import train
 from tiers import full
-from trainer import DivergedError
+
+from optax_stability.faults import parse_faults
+from optax_stability.loop import DivergedError
 
 # What costs much to make is made in one worker.
 pytestmark = pytest.mark.xdist_group("compare")
@@ -133,7 +134,7 @@ def test_a_curve_is_broken_by_a_rewind_and_ends_where_it_dies(tmp_path, monkeypa
     dead = [step_of(1, 5.0), step_of(2, 4.0), step_of(3, None), step_of(4, None)]
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
-    happened = faults.parse(("bytes@2x3", "nan@8"))
+    happened = parse_faults(("bytes@2x3", "nan@8"))
     sides = {"skip": ROWS, "plain": dead}
     drawing.draw(sides, happened, tmp_path / "compare.png")
     monkeypatch.undo()

@@ -9,7 +9,7 @@ from pathlib import Path
 import data
 import numpy as np
 import pytest
-from input_error import InputError
+from inputs import InputError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 TEXT = "To be, or not to be, that is the question: é 12345\n" * 40

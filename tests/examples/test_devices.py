@@ -12,7 +12,7 @@ import pytest
 import training
 from config import Config, check
 from flax import nnx
-from input_error import InputError
+from inputs import InputError
 from jax.sharding import PartitionSpec
 from tiers import full
 

@@ -41,6 +41,14 @@ def evaluations(folder):
     return [row["eval/loss"] for row in rows if "eval/loss" in row]
 
 
+@pytest.mark.parametrize(("pattern", "limit"), [("gpt/*.py", 800), ("**/*.py", 2700)])
+def test_the_examples_are_short_enough_to_be_read(pattern, limit):
+    """What every trainer needs is in the library, and what libraries do is theirs."""
+    paths = list((ROOT / "examples").glob(pattern))
+    assert paths
+    assert sum(len(path.read_text().splitlines()) for path in paths) < limit
+
+
 @full
 def test_the_gpt_learns_and_can_be_taught_other_text(tmp_path):
     assert "bits/byte" in run(tmp_path, "gpt/train.py")

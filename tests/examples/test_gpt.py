@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import chex
@@ -25,11 +26,11 @@ import train
 import training
 from config import check
 from flax import nnx
-from input_error import InputError
+from inputs import InputError
 from tiers import full, quick_only
-from trainer import DivergedError
 
 import optax_stability as ost
+from optax_stability.loop import DivergedError, Drawn
 from optax_stability.orbax import Checkpoints
 
 # What costs much to make is made in one worker.
@@ -239,10 +240,10 @@ def test_the_penalty_is_part_of_the_loss(tmp_path, text):
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, text, monkeypatch, capsys):
     step, pressed = train.Run.advance, []
 
-    def press(run):
-        if run.step == 2 and not pressed:
+    def press(run, drawn):
+        if drawn.step == 3 and not pressed:
             pressed.append(os.kill(os.getpid(), signal.SIGINT))
-        return step(run)
+        return step(run, drawn)
 
     config = train.Config(data=text, out=tmp_path, **QUICK)
     monkeypatch.setattr(train.Run, "advance", press)
@@ -316,10 +317,10 @@ def test_the_clip_can_wait_for_noise(tmp_path, text, level, switches_on):
 def test_a_crash_leaves_a_report(tmp_path, text, monkeypatch):
     step = train.Run.advance
 
-    def step_until_the_power_fails(run):
-        if run.step == 3:
+    def step_until_the_power_fails(run, drawn):
+        if drawn.step == 4:
             raise MemoryError
-        return step(run)
+        return step(run, drawn)
 
     monkeypatch.setattr(train.Run, "advance", step_until_the_power_fails)
     with pytest.raises(MemoryError):
@@ -364,7 +365,7 @@ def screen_of(rows, log_every, before=None):
     """Writes rows to a screen that is no terminal."""
     row = noise(math.nan, 0.0, math.inf) | {"learning_rate": 0.1, "grad/norm": 1.0}
     row |= {"clip/limit": math.inf, "skip/skipped": 0, "skip/total": 0}
-    with console.Screen(len(rows), log_every, "byte", before) as screen:
+    with closing(console.Screen(len(rows), log_every, "byte", before)) as screen:
         for step, each in enumerate(rows, start=1):
             screen.write(step, row | {"tokens": 8 * step} | each)
 
@@ -438,7 +439,7 @@ def test_a_narrow_terminal_shows_the_time_left(monkeypatch, capsys):
 
 
 def test_control_characters_are_never_printed(capsys):
-    with console.Screen(1, 1, "byte") as screen:
+    with closing(console.Screen(1, 1, "byte")) as screen:
         screen.say("a\x1b[2J\x07name\u202e")
         screen.sample("\x1b]0;title\x07", "tab\there \x00\x7f\x9b")
         screen.write(
@@ -627,7 +628,8 @@ def test_parameters_that_are_not_finite_are_never_the_best(tmp_path, text):
     create = functools.partial(training.create, config, 256)
     run = train.Run(config, corpus, create, (), say=print)
     assert math.isfinite(run.evaluate()["eval/loss"])
-    (drawn, _) = run.advance()
+    drawn = Drawn(step=1, batch=1, position=0, again=False)
+    run.advance(drawn)
     windows = run.examine(drawn)
     assert len(windows) == 8
     assert {each.origin.rsplit(" ", 1)[0] for each in windows} == {f"{text}, byte"}

@@ -16,11 +16,11 @@ import pytest
 import train
 from data import Windows, load
 from flax import nnx
-from input_error import InputError
+from inputs import InputError
 from tiers import full
-from trainer import DivergedError
 
 import optax_stability as ost
+from optax_stability.loop import DivergedError
 from optax_stability.orbax import Checkpoints
 
 # What costs much to make is made in one worker.

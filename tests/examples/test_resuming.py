@@ -5,17 +5,12 @@ import dataclasses
 import json
 import os
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import resuming
-import writers
-from flags import Resume, flag
-from input_error import InputError
+from inputs import InputError, Resume, flag
 from resuming import as_json, check_resume
 
 
@@ -140,66 +135,33 @@ def test_settings_are_kept_as_json_can(tmp_path, monkeypatch):
 # --- one folder, one run -----------------------------------------------------------
 
 
-def hold(folder):
-    """Another process, which holds the folder until it is killed."""
-    code = "import sys, resuming, pathlib, time\n"
-    code += "with resuming.lock(pathlib.Path(sys.argv[1])):\n"
-    code += "    print('held', flush=True); time.sleep(600)"
-    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code, folder]
-    process = subprocess.Popen(
-        command, env=os.environ | path, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
-
-
-def test_a_folder_is_for_one_process_and_free_when_it_is_dead(tmp_path):
-    out = tmp_path / "run"
-    with hold(out) as process:
-        try:
-            with pytest.raises(InputError) as error, resuming.lock(out):
-                pass
-            who = f"process {process.pid} on {socket.gethostname()} since 2"
-            says = f"--out: another process is training in {out} ({who}"
-            assert str(error.value).startswith(says)
-            remedy = "; wait until it ends, or give another --out"
-            assert str(error.value).endswith(remedy)
-            assert "\n" not in str(error.value)
-        finally:
-            process.kill()  # kill -9
-    with resuming.lock(out):
-        assert f"process {os.getpid()} on" in (out / ".owner").read_text()
-    with resuming.lock(out):
-        """A run that has ended holds nothing."""
-
-
-def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
-    with resuming.lock(tmp_path):
-        monkeypatch.setattr(time, "strftime", lambda form: "1970-01-01 00:00:00")
-        with pytest.raises(InputError, match="another"), resuming.lock(tmp_path):
-            pass
-    with resuming.lock(tmp_path):
-        pass
-
-
 @contextlib.contextmanager
 def open_it(out):
     about = {"settings": {}, "corpus": CORPUS}
-    same = resuming.open_folder(out, about, lambda out, about, newest: None, keep=3)
-    with same as opened, writers.Several(*opened.files):
+    with resuming.open_folder(out, about, lambda *_: None, keep=3) as opened:
         yield opened
 
 
+def test_a_folder_is_for_one_process(tmp_path):
+    with open_it(tmp_path), pytest.raises(InputError) as error, open_it(tmp_path):
+        pass
+    who = f"process {os.getpid()} on {socket.gethostname()} since 2"
+    says = f"--out: another process is training in {tmp_path} ({who}"
+    assert str(error.value).startswith(says)
+    assert str(error.value).endswith("; wait until it ends, or give another --out")
+    assert "\n" not in str(error.value)
+    with open_it(tmp_path):
+        """A run that has ended holds nothing."""
+
+
 def test_a_folder_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path, capsys):
-    with open_it(tmp_path) as opened:
-        assert opened.newest is None
-        opened.saved.save({"x": np.ones(3)}, {"step": 0, "batch": 0})
-        opened.saved.save({"x": np.ones(3)}, {"step": 4, "batch": 4})
-        opened.files[0].write(4, {"batch": 4})
-    with open_it(tmp_path) as opened:
-        assert opened.newest == {"step": 4, "batch": 4}
+    with open_it(tmp_path) as (saved, newest, (log, _)):
+        assert newest is None
+        saved.save({"x": np.ones(3)}, {"step": 0, "batch": 0})
+        saved.save({"x": np.ones(3)}, {"step": 4, "batch": 4})
+        log.write(4, {"batch": 4})
+    with open_it(tmp_path) as (_, newest, _):
+        assert newest == {"step": 4, "batch": 4}
     log = (tmp_path / "log.jsonl").read_text()
     for step in (0, 4):
         (tmp_path / "checkpoints" / str(step) / "state" / "_METADATA").unlink()

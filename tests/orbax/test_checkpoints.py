@@ -3,9 +3,14 @@
 import contextlib
 import json
 import math
+import os
 import resource
 import shutil
+import socket
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import chex
@@ -287,7 +292,8 @@ def test_looking_moves_nothing(tmp_path):
     assert len(told) == 2
     assert all(says.endswith("; it is left out") for says in told)
     assert folders(folder) == [1, 2, 3]
-    assert list(tmp_path.iterdir()) == [folder]
+    visible = [path for path in tmp_path.iterdir() if path.name[0] != "."]
+    assert visible == [folder]
 
 
 @contextlib.contextmanager
@@ -336,6 +342,67 @@ def test_a_folder_that_is_removed_under_the_run_is_made_again(tmp_path):
         assert batches(saved.available()) == [2]
     assert told == []
     assert json.loads((folder / "2" / "metrics" / "metrics").read_text())["step"] == 2
+
+
+# --- one folder, one process -----------------------------------------------------
+
+
+def hold(folder):
+    """Another process, which writes to the folder until it is killed."""
+    code = "import sys, time\n"
+    code += "from optax_stability.orbax import Checkpoints\n"
+    code += "with Checkpoints(sys.argv[1]):\n"
+    code += "    print('held', flush=True); time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, folder],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_folder_is_for_one_process_and_free_when_it_is_dead(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    with hold(folder) as process:
+        try:
+            with pytest.raises(BlockingIOError) as error:
+                Checkpoints(folder)
+            who = f"process {process.pid} on {socket.gethostname()} since 2"
+            assert error.value.strerror.startswith(who)
+            assert error.value.strerror.endswith(" writes there")
+            with Checkpoints(folder, read_only=True) as looking:
+                assert looking.newest() is None
+        finally:
+            process.kill()  # kill -9
+    with Checkpoints(folder) as saved:
+        saved.save(STATE, progress(0))
+        with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on"):
+            Checkpoints(folder)
+    with Checkpoints(folder) as saved:
+        assert saved.newest() is not None
+
+
+def test_a_clock_that_jumps_frees_no_folder(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path / "checkpoints"):
+        monkeypatch.setattr(time, "strftime", lambda form: "1970-01-01 00:00:00")
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        with pytest.raises(BlockingIOError):
+            Checkpoints(tmp_path / "checkpoints")
+
+
+def test_a_folder_that_could_not_be_opened_is_free(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("not today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_checkpoints.ocp, "CheckpointManager", fail)
+        with pytest.raises(RuntimeError, match="not today"):
+            Checkpoints(tmp_path / "checkpoints")
+    with Checkpoints(tmp_path / "checkpoints") as saved:
+        assert saved.newest() is None
 
 
 def test_a_number_of_checkpoints_that_cannot_be_is_explained(tmp_path):

@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 
 import optax_stability as ost
+from optax_stability import faults as ost_faults
 from optax_stability import flax as ost_flax
+from optax_stability import loop as ost_loop
 from optax_stability import orbax as ost_orbax
+from optax_stability import tensorboard as ost_tensorboard
 
 HERE = Path(__file__).parent
 # By the names that they have in the code of the user.
 MODULES = {"ost": ost, "thresholds": ost.thresholds, "ost_flax": ost_flax}
-MODULES["ost_orbax"] = ost_orbax
+MODULES |= {"ost_orbax": ost_orbax, "ost_loop": ost_loop, "ost_faults": ost_faults}
+MODULES["ost_tensorboard"] = ost_tensorboard
 
 
 def pyright(*arguments):

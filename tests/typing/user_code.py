@@ -16,8 +16,11 @@ from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
 
 import optax_stability as ost
+from optax_stability import faults as ost_faults
 from optax_stability import flax as ost_flax
+from optax_stability import loop as ost_loop
 from optax_stability import orbax as ost_orbax
+from optax_stability import tensorboard as ost_tensorboard
 from optax_stability import thresholds
 from optax_stability.thresholds import Threshold
 
@@ -251,6 +254,8 @@ def last_window(
 class Model(nnx.Module):
     """Embeds, transforms, and predicts with the matrix of the embedding."""
 
+    loss_probe: nnx.Param  # Set where a trainer passes no loss.
+
     def __init__(self, vocabulary: int, width: int, rngs: nnx.Rngs):
         self.embed = ost_flax.Embed(vocabulary, width, rngs=rngs)
         self.norm_in = ost_flax.LayerNorm(width, rngs=rngs)
@@ -443,6 +448,71 @@ def loop_on_disk(
         kept = ost_orbax.select_checkpoints(saved.available(), keep=1)
     assert problem is None or not kept
     return params
+
+
+class LinearRun:
+    """A run, as the loop sees it."""
+
+    tokens_per_step = 8
+
+    def __init__(self, params: Params, batches: list[jax.Array], inject: list[str]):
+        """Starts, with the faults of a rehearsal."""
+        self.state = params
+        self._batches = batches
+        read: tuple[ost_faults.Fault, ...] = ost_faults.parse_faults(inject)
+        self._faults = ost_faults.FaultInjector(read, vocabulary=256)
+
+    def advance(self, drawn: ost_loop.Drawn) -> dict[str, jax.Array]:
+        """A step whose gradient may be at fault."""
+        factors = self._faults.factors(drawn.batch)
+
+        def loss_fn(params: Params) -> jax.Array:
+            return jnp.mean(self._batches[drawn.position] @ params["w"])
+
+        faulty = ost_faults.with_gradient_factor(loss_fn, factors["gradient"])
+        _, grads = jax.value_and_grad(faulty)(self.state)
+        tx = optax.chain(optax.sgd(0.1), ost_faults.scale_by_surge())
+        updates, _ = tx.update(grads, tx.init(self.state), surge=factors["surge"])
+        self.state = jax.tree.map(jnp.add, self.state, updates)
+        return {"loss": loss_fn(self.state)}
+
+    def examine(self, drawn: ost_loop.Drawn) -> list[ost_loop.Window]:
+        """One example."""
+        return [ost_loop.Window(1.0, f"batch {drawn.batch}", "memory")]
+
+    def evaluate(self) -> dict[str, Any]:
+        """The loss on other data."""
+        return {"eval/loss": 1.0}
+
+    def speed(self, seconds: float) -> dict[str, Any]:
+        """Examples per second."""
+        return {"perf/examples_per_second": self.tokens_per_step / seconds}
+
+
+def loop_of_the_library(run: LinearRun, folder: Path) -> float:
+    """Trains to the end, with everything that the loop can do."""
+    curves = ost_tensorboard.TensorBoardLog(folder / "tensorboard", resume_after=None)
+    alert = ost.FindingAlert("mail me@example.org", every=10, report=print)
+    writers: list[ost_loop.Writer] = [ost.RunLog(folder / "log.jsonl"), curves, alert]
+    schedule = ost_loop.Schedule(steps=8, eval_every=4, checkpoint_every=4)
+    with ost_orbax.Checkpoints(folder / "checkpoints") as saved:
+        seen: ost_loop.Run = run
+        policy = ost.RewindPolicy()
+        whole = ost_loop.TrainingLoop(seen, saved, schedule, writers, policy=policy)
+        newest = saved.newest()
+        if newest is not None:
+            whole.resume(newest)
+        try:
+            with ost.StopRequest() as stop:
+                whole.train(stop)
+        except (ost_loop.DivergedError, ost_loop.NotSavedError):
+            raise
+        except ost_loop.FailedError as error:
+            raise SystemExit(str(error)) from error
+        finally:
+            curves.close()
+            alert.close()
+    return float(whole.row["eval/loss"])
 
 
 def is_whole(folder: Path) -> bool:

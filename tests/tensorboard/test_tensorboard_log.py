@@ -1,22 +1,19 @@
-"""The writers that the examples share."""
+"""What TensorBoard is given of a run, whatever ends it."""
 
-import json
+import contextlib
 import math
 import struct
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import writers
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import optax_stability as ost
+from optax_stability.tensorboard import TensorBoardLog
 
 ROWS = {1: {"loss": 3.5, "noise/low": math.nan}, 2: {"loss": math.inf, "noise/low": 7}}
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_events(folder):
@@ -40,9 +37,9 @@ def read_scalars(folder):
 
 
 def test_tensorboard_gets_scalars_and_nothing_that_is_not_finite(tmp_path):
-    with writers.TensorBoard(tmp_path / "curves") as curves:
+    with contextlib.closing(TensorBoardLog(tmp_path / "curves")) as curves:
         for step, row in ROWS.items():
-            curves.write(step, row)
+            curves.write(step, row | {"origin": "a file"})
     scalars = read_scalars(tmp_path / "curves")
     assert scalars == [(1, "loss", 3.5), (2, "noise/low", 7.0)]
 
@@ -52,9 +49,8 @@ def test_tensorboard_gets_histograms_over_the_exponents(tmp_path):
     tx = ost.record("grad", histogram=True)
     counts = ost.metrics(tx.update({"w": x}, tx.init({"w": x}))[1])["grad/histogram"]
     nothing, bad = np.zeros(50), np.full(50, np.nan)
-    with writers.Several(writers.TensorBoard(tmp_path / "curves")) as curves:
-        for key, each in {"w": np.asarray(counts), "zero": nothing, "nan": bad}.items():
-            curves.write_histograms(4, {key: each})
+    with contextlib.closing(TensorBoardLog(tmp_path / "curves")) as curves:
+        curves.write(4, {"w": np.asarray(counts), "zero": nothing, "nan": bad})
     (event,) = [e for e in read_events(tmp_path / "curves") if e.summary.value]
     (value,) = event.summary.value
     assert (event.step, value.tag, value.histo.num) == (4, "w (log2)", 4)
@@ -69,11 +65,9 @@ def test_tensorboard_gets_histograms_over_the_exponents(tmp_path):
     assert (value.histo.min, value.histo.max) == (-41, 2)
 
 
-@pytest.mark.parametrize(("resume_after_step", "first"), [(None, 0), (0, 1), (7, 8)])
-def test_tensorboard_hides_what_will_be_written_again(
-    tmp_path, resume_after_step, first
-):
-    writers.TensorBoard(tmp_path, resume_after_step=resume_after_step).close()
+@pytest.mark.parametrize(("resume_after", "first"), [(None, 0), (0, 1), (7, 8)])
+def test_tensorboard_hides_what_will_be_written_again(tmp_path, resume_after, first):
+    TensorBoardLog(tmp_path, resume_after=resume_after).close()
     starts = [
         event.step
         for event in read_events(tmp_path)
@@ -83,46 +77,42 @@ def test_tensorboard_hides_what_will_be_written_again(
 
 
 def test_after_a_rewind_a_curve_goes_back(tmp_path):
-    with writers.TensorBoard(tmp_path) as curves:
+    with contextlib.closing(TensorBoardLog(tmp_path)) as curves:
         for step in (1, 2, 1):
             curves.write(step, {"loss": 1.0})
     assert [step for step, *_ in read_scalars(tmp_path)] == [1, 2, 1]
 
 
-def test_an_error_loses_nothing_that_was_written(tmp_path):
-    lines = writers.JsonLines(tmp_path / "log.jsonl")
-    curves = writers.TensorBoard(tmp_path / "curves")
-
-    def run():
-        with writers.Several(lines, curves) as both:
-            for step in range(1, 101):
-                both.write(step, {"loss": 1.0})
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        run()
-    assert len(read_lines(tmp_path / "log.jsonl")) == 100
-    assert len(read_scalars(tmp_path / "curves")) == 100
+def test_a_killed_run_loses_no_more_than_ten_seconds(tmp_path, monkeypatch):
+    log_module = sys.modules[TensorBoardLog.__module__]
+    seconds = iter(range(0, 1000, 4))
+    monkeypatch.setattr(log_module.time, "monotonic", lambda: next(seconds))
+    curves = TensorBoardLog(tmp_path)
+    for step in range(1, 21):
+        curves.write(step, {"loss": 1.0})
+        (path,) = tmp_path.iterdir()
+        # At two looks at the clock per flush: every third step.
+        assert len(read_scalars(tmp_path)) >= step - 3, path
+    curves.close()
+    assert len(read_scalars(tmp_path)) == 20
 
 
-def test_several_writers_close_though_one_fails():
-    closed = []
+def test_a_full_disk_costs_points_and_nothing_else(tmp_path, monkeypatch):
+    curves = TensorBoardLog(tmp_path)
+    curves.write(1, {"loss": 1.0})
 
-    class Broken(writers.Writer):
-        def write(self, step, row):
-            del step, row
+    def full(event):
+        raise OSError(28, "No space left on device")
 
-        def close(self):
-            closed.append(self)
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        writers.Several(Broken(), Broken()).close()
-    assert len(closed) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(curves._events, "write_event", full)
+        curves.write(2, {"loss": 1.0})
+    curves.write(3, {"loss": 1.0})
+    curves.close()
+    assert [step for step, *_ in read_scalars(tmp_path)] == [1, 3]
 
 
-@pytest.mark.parametrize("make", [writers.JsonLines, writers.TensorBoard])
-def test_a_place_that_cannot_be_is_an_os_error(tmp_path, make):
+def test_a_place_that_cannot_be_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        make(tmp_path / "file" / "inside")
+        TensorBoardLog(tmp_path / "file" / "inside")

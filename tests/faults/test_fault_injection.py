@@ -8,15 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from command import FailedError
-from faults import Fault, Injector, parse, scale_by_surge
-from verifying import verified
+
+from optax_stability.faults import (
+    Fault,
+    FaultInjector,
+    parse_faults,
+    scale_by_surge,
+    with_gradient_factor,
+)
 
 WINDOWS = np.arange(12, dtype=np.int32).reshape(3, 4)
 
 
 def injector(*texts):
-    return Injector(parse(texts), vocabulary=50)
+    return FaultInjector(parse_faults(texts), vocabulary=50)
 
 
 @pytest.mark.parametrize(
@@ -30,11 +35,11 @@ def injector(*texts):
     ],
 )
 def test_a_fault_is_read(text, fault):
-    assert parse([text]) == (fault,)
+    assert parse_faults([text]) == (fault,)
 
 
 def test_faults_without_a_size_are_read():
-    nan, other = parse(["nan@300", "bytes@300x5"])
+    nan, other = parse_faults(["nan@300", "bytes@300x5"])
     assert (nan.kind, nan.first, nan.length) == ("nan", 300, 1)
     assert math.isnan(nan.size)
     assert (other.kind, other.first, other.length) == ("bytes", 300, 5)
@@ -60,7 +65,7 @@ def test_faults_without_a_size_are_read():
 )
 def test_what_is_no_fault_is_an_error_with_the_remedy(text):
     with pytest.raises(ValueError, match="is not a fault; write KIND@BATCH, ") as error:
-        parse(["nan@1", text])
+        parse_faults(["nan@1", text])
     assert str(error.value).startswith(f"{text} is not a fault")
     assert "nan, scale, bytes, surge, flip" in str(error.value)
 
@@ -75,11 +80,11 @@ def test_what_is_no_fault_is_an_error_with_the_remedy(text):
 )
 def test_a_size_that_cannot_be_is_an_error(text, match):
     with pytest.raises(ValueError, match=match):
-        parse([text])
+        parse_faults([text])
 
 
 def test_a_fault_hits_its_batches_alone():
-    (fault,) = parse(["scale@3x2"])
+    (fault,) = parse_faults(["scale@3x2"])
     assert [batch for batch in range(9) if fault.hits(batch)] == [3, 4]
 
 
@@ -130,6 +135,19 @@ def test_a_surge_multiplies_updates_in_their_dtype():
     chex.assert_trees_all_equal_dtypes(found, updates)
 
 
+@pytest.mark.parametrize("factor", [1.0, -3.0, 1e4, math.nan])
+def test_a_factor_is_on_the_gradient_and_not_on_the_loss(factor):
+    def loss_fn(w, *, power):
+        return jnp.sum(w**power)
+
+    faulty = with_gradient_factor(loss_fn, jnp.float32(factor))
+    w = jnp.float32([1.5, -2.0])
+    loss, grads = jax.value_and_grad(faulty)(w, power=2)
+    np.testing.assert_array_equal(grads, factor * 2 * w)
+    if math.isfinite(factor):
+        assert loss == loss_fn(w, power=2)
+
+
 def test_a_flip_is_one_wrong_bit_when_the_step_is_first_run():
     def step(x):
         return [jnp.int32([7]), x, x], {"loss": x.sum()}
@@ -146,27 +164,3 @@ def test_a_flip_is_one_wrong_bit_when_the_step_is_first_run():
     np.testing.assert_array_equal(bits[0] ^ bits[1], [[1, 0]])
     chex.assert_trees_all_equal(leaves[2], x)
     chex.assert_trees_all_equal(flipping(x)[0], step(x)[0])
-
-
-def test_a_verified_step_says_what_differed_and_repeats_it():
-    state = {"layer": {"w": jnp.float32([1.0, 2.0])}, "n": jnp.int32(3)}
-    leaves, structure = jax.tree.flatten(state)
-
-    def step(leaves, batch):
-        return [x + batch.astype(x.dtype) for x in leaves], {"loss": batch}
-
-    said = []
-    for batch, texts in ((3, ["state/layer/w had other bits"]), (4, [])):
-        run = verified(injector("flip@3").flipping(step, batch), structure, said.append)
-        found, metrics = run(leaves, jnp.float32(2))
-        chex.assert_trees_all_equal(found, step(leaves, jnp.float32(2))[0])
-        assert metrics["verify/differs"] == len(texts)
-        assert all(text in line for text, line in zip(texts, said, strict=True))
-        said.clear()
-    count = iter(range(99))
-
-    def broken(leaves, batch):
-        return [x + next(count) for x in leaves], {"loss": batch}
-
-    with pytest.raises(FailedError, match="train on another device"):
-        verified(broken, structure, said.append)(leaves, jnp.float32(2))

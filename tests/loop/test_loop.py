@@ -9,17 +9,20 @@ import signal
 import time
 from types import SimpleNamespace
 
-import flagged
 import jax
 import numpy as np
 import pytest
 import survival
-from flagged import Window
 from tiers import full
-from trainer import DivergedError, NotSavedError, Schedule, Trainer
-from writers import JsonLines, Writer
 
 import optax_stability as ost
+from optax_stability.loop import (
+    DivergedError,
+    NotSavedError,
+    Schedule,
+    TrainingLoop,
+    Window,
+)
 from optax_stability.orbax import Checkpoints, select_checkpoints
 
 # Evaluations and checkpoints fall apart on purpose.
@@ -81,21 +84,19 @@ def train_step(state, batch, harm):
 
 
 class NumpyRun:
-    """What the trainer drives, without a model."""
+    """What the loop drives, without a model."""
 
     tokens_per_step = 10
     flagged = FLAGGED
-    flops_per_token = 1.0
 
     def __init__(self, life=None):
         self._life, self._step = life or Life(), train_step
-        self.step = self.batch = self.repeated = 0
-        self.again = []
+        self.step = 0  # That of the batch it was given last.
         self.state = {"x": np.float32([0.3, 0.4]), "harm": np.float32(0)}
 
-    def advance(self):
+    def advance(self, drawn):
         self._life.tick("advance")
-        drawn = flagged.draw(self)
+        self.step = drawn.step
         skipped = drawn.batch in self.flagged
         state, metrics = self._step(
             copy.deepcopy(self.state) if skipped else self.state,
@@ -104,7 +105,7 @@ class NumpyRun:
         )
         self.state = self.state if skipped else state
         guard = {"skip/skipped": skipped, "skip/value_limit": 2.0}
-        return drawn, metrics | {key: np.float32(x) for key, x in guard.items()}
+        return metrics | {key: np.float32(x) for key, x in guard.items()}
 
     def examine(self, drawn):
         self._life.tick("examine")
@@ -114,6 +115,9 @@ class NumpyRun:
     def evaluate(self):
         self._life.tick("evaluate")
         return {"eval/loss": float(self.state["x"][0])}
+
+    def speed(self, seconds):
+        return {"perf/seconds": seconds}
 
 
 class UnflaggedRun(NumpyRun):
@@ -233,7 +237,7 @@ def go(
     run=NumpyRun,
     policy=AfterThree,
     life=None,
-    writer=JsonLines,
+    writer=ost.RunLog,
     due=lambda: False,
     kept=None,
 ):
@@ -244,13 +248,14 @@ def go(
     run = run(life)
     names = ("save", "available", "load", "poll", "wait", "first_whole", "newest")
     saved = mortal(life, saved, *names)
-    writer = mortal(life, writer, "write", "write_histograms")
+    writer = mortal(life, writer, "write")
     policy = mortal(life, policy(), "update", "get_state", "set_state")
-    trainer = Trainer(SCHEDULE, run, saved, writer, {"about": "it"}, policy, kept)
+    more = {"about": {"about": "it"}, "policy": policy, "keep_flagged": kept}
+    loop = TrainingLoop(run, saved, SCHEDULE, [writer], **more)
     if newest:
-        trainer.resume(newest)
-    trainer.train(SimpleNamespace(due=due))
-    return trainer, run
+        loop.resume(newest)
+    loop.train(SimpleNamespace(due=due))
+    return loop, run
 
 
 def at_once():
@@ -262,15 +267,15 @@ def without_times(row):
     return {key: x for key, x in row.items() if not key.startswith("perf/")}
 
 
-def course(saved, log, trainer, run):
+def course(saved, log, loop, run):
     """All that must be the same."""
     return (
         [without_times(json.loads(line)) for line in log.read_text().splitlines()],
         {key: np.asarray(x).tobytes() for key, x in run.state.items()},
-        (run.step, run.batch, run.again, run.repeated),
+        (loop.step, loop.batch, loop._again, loop._repeated),
         [json.dumps(each) for each in saved.available()],
         # A run that was complete knows its last evaluation only.
-        {key: x for key, x in trainer.row.items() if key.startswith("eval/")},
+        {key: x for key, x in loop.row.items() if key.startswith("eval/")},
     )
 
 
@@ -346,7 +351,7 @@ class Misfortune(Life):
         """A log on the same disk."""
         life = self
 
-        class FullLog(JsonLines):
+        class FullLog(ost.RunLog):
             def _flush(self):
                 if life.is_full():
                     raise OSError(28, "No space left on device")
@@ -381,11 +386,11 @@ def test_a_thousand_interruptions_and_damages_change_nothing(tmp_path, policy):
                 suffered += 1
             saved.full = life.is_full
             try:
-                trainer, run = go(
+                loop, run = go(
                     saved, log, policy=policy, life=life, writer=life.log, due=life.due
                 )
-                if run.step == SCHEDULE.steps:
-                    ended = trainer, run
+                if loop.step == SCHEDULE.steps:
+                    ended = loop, run
             # Diverged: without a checkpoint, for the disk was full from the start.
             except (Killed, NotSavedError, DivergedError):
                 suffered += 1
@@ -416,13 +421,13 @@ def test_a_signal_at_any_call_stops_it_after_the_step(tmp_path, undisturbed, eve
         saved = Memory({})
         log.unlink(missing_ok=True)
         with ost.StopRequest() as stop:
-            trainer, run = go(saved, log, life=Terminated(at), due=stop.due)
+            loop, run = go(saved, log, life=Terminated(at), due=stop.due)
         assert stop.requested == "SIGTERM"
-        assert saved.available()[0]["batch"] == run.batch  # Nothing would be lost.
-        if run.step < SCHEDULE.steps:
+        assert saved.available()[0]["batch"] == loop.batch  # Nothing would be lost.
+        if loop.step < SCHEDULE.steps:
             saved = Memory(saved.disk)
-            trainer, run = go(saved, log)
-        assert course(saved, log, trainer, run) == expected, at
+            loop, run = go(saved, log)
+        assert course(saved, log, loop, run) == expected, at
         survival.count(survival.STOPS)
 
 
@@ -445,8 +450,8 @@ def test_a_last_checkpoint_that_cannot_be_saved_is_one_line(tmp_path):
     with pytest.raises(NotSavedError, match=says):
         go(saved, log, policy=quiet)
     saved.full = lambda: False
-    _, run = go(saved, log, policy=quiet)
-    assert (run.step, saved.available()[0]["step"]) == (24, 24)
+    loop, _ = go(saved, log, policy=quiet)
+    assert (loop.step, saved.available()[0]["step"]) == (24, 24)
 
 
 def test_a_full_disk_at_the_end_gets_a_second_chance(tmp_path):
@@ -474,10 +479,10 @@ def test_a_rewind_passes_over_a_damaged_checkpoint(tmp_path):
     log, saved = tmp_path / "log.jsonl", Memory({})
 
     class Damaging(UnflaggedRun):
-        def advance(self):
-            if self.step == 14:
+        def advance(self, drawn):
+            if drawn.step == 15:
                 saved.damaged.add(12)
-            return super().advance()
+            return super().advance(drawn)
 
     decision = ost.Decision("rewind", 13, 19)
     go(saved, log, run=Damaging, policy=lambda: Scripted(18, decision))
@@ -511,12 +516,12 @@ def test_what_is_wrong_with_the_machine_is_trained_on_after_all(tmp_path):
     class Noted(NumpyRun):
         flagged = FLAGGED - {11}
 
-        def advance(self):
-            drawn, metrics = super().advance()
+        def advance(self, drawn):
+            metrics = super().advance(drawn)
             seen.append((drawn, bool(metrics["skip/skipped"])))
-            return drawn, metrics
+            return metrics
 
-    _, run = go(Memory({}), log, run=Noted, policy=quiet)
+    loop, _ = go(Memory({}), log, run=Noted, policy=quiet)
     found = rechecks(log)
     assert sorted(found) == [3, 14, 19, 20, 22]
     assert [found[k]["recheck/verdict"] for k in sorted(found)] == [1, 1, 0, 0, 1]
@@ -527,7 +532,7 @@ def test_what_is_wrong_with_the_machine_is_trained_on_after_all(tmp_path):
     # Batch 18 (from 0) two steps later, and 19, which the guard flags once more.
     assert [drawn.position for drawn, _ in seen] == [*range(20), 18, 19, 20, 21]
     assert [drawn.again for drawn, _ in seen] == [False] * 20 + [True] * 2 + [False] * 2
-    assert (run.repeated, run.again) == (2, [])
+    assert (loop._repeated, loop._again) == (2, [])
     trained = [drawn.position for drawn, skipped in seen if not skipped]
     assert len(set(trained)) == len(trained)
 
@@ -538,10 +543,9 @@ def test_a_rewind_passes_over_what_was_to_be_drawn_again(tmp_path):
     class Noted(NumpyRun):
         flagged = frozenset({11})
 
-        def advance(self):
-            found = super().advance()
-            drawn.append(found[0])
-            return found
+        def advance(self, draw):
+            drawn.append(draw)
+            return super().advance(draw)
 
     log = tmp_path / "log.jsonl"
     decision = ost.Decision("rewind", 8, 14)
@@ -583,13 +587,13 @@ def test_a_run_that_is_stopped_after_any_step_takes_the_same_course(
 ):
     expected, _ = undisturbed(policy)
     saved, log, stops = Memory({}), tmp_path / "log.jsonl", 0
-    trainer, run = go(saved, log, policy=policy, due=at_once)
-    while run.step < SCHEDULE.steps:
-        assert saved.available()[0]["batch"] == run.batch  # Nothing would be lost.
+    loop, run = go(saved, log, policy=policy, due=at_once)
+    while loop.step < SCHEDULE.steps:
+        assert saved.available()[0]["batch"] == loop.batch  # Nothing would be lost.
         saved, stops = Memory(saved.disk), stops + 1
-        trainer, run = go(saved, log, policy=policy, due=at_once)
+        loop, run = go(saved, log, policy=policy, due=at_once)
     assert stops > SCHEDULE.steps
-    assert course(saved, log, trainer, run) == expected
+    assert course(saved, log, loop, run) == expected
     survival.count(survival.STOPS, stops)
 
 
@@ -605,14 +609,14 @@ def test_the_log_reads_as_that_of_the_course_that_counts(tmp_path):
 
 def test_a_rewind_restores_a_step_and_leaves_batches_out(tmp_path):
     log, saved = tmp_path / "log.jsonl", Memory({})
-    _, run = go(saved, log)
+    loop, _ = go(saved, log)
     # Steps 9 to 11 were bad: 11 − 3 = 8, and the next batch is the 13th …
     assert rewinds(log)[0] == (11, 8, 12)
     # … so that of step n is n + 4. Steps 20 to 22 were bad, 22 − 6 = 16, and so on.
     assert rewinds(log)[1] == (22, 16, 27)
     # The newest checkpoint up to 20 − 9 = 11 is that of the first rewind.
     assert rewinds(log)[2] == (20, 8, 32)
-    assert (run.step, run.batch) == (24, 48)
+    assert (loop.step, loop.batch) == (24, 48)
 
 
 class Scripted(AfterThree):
@@ -637,10 +641,10 @@ def test_without_an_older_checkpoint_a_rewind_takes_the_oldest(tmp_path):
 class BranchingRun(UnflaggedRun):
     """All of whose bad losses are of a branch, or of a probe."""
 
-    def advance(self):
-        drawn, metrics = super().advance()
+    def advance(self, drawn):
+        metrics = super().advance(drawn)
         key = "branch/mode" if self.step % 2 else "branch/probed"
-        return drawn, metrics | {key: np.float32(metrics["loss"] > 5)}
+        return metrics | {key: np.float32(metrics["loss"] > 5)}
 
 
 def test_losses_that_may_be_taken_back_send_nothing_back(tmp_path):
@@ -664,7 +668,7 @@ def test_a_run_that_gave_up_gives_up_again(tmp_path):
         assert saved.available()[0]["step"] == 16
 
 
-class Watched(Writer):
+class Watched:
     """Notes how many steps the device has been given when a row is written."""
 
     def __init__(self, run):
@@ -673,21 +677,18 @@ class Watched(Writer):
     def write(self, step, row):
         if "loss" in row:
             self.seen[step] = self._run.step
-
-    def write_histograms(self, step, counts):
-        assert counts.keys() == {"histogram"}
-        self.histograms.append(step)
-
-    def close(self):
-        """Has nothing to do."""
+        arrays = {key for key, x in row.items() if np.ndim(x)}
+        if arrays:
+            assert arrays == {"histogram"}
+            self.histograms.append(step)
 
 
 def test_the_host_looks_at_a_step_when_the_next_one_is_on_its_way():
     schedule = Schedule(steps=8, eval_every=5, checkpoint_every=7, histogram_every=3)
     run = NumpyRun()
     writer = Watched(run)
-    trainer = Trainer(schedule, run, Memory({}), writer, {}, None)
-    trainer.train(SimpleNamespace(due=lambda: False))
+    loop = TrainingLoop(run, Memory({}), schedule, [writer])
+    loop.train(SimpleNamespace(due=lambda: False))
     # But for what an evaluation, a checkpoint or the end has to wait for.
     late = {1: 2, 2: 3, 3: 4, 4: 5, 5: 5, 6: 7, 7: 7, 8: 8}
     assert writer.seen == late
@@ -774,15 +775,16 @@ def test_a_process_that_is_killed_while_it_saves_takes_the_same_course(tmp_path)
 
 def test_ctrl_c_stops_between_two_steps_and_saves(tmp_path):
     class Interrupted(UnflaggedRun):
-        def advance(self):
-            if self.step == 5:
+        def advance(self, drawn):
+            if drawn.step == 6:
                 os.kill(os.getpid(), signal.SIGINT)
-            return super().advance()
+            return super().advance(drawn)
 
     run, saved, rows = Interrupted(), Memory({}), []
     writer = SimpleNamespace(write=lambda step, row: rows.append(step))
     with ost.StopRequest() as stop:
-        Trainer(SCHEDULE, run, saved, writer, {}, None).train(stop)
+        loop = TrainingLoop(run, saved, SCHEDULE, [writer])
+        loop.train(stop)
     assert stop.requested == "SIGINT"
     assert rows == [0, 1, 2, 3, 4, 5, 6, 6]  # The last is an evaluation.
-    assert saved.available()[0]["step"] == run.step == 6
+    assert saved.available()[0]["step"] == loop.step == 6
