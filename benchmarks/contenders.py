@@ -84,7 +84,9 @@ def in_steps_of_eight(
     inner: optax.GradientTransformation, **options: Any
 ) -> optax.GradientTransformation:
     """What optax offers for accumulation."""
-    return optax.MultiSteps(inner, 8, **options).gradient_transformation()
+    steps = optax.MultiSteps(inner, 8, **options)
+    # Its gradient_transformation() would drop the learning rate.
+    return optax.GradientTransformationExtraArgs(steps.init, steps.update)
 
 
 CLIP = "clip 1.0 + adamw"

@@ -31,8 +31,7 @@ _LLM_C = {(20240520, 1): np.uint16, (20240801, 7): np.uint32}
 _HEADER = 1024
 _PART = 1 << 24  # Ids that are looked at together.
 
-# The pieces into which tiktoken splits text before it merges bytes: GPT-4's
-# cl100k_base.
+# How tiktoken splits text before it merges bytes: GPT-4's cl100k_base.
 _WORDS = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"""
     r"""| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
@@ -75,10 +74,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         return read(path)
     except Exception as error:  # The Rust packages raise plain Exception.
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"--tokenizer: {path} is not a {package} file: {reason}"
-        ) from error
+        problem = f"is not a {package} file: {error}".partition("\n")[0]
+        raise InputError(f"--tokenizer: {path} {problem}") from error
 
 
 def _read_json(path: Path) -> Tokenizer:
@@ -257,10 +254,10 @@ def _check_ids(path: Path, ids: np.ndarray) -> int:
     if len(below) and top > 1000 and rare:
         i = next(i for i, part in enumerate(parts) if part.max() == top)
         where = i * _PART + int(np.argmax(parts[i] == top))
-        problem = f"has id {top} at token {where}, far above nearly all others, which "
-        problem += f"end at {below[-1]}"
+        problem = f"has id {top} at token {where}, far above nearly all others"
         remedy = "mend the file, or give the --tokenizer that made it"
-        raise InputError(f"--data: {path} {problem}; {remedy}")
+        end = f"which end at {below[-1]}"
+        raise InputError(f"--data: {path} {problem}, {end}; {remedy}")
     return top + 1
 
 
@@ -320,10 +317,9 @@ def _say_left_out(refused: dict[str, str]) -> tuple[str, ...]:
 
 def _load_text(path: Path | None, tokenizer: Tokenizer | None) -> Corpus:
     if path is None:
-        library = Path(sysconfig.get_paths()["stdlib"])
+        library, refused = Path(sysconfig.get_paths()["stdlib"]), {}
         name = "Python's standard library"
-        found, refused = _read_texts(_files(library, "*.py", without=_NOT_LIBRARY))
-        refused = {}
+        found = _read_texts(_files(library, "*.py", without=_NOT_LIBRARY))[0]
     else:
         name = path.resolve().name
         found, refused = _read_texts(_files(path) if path.is_dir() else [path])

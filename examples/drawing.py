@@ -6,18 +6,15 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from optax_stability.faults import Fault
 from matplotlib.axes import Axes
+
+from optax_stability.faults import Fault
 
 Rows = list[dict[str, float]]
 
 
 class Side(NamedTuple):
-    """Name of one of the runs, and how its curve looks.
-
-    Where all are in one panel, a curve that others cover is wider, and its marks are
-    larger, so that they show on either side of them.
-    """
+    """How a run looks: a curve that others cover is wider, to show beside them."""
 
     name: str
     color: str
@@ -56,12 +53,13 @@ def _draw_loss(axes: Axes, side: str, rows: Rows) -> None:
 
 def _mark_end(axes: Axes, batch: np.ndarray, loss: np.ndarray, color: str) -> None:
     """Marks where the loss became NaN for good."""
-    finite = np.flatnonzero(np.isfinite(loss))
-    if finite.size and finite[-1] < loss.size - 1:
-        point = batch[finite[-1]], loss[finite[-1]]
+    *_, last = -1, *np.flatnonzero(np.isfinite(loss))
+    if 0 <= last < loss.size - 1:
+        point = batch[last], loss[last]
         axes.plot(*point, color=color, marker="X", ms=8)
-        text = "not a number from here"
-        axes.annotate(text, point, (8, 4), textcoords="offset points")
+        axes.annotate(
+            "not a number from here", point, (8, 4), textcoords="offset points"
+        )
 
 
 def _mark_rewinds(axes: Axes, rows: Rows) -> None:
@@ -82,28 +80,20 @@ def _mark_branches(axes: Axes, steps: Rows) -> None:
         np.array([row.get(key, 0) for row in steps], float)
         for key in ("branch/mode", "branch/rollbacks")
     )
-    if mode.any():
-        axes.fill_between(
-            batch, 0, 0.04, where=mode > 0, transform=across, color="C2", lw=0
-        )
+    style = {"color": "C2", "lw": 0, "transform": across}
+    axes.fill_between(batch, 0, 0.04, where=mode > 0, **style)
     for at in batch[1:][np.diff(rollbacks) > 0]:
-        text = " branch taken back"
-        axes.text(at, 0.97, text, transform=across, va="top")
+        axes.text(at, 0.97, " branch taken back", transform=across, va="top")
 
 
 def _draw_held_out(axes: Axes, runs: dict[str, Rows]) -> None:
-    """Draws the held-out losses of all runs; of the range all but the first sets it."""
-    later = []
+    """Draws the held-out losses of all runs, but those before the first step."""
     for side, rows in reversed(runs.items()):
         name, color, marker, width = SIDES[side]
-        measured = [row for row in rows if "eval/loss" in row]
-        loss = column(measured, "eval/loss")
+        measured = [row for row in rows if "eval/loss" in row and row["step"]]
+        points = column(measured, "batch"), column(measured, "eval/loss")
         style = {"color": color, "lw": width, "marker": marker, "ms": 3 + 1.5 * width}
-        axes.plot(column(measured, "batch"), loss, **style, label=name)
-        later += loss[1:][np.isfinite(loss[1:])].tolist()
-    if later:
-        room = 0.15 * (max(later) - min(later)) or 0.1
-        axes.set_ylim(min(later) - room, max(later) + room)
+        axes.plot(*points, **style, label=name)
     axes.set(title="Held-out loss", ylabel="loss", xlabel="batch")
     axes.legend()
 
@@ -112,9 +102,8 @@ def _mark_faults(axes: Axes, injected: tuple[Fault, ...], *, named: bool) -> Non
     """Shades the batches that were broken on purpose."""
     across = axes.get_xaxis_transform()
     for fault in injected:
-        end = fault.first + fault.length
-        axes.axvspan(fault.first, end, color="C3", alpha=0.3, lw=0.8)
-        many = f" × {fault.length}" if fault.length > 1 else ""
+        axes.axvspan(fault.first, fault.first + fault.length, color="C3", alpha=0.3)
+        many = f" × {fault.length}" * (fault.length > 1)
         if named:
             axes.text(fault.first, 1.02, fault.kind + many, transform=across)
 
@@ -122,8 +111,7 @@ def _mark_faults(axes: Axes, injected: tuple[Fault, ...], *, named: bool) -> Non
 def draw(runs: dict[str, Rows], injected: tuple[Fault, ...], path: Path) -> None:
     """Draws the training loss of each run, the held-out losses of all, and the faults.
 
-    The runs have a panel each: before the first fault their curves are the same, and
-    one would hide the others.
+    Each run has a panel: before the first fault one curve would hide the others.
     """
     count = len(runs) + 1
     with plt.style.context("optax_stability.report"):

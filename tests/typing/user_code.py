@@ -372,6 +372,8 @@ def level(state: object) -> jax.Array | None:
             return jnp.nanmedian(values)
         case thresholds.RelearnState(inner=inner):
             return level(inner)
+        case thresholds.AtMostMedianState(inner=inner):
+            return level(inner)
         case _:
             return None
 
