@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from meshes import collectives, place
@@ -51,7 +51,8 @@ def test_directions_that_never_meet():
     found = ost.attention_logit_bound(
         head(eye[:, :2] @ eye[:2]), head(eye[:, 2:] @ eye[2:])
     )
-    np.testing.assert_array_equal(found, [0.0])
+    # Not above what rounding could hide: √(32·2⁻²⁴) of the bound of parallel ones.
+    assert 0 <= found[0] <= 2e-3 * np.sqrt(4)
 
 
 def test_the_worst_case_of_the_trace():
@@ -137,6 +138,7 @@ def worst_inputs(query, key):
     size=st.sampled_from([1e-12, 1.0, 1e12]),
     rank=st.integers(1, DIM),
 )
+@example(seed=3988, biased=False, centred=False, rotary=False, size=1e-12, rank=1)
 def test_no_logit_is_above_the_bound(seed, biased, centred, rotary, size, rank):
     rng = np.random.default_rng(seed)
 
@@ -171,7 +173,7 @@ def test_no_logit_is_above_the_bound(seed, biased, centred, rotary, size, rank):
         for position in (range(4) if rotary else [0])
     ]
     largest = np.max(logits, axis=0) / DIM**0.5
-    assert np.all(np.asarray(found) >= largest * (1 - 1e-4)), (found, largest)
+    assert np.all(np.asarray(found) >= largest * (1 - RTOL)), (found, largest)
 
 
 def test_an_input_reaches_the_bound_of_an_rms_norm():
