@@ -254,7 +254,7 @@ def last_window(
 class Model(nnx.Module):
     """Embeds, transforms, and predicts with the matrix of the embedding."""
 
-    loss_probe: nnx.Param  # Set where a trainer passes no loss.
+    loss_probe: nnx.Param[jax.Array]  # Set where a trainer passes no loss.
 
     def __init__(self, vocabulary: int, width: int, rngs: nnx.Rngs):
         self.embed = ost_flax.Embed(vocabulary, width, rngs=rngs)
