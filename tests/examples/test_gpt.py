@@ -114,7 +114,7 @@ def test_one_command_trains_and_leaves_a_log_and_a_picture(tmp_path, text):
     assert rows[0]["clip/limit"] is None  # Infinite until the clip is armed.
     assert evaluations[0]["eval/bits"] == pytest.approx(8, abs=1e-4)
     assert evaluations[-1]["eval/bits"] < 8
-    assert rows[1]["noise_scale/b_simple"] is None  # Two steps have no variance.
+    assert rows[1]["noise_scale/b_simple"] == 0  # Two steps have no variance.
     for row in rows[-4:]:
         scale, low, high = (row[key] for key in NOISE)
         assert 0 < low < scale < high
