@@ -85,8 +85,12 @@ def in_steps_of_eight(
 ) -> optax.GradientTransformation:
     """What optax offers for accumulation."""
     steps = optax.MultiSteps(inner, 8, **options)
+
+    def update(updates, state, params=None, **extra_args):
+        return steps.update(updates, state, params, **extra_args)
+
     # Its gradient_transformation() would drop the learning rate.
-    return optax.GradientTransformationExtraArgs(steps.init, steps.update)
+    return optax.GradientTransformationExtraArgs(steps.init, update)
 
 
 CLIP = "clip 1.0 + adamw"
