@@ -52,6 +52,11 @@ def adaptive() -> optax.GradientTransformation:
     return optax.chain(ost.clip_by_zscore(), safe_adamw())
 
 
+def outliers_alone() -> optax.GradientTransformation:
+    """The same with a clip that leaves ordinary norms as they are."""
+    return optax.chain(ost.clip_by_zscore(at_most_median=False), safe_adamw())
+
+
 def guarded(**options: Any) -> optax.GradientTransformation:
     """The recommended chain."""
     return ost.spike_guard(adaptive(), **options)
@@ -63,9 +68,9 @@ def branching(**options: Any) -> optax.GradientTransformation:
 
 
 def fixed_clip() -> optax.GradientTransformation:
-    """The recommended chain, the clip of most training code in front of its own."""
+    """The guarded clip of outliers, the clip of most training code in front of it."""
     fixed = ost.clip_by_threshold(ost.thresholds.constant(1.0))
-    return ost.spike_guard(optax.chain(fixed, adaptive()))
+    return ost.spike_guard(optax.chain(fixed, outliers_alone()))
 
 
 def muon() -> optax.GradientTransformation:
@@ -95,6 +100,7 @@ def in_steps_of_eight(
 
 CLIP = "clip 1.0 + adamw"
 OURS = "ours"
+OUTLIERS = "outliers alone"
 PEERS: dict[str, Optimizer] = {
     "adamw": adamw,
     CLIP: clipped,
@@ -105,13 +111,14 @@ PEERS: dict[str, Optimizer] = {
     "AdaGC": lambda: optax.chain(peers.adagc(), adamw()),
 }
 PARTS: dict[str, Optimizer] = {
+    OUTLIERS: lambda: ost.spike_guard(outliers_alone()),
     "no clip": lambda: ost.spike_guard(safe_adamw()),
-    "no guard": adaptive,
+    "no guard": outliers_alone,
     "adamw of optax": lambda: ost.spike_guard(
-        optax.chain(ost.clip_by_zscore(), adamw())
+        optax.chain(ost.clip_by_zscore(at_most_median=False), adamw())
     ),
-    "norm alone": lambda: ost.skip_spikes(adaptive()),
-    "25 skips": functools.partial(guarded, max_consecutive=25),
+    "norm alone": lambda: ost.skip_spikes(outliers_alone()),
+    "25 skips": lambda: ost.spike_guard(outliers_alone(), max_consecutive=25),
     "and clip 1.0": fixed_clip,
 }
 BRANCHES: dict[str, Optimizer] = {
