@@ -40,12 +40,13 @@ def clipping_too_often(history: History) -> Finding | None:
 
 
 def _clipped(history: History) -> list[Series]:
-    """Whether each step was clipped, for every clip."""
+    """Whether each step was clipped, and not by little, for every clip."""
     found = []
     for norm in history.find_all("clip/norm"):
         key = norm.key.replace("clip/norm", "clip/limit")
         if key in history.columns:
-            found.append(Series(norm.key, norm.values > history.columns[key]))
+            limit = limits.CLIPPED_FACTOR * history.columns[key]
+            found.append(Series(norm.key, norm.values > limit))
     if found:
         return found
     for share in history.find_all("clip/fraction"):

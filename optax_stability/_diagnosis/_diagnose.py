@@ -142,7 +142,7 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
     ``frequent_skips``          more than 1 in 16 steps are skipped
     ``skip_budget_spent``       a spike was taken because no skip was left
     ``clustered_skips``         skips at the same position of every epoch
-    ``clipping_too_often``      more than 95 of 100 steps are clipped
+    ``clipping_too_often``      more than 95 of 100 steps are clipped by a third
     ``misplaced_clip``          the clip sees a normalised update, not the gradient
     ``dominant_layer``          one layer is 95 % of the squared gradient norm
     ``bimodal_updates``         all entries ±a, after a spread around zero

@@ -105,6 +105,12 @@ def a_fixed_clip_that_often_acts():
     return history | {"clip/limit": np.full(ROWS, 0.5)}
 
 
+def a_clip_at_the_median_of_rising_norms():
+    """All are clipped, by a tenth."""
+    history = healthy()
+    return history | {"clip/limit": history["clip/norm"] / 1.1}
+
+
 def sign_updates():
     """Of Lion, say: plus or minus the same from beginning to end."""
     return healthy() | {"update/bimodality": wobbling(0.99)}
@@ -353,6 +359,7 @@ HEALTHY = (
     one_clipped_step,
     a_gradient_at_eight_times_its_trend,
     a_fixed_clip_that_often_acts,
+    a_clip_at_the_median_of_rising_norms,
     sign_updates,
     rare_tokens,
     a_bias_without_a_gradient,
