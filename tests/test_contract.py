@@ -105,7 +105,7 @@ def halves(params):
 
     def split(x):
         cut = x.shape[1] // 2
-        return ost.AttentionHeads(x[:, None, :cut], x[:, None, cut:])
+        return ost.AttentionHeads(x[:, None, :cut], x[:, None, cut : 2 * cut])
 
     return {name: split(x) for name, x in named if x.ndim == 2}
 

@@ -70,7 +70,8 @@ def _grams(weight):
 
     m is the largest absolute entry of the head, so that no square overflows.
     """
-    largest = _parts.replicated(jnp.max(jnp.abs(weight), axis=(0, 2)))
+    largest = jnp.max(jnp.abs(weight), axis=(0, 2), initial=0.0)
+    largest = _parts.replicated(largest)
     unit = weight / jnp.where(largest > 0, largest, 1.0)[None, :, None]
     return largest, _contract("whd,whe->hde", unit, unit)
 

@@ -249,6 +249,7 @@ def clip_attention_logits(
         updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
+        updates, params = jax.tree.map(jnp.asarray, (updates, params))
         heads = find_heads(heads_of, optax.apply_updates(params, updates))
         if measured is None:
             logits = bounds(heads, rotary)
