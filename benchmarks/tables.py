@@ -56,6 +56,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "stability_parts": ("stability_small", stability.parts_table),
     "stability_large": ("stability_large", stability.grid_table),
     "stability_microbatches": ("stability_microbatches", stability.grid_table),
+    "stability_muon": ("stability_muon", stability.grid_table),
     "stability_branch": ("stability_branch", stability.grid_table),
     "stability_branch_large": ("stability_branch_large", stability.grid_table),
     "clean_small": ("clean_cost_small", only(clean_cost.tables)),
