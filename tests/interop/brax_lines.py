@@ -6,13 +6,9 @@ import optax
 import optax_stability as ost
 
 
-def make_optimizer(learning_rate, axis_name=None):
-    chain = optax.chain(
-        ost.clip_by_zscore(axis_name=axis_name),
-        ost.scale_by_safe_adam(),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    return ost.spike_guard(chain, loss=False, axis_name=axis_name)
+def make_optimizer(learning_rate):
+    adam = ost.safe_adamw(learning_rate, weight_decay=0)  # brax gives no parameters
+    return ost.spike_guard(optax.chain(ost.clip_by_zscore(), adam), loss=False)
 
 
 # [end]

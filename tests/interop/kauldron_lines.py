@@ -14,7 +14,7 @@ def make_optimizer(learning_rate):
 
 # [history]
 def write_report(state, path):
-    # After, or during, the training; state is what trainer.train() returns.
+    # After the training: state, _ = trainer.train()
     ost.write_report(ost.history(state), path)
 
 

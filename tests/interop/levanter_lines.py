@@ -32,5 +32,4 @@ def log_guard(step_info):
     levanter.tracker.log(values, step=step_info.step)
 
 
-# trainer.add_hook(log_guard, every=10)
 # [end]

@@ -50,8 +50,9 @@ def rate_of(state):
 
 # [restart]
 def save(path, state):
+    state = state._replace(rng_key=jax.random.key_data(state.rng_key))
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, state._replace(rng_key=jax.random.key_data(state[2])))
+        checkpointer.save(path, state)
 
 
 def restore(path, like):

@@ -1,7 +1,6 @@
 """A guarded run of Tunix: the lines of docs/trainers/tunix.md, and a small model."""
 
 # [imports]
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -37,9 +36,10 @@ def make_trainer(model, loss_fn, config):
 class GuardedTrainer(peft_trainer.PeftTrainer):
     def _post_process_train_step(self, aux):
         buffer = self._buffered_train_metrics.additional_metrics
-        # A copy, because the next step overwrites the state of the optimizer.
-        for name, value in jax.tree.map(jnp.copy, ost.metrics(self.optimizer)).items():
-            buffer[name] = ([value], np.mean)
+        for name, value in ost.metrics(self.optimizer).items():
+            if value.ndim == 0:  # without the vectors …/per_leaf
+                # A copy, because the next step overwrites the optimizer's state.
+                buffer[name] = ([jnp.copy(value)], np.mean)
 
 
 # [accumulate]
@@ -48,7 +48,7 @@ def make_accumulating_trainer(model, loss_fn, config, every_k):
     model.loss_probe = nnx.Param(ost.loss_probe())
     tx = ost.with_loss_probe(ost.spike_guard(ost.safe_adamw(SCHEDULE)))
     tx = ost.accumulate_moments(tx, every_k)
-    trainer = peft_trainer.PeftTrainer(model, tx, config)
+    trainer = GuardedTrainer(model, tx, config)
     return trainer.with_loss_fn(ost.probed(loss_fn))
 
 
