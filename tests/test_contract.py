@@ -25,6 +25,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiers import full, quick_only, together
 
 import optax_stability as ost
+from optax_stability._core._leaves import as_arrays
 from optax_stability._moments._moments import single
 
 # Another order of adding: a few ulps of float32 are all that may differ.
@@ -60,7 +61,8 @@ def with_moments(tx):
     """``tx``, told that the gradient is the mean of two that are close to it."""
 
     def update(updates, state, params=None, **extra_args):
-        moments = single(updates, 0.0, 2.0, mean_square=True).moments
+        given = as_arrays("microbatch_gradients: the gradient", updates)
+        moments = single(given, 0.0, 2.0, mean_square=True).moments
         moments = moments._replace(
             num_microbatches=jnp.int32(2),
             deviation=jnp.full_like(moments.deviation, 0.01),
