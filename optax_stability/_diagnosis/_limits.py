@@ -117,8 +117,8 @@ NOISE_RATIO, NOISE_ROWS = 20.0, 32
 # Share of clipped steps. By design, ZClip clips about 4 %, and AutoClip at its 10th
 # percentile 90 %. Choice.
 CLIPPED_SHARE, CLIPPED_WINDOW = 0.95, 100
-# What a step must be shortened by to count. Choice: the median of the last sixteen norms
-# (``at_most_median``) is that far below a norm that rises by 5 % a step.
+# What a step must be shortened by to count. Choice: the median of the last sixteen
+# norms (``at_most_median``) is that far below a norm that rises by 5 % a step.
 CLIPPED_FACTOR = 1.5
 # The token bucket of ``skip_spikes`` refills one skip in 16 steps; a higher rate over a
 # long time means that the bucket is empty. Source: its default ``budget``. A single
