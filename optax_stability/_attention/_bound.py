@@ -23,7 +23,7 @@ from optax_stability._core import _numerics, _parts, _validate
 # Powers 2⁶ = 64: the bound is then at most head_dim^(1/128) too large.
 _SQUARINGS = 6
 # What rounding may take from the eigenvalue of a product of Gram matrices, as a share
-# of the product of their norms. Choice: twice the most that 1,200 heads lost.
+# of the product of their norms. Choice: 32 units in the last place.
 _ROUNDING = 32 * 2.0**-24
 
 
