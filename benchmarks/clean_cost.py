@@ -74,6 +74,13 @@ class Row(NamedTuple):
     against: str = CLIP
 
 
+def without_warmup() -> optax.GradientTransformation:
+    """``clip_by_zscore`` whose first limits are whole medians."""
+    outliers = ost.thresholds.relearn(ost.thresholds.zscore(), after=25)
+    evened = ost.thresholds.at_most_median(outliers, warmup=1)
+    return ost.clip_by_threshold(evened)
+
+
 def with_clip(clip: optax.GradientTransformation) -> optax.GradientTransformation:
     """The recommended chain with another clip."""
     return ost.spike_guard(optax.chain(clip, safe_adamw()))
@@ -89,6 +96,7 @@ ROWS = {
         lambda: ost.spike_guard(optax.chain(ost.clip_by_zscore(), adamw()))
     ),
     "ours, clip 1.0": Row(lambda: with_clip(optax.clip_by_global_norm(1.0))),
+    "ours, median from the start": Row(lambda: with_clip(without_warmup())),
     "ours, clip of outliers alone": Row(
         lambda: with_clip(ost.clip_by_zscore(at_most_median=False))
     ),

@@ -112,6 +112,9 @@ def record_logit_bound(
     _validate.check_count("every", every, 1, "1 measures at every step")
 
     def init_fn(params):
+        if _tree.is_placeholder(params):  # It has no heads to find.
+            zero = jnp.zeros((), jnp.int32)
+            return RecordLogitBoundState(zero, bound=jnp.zeros(()), entries=0)
         shapes = jax.eval_shape(
             lambda params: bounds(find_heads(heads_of, params), rotary), params
         )

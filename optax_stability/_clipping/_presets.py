@@ -41,7 +41,9 @@ def clip_by_zscore(
     ``clip_by_threshold(at_most_median(relearn(zscore(…), after=relearn_after)))``: the
     published rule never accepts a lasting rise of the norm; ``relearn`` does. It leaves
     ordinary norms as they are; ``at_most_median`` evens them out, as a fixed clip below
-    the usual norm does: so about every second ordinary step is clipped, by little.
+    the usual norm does: so about every second ordinary step is clipped, by little, and
+    the first 32, whose norms may be far above all later ones, to a share of their
+    median that rises from 1/32 to 1.
 
     Guarantees and edge cases are those of :func:`clip_by_threshold`,
     :func:`thresholds.zscore`, :func:`thresholds.relearn` and

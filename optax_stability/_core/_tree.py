@@ -5,6 +5,7 @@
 
 import itertools
 import sys
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -33,9 +34,27 @@ def pure(tree: Any) -> Any:
     )
 
 
+def is_placeholder(tree: Any) -> bool:
+    """Whether ``tree`` is what ``optax.tree.map_params`` gives ``init`` for parameters.
+
+    It is a node of a class of its own, with nothing in it. optax takes what holds it
+    for a tree of arrays like the parameters, and every leaf for anything else: what
+    depends on the structure of the parameters, and is no such tree, has to be a leaf.
+    """
+    if tree is None or isinstance(tree, Collection):
+        return False
+    structure = jax.tree.structure(tree)
+    return structure.num_nodes == 1 and structure.num_leaves == 0
+
+
+def unless_placeholder(tree: Any, made: Any) -> Any:
+    """What was made of a tree; a number, that is a leaf, if it is no tree."""
+    return 0 if is_placeholder(tree) else made
+
+
 def mark_leaves(tree: Any) -> Any:
     """Replaces every leaf by a :class:`Leaf`: keeps the paths, needs no memory."""
-    return jax.tree.map(lambda _: Leaf(), pure(tree))
+    return unless_placeholder(tree, jax.tree.map(lambda _: Leaf(), pure(tree)))
 
 
 def mark_entries(shape: tuple[int, ...]) -> Any:

@@ -196,7 +196,8 @@ def with_loss_probe(
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):
-        _the_probe(params)
+        if not _tree.is_placeholder(params):
+            _the_probe(params)
         return tx.init(_hide(params))
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -115,7 +115,8 @@ def _streams(tree: Any, scope: _scopes.Scope) -> tuple[list[int], Any, Any]:
     # Sorted, as JAX flattens a dict.
     names = sorted(set(labels))
     stream = [1 + names.index(label) for label in labels]
-    return stream, _tree.mark_leaves(tree), dict.fromkeys(names, _tree.Leaf())
+    marks = dict.fromkeys(names, _tree.Leaf())
+    return stream, _tree.mark_leaves(tree), _tree.unless_placeholder(tree, marks)
 
 
 def sum_by_stream(values, state: EstimateNoiseScaleState):

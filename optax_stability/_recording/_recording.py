@@ -66,7 +66,7 @@ def _mark_parts(tree: Any, layered: _parts.Layered) -> Any:
         tuple(_tree.Leaf() for _ in range(count)) if split else _tree.Leaf()
         for count, split in zip(counts, layered, strict=True)
     ]
-    return jax.tree.unflatten(treedef, marks)
+    return _tree.unless_placeholder(tree, jax.tree.unflatten(treedef, marks))
 
 
 def record(
@@ -212,7 +212,7 @@ def record(
             previous=_similarity.init_previous(params, parts.num_parts, dtype)
             if correlation
             else None,
-            spectrum=_spectrum.init_spectrum(parts) if spectral else None,
+            spectrum=_spectrum.init_spectrum(params, parts) if spectral else None,
         )
         return RecordState(
             step=jnp.zeros((), jnp.int32),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_stability._core import _numerics, _parts
+from optax_stability._core import _numerics, _parts, _tree
 from optax_stability._recording._distribution import Parts
 
 # At the first measurement, from an arbitrary vector; later, from the previous vector.
@@ -42,7 +42,7 @@ def _is_matrix(leaf, layered: bool) -> bool:
     return leaf.ndim == 2 + int(layered) and leaf.size > 0
 
 
-def init_spectrum(parts: Parts) -> Spectrum:
+def init_spectrum(tree: Any, parts: Parts) -> Spectrum:
     """Starts from a fixed, arbitrary vector."""
     dtype = _numerics.real_dtype(parts.leaves)
 
@@ -59,6 +59,7 @@ def init_spectrum(parts: Parts) -> Spectrum:
         for leaf, split in zip(parts.leaves, parts.layered, strict=True)
         if _is_matrix(leaf, split)
     ]
+    vectors = _tree.unless_placeholder(tree, vectors)
     return Spectrum(step=jnp.zeros((), jnp.int32), vectors=vectors)
 
 

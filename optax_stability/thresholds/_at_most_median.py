@@ -6,17 +6,23 @@ clean data a fixed clip below the usual norm, which evens all norms out, ends lo
 a clip of outliers alone (``python benchmarks/clean_cost.py``). But a fixed number fits
 one model at one stage of training.
 
+The first norms are the worst: they can be ten times those of thirty steps later, and
+Adam remembers them for longer than that. No median of the past can foresee the fall.
+So the limit begins at a small share of the median, and rises to all of it.
+
 *Cost*: a window of a few numbers; all pairs of them are compared.
 """
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from optax_stability._core import _validate
+from optax_stability._core import _numerics, _validate
 from optax_stability.thresholds._threshold import (
     Threshold,
     check_threshold,
+    is_learnable,
     repr_as_call,
 )
 from optax_stability.thresholds._windows import (
@@ -40,8 +46,16 @@ class AtMostMedianState(NamedTuple):
     inner: Any
 
 
+def _share(count, warmup, dtype):
+    """The share of the median for the value of this number, counted from 1."""
+    warmup = jnp.asarray(warmup, jnp.int32)
+    return jnp.minimum(count, warmup).astype(dtype) / warmup.astype(dtype)
+
+
 @repr_as_call
-def at_most_median(threshold: Threshold, *, window: int = 16) -> Threshold:
+def at_most_median(
+    threshold: Threshold, *, window: int = 16, warmup: int | jax.Array = 32
+) -> Threshold:
     """The limit of ``threshold``, or the median of the last values if that is lower.
 
     For clipping: about half of the ordinary values are above the limit, by little. They
@@ -50,8 +64,11 @@ def at_most_median(threshold: Threshold, *, window: int = 16) -> Threshold:
     **Rule**, with the last n ≤ ``window`` values as they were after clipping by
     ``threshold`` alone::
 
-      limit = min(limit of threshold, median)    for n ≥ 1
-      x' = min(x, limit of threshold)            is learned into the window
+      limit = min(limit of threshold, share·median)
+      share = min(1, (N + 1)/warmup)     N: number of values learned so far
+      x' = min(x, limit of threshold)    is learned into the window
+
+    Before the first value is learned, x itself stands for the median.
 
     **Guarantees**
 
@@ -66,14 +83,20 @@ def at_most_median(threshold: Threshold, *, window: int = 16) -> Threshold:
     * Multiplying the stream by 2ᵏ multiplies every limit by 2ᵏ, if it does for
       ``threshold``.
 
-    **Edge cases**: the first value meets the limit of ``threshold`` alone. While the
-    level falls, the median of the past is above nearly all values, and nothing is
-    clipped by it; while it rises, and after ``threshold`` has accepted a new level, the
-    limit lags by half a window.
+    **Edge cases**
+
+    * While the level falls, the median of the past is above nearly all values, and
+      nothing is clipped by it; while it rises, and after ``threshold`` has accepted a
+      new level, the limit lags by half a window.
+    * In the first ``warmup`` steps nearly all values are clipped. Adam divides by the
+      norm of what it has seen, so that its first steps are not shorter; those of an
+      optimizer that does not, such as SGD, are, as in a warm-up of the learning rate.
 
     Args:
       threshold: the threshold to wrap.
       window: number of last values in the window, ≥ 2.
+      warmup: number of first values over which the share rises, ≥ 1; 1 for the whole
+        median from the first value on.
 
     Returns:
       A :class:`Threshold`. ``rebase(x)`` scales the window so that its median is x, and
@@ -81,11 +104,11 @@ def at_most_median(threshold: Threshold, *, window: int = 16) -> Threshold:
 
     Raises:
       TypeError: ``threshold`` is not a ``Threshold``, or ``window`` is traced.
-      ValueError: ``window`` is less than 2.
+      ValueError: ``window`` is less than 2, or ``warmup`` less than 1.
 
     Example:
       >>> from optax_stability import thresholds
-      >>> threshold = at_most_median(thresholds.constant(10.0), window=3)
+      >>> threshold = at_most_median(thresholds.constant(10.0), window=3, warmup=1)
       >>> state = threshold.init()
       >>> for norm in (1.0, 3.0, 2.0, 2.5):
       ...     limit, state = threshold.update(norm, state)
@@ -94,10 +117,11 @@ def at_most_median(threshold: Threshold, *, window: int = 16) -> Threshold:
 
     References:
       The window is AutoClip's (arXiv:2007.14469) with its quantile at one half; the
-      minimum with another rule is ours.
+      minimum with another rule and the rising share are ours.
     """
     check_threshold("threshold", threshold)
     _validate.check_size("window", window, 2)
+    _validate.check_count("warmup", warmup, 1, "1 is for no warm-up")
 
     def init():
         return AtMostMedianState(empty_window(window), threshold.init())
@@ -106,7 +130,9 @@ def at_most_median(threshold: Threshold, *, window: int = 16) -> Threshold:
         past = state.window
         x = jnp.asarray(x, past.values.dtype)
         outlier_limit, inner = threshold.update(x, state.inner)
-        usual = jnp.where(past.step > 0, median(past.values, past.step), jnp.inf)
+        first = jnp.where(is_learnable(x), x, jnp.inf)
+        usual = jnp.where(past.step > 0, median(past.values, past.step), first)
+        usual *= _share(_numerics.increment(past.step), warmup, x.dtype)
         clipped = jnp.where(jnp.isfinite(x), jnp.minimum(x, outlier_limit), x)
         learned = learn_in_window(clipped, past)
         return jnp.minimum(outlier_limit, usual), AtMostMedianState(learned, inner)

@@ -219,6 +219,20 @@ class Model(nnx.Module):
         return self.layer(x) + self.adapter(x)
 
 
+def test_optax_places_the_arrays_of_its_state_like_the_parameters():
+    params = {"w": jnp.ones((2, 3)), "loss_probe": ost.loss_probe()}
+    tx = ost.with_loss_probe(ost.spike_guard(optax.scale_by_adam()))
+    placed = optax.tree.map_params(
+        tx,
+        lambda _, place: place,
+        tx.init(params),
+        {"w": "split", "loss_probe": "whole"},
+        transform_non_params=lambda _: None,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+    assert placed.inner_state.mu["w"] == placed.inner_state.nu["w"] == "split"
+
+
 @pytest.mark.parametrize("kind", [nnx.Param, nnx.LoRAParam])
 def test_nnx_modules_and_their_adapters(kind):
     model = Model(kind, nnx.Rngs(0))

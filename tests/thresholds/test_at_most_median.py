@@ -21,13 +21,17 @@ ROUNDING = 1e-6
 WINDOW = 4
 
 
-def reference(values, outlier_limits, window):
+def reference(values, outlier_limits, window, warmup):
     """The rule in float64, from the equations of the docstring."""
     learned, limits = [], []
     for x, outlier_limit in zip(values, outlier_limits, strict=True):
-        usual = np.median(learned[-window:]) if learned else np.inf
-        limits.append(min(outlier_limit, usual))
-        if np.isfinite(x) and x > 0:
+        can_be_learned = np.isfinite(x) and x > 0
+        usual = x if can_be_learned else np.inf
+        if learned:
+            usual = np.median(learned[-window:])
+        share = min(1, (len(learned) + 1) / warmup)
+        limits.append(min(outlier_limit, share * usual))
+        if can_be_learned:
             learned.append(min(x, outlier_limit))
     return limits
 
@@ -39,21 +43,22 @@ OUTLIERS = {"constant": constant(10.0), "relearn": relearn(zscore(warmup=2), aft
 
 
 @functools.cache
-def compiled(name, window=None):
+def compiled(name, **sizes):
     inner = OUTLIERS[name]
-    threshold = at_most_median(inner, window=window) if window else inner
+    threshold = at_most_median(inner, **sizes) if sizes else inner
     return jax.jit(functools.partial(follow, threshold))
 
 
 @pytest.mark.parametrize("name", OUTLIERS)
-@pytest.mark.parametrize("window", [2, 3, 16])
+@pytest.mark.parametrize(("window", "warmup"), [(2, 5), (3, 1), (16, 32)])
 @settings(deadline=None)
 @given(values=st.lists(VALUES, min_size=25, max_size=25))
-def test_it_is_the_lower_of_both_on_any_stream(name, window, values):
+def test_it_is_the_lower_of_both_on_any_stream(name, window, warmup, values):
     values = np.array(values, np.float32)
     outlier_limits, alone = compiled(name)(values)
-    limits, states = compiled(name, window)(values)
-    expected = reference(np.float64(values), np.float64(outlier_limits), window)
+    limits, states = compiled(name, window=window, warmup=warmup)(values)
+    in_float64 = np.float64(values), np.float64(outlier_limits)
+    expected = reference(*in_float64, window, warmup)
     np.testing.assert_allclose(limits, expected, rtol=ROUNDING)
     # What it wraps does not know that it is wrapped.
     jax.tree.map(np.testing.assert_array_equal, states.inner, alone)
@@ -66,6 +71,16 @@ def test_the_limit_does_not_creep_downwards():
     limits, _ = run(at_most_median(constant(np.inf)), values)
     assert np.median(limits[1000:]) == pytest.approx(1.0, abs=0.02)
     assert np.mean(values[100:] > limits[100:]) == pytest.approx(0.5, abs=0.03)
+
+
+def test_norms_that_fall_in_the_first_steps_are_even():
+    """A tenfold fall within 32 steps, which Adam would remember for as long again."""
+    values = np.maximum(10.0 ** -(np.arange(64) / 32), 0.1)
+    limits, _ = run(at_most_median(constant(np.inf)), values)
+    evened = np.minimum(values, limits)
+    assert evened.max() / evened[-1] < 4.0
+    without, _ = run(at_most_median(constant(np.inf), warmup=1), values)
+    assert np.minimum(values, without).max() / values[-1] > 9.0
 
 
 @pytest.mark.parametrize("size", [100.0, 1e30])
@@ -91,7 +106,9 @@ def test_a_new_level_is_accepted_when_the_wrapped_threshold_accepts_it():
 
 
 def test_rebase_scales_the_window_and_what_it_wraps():
-    threshold = at_most_median(window_median(3.0, window=WINDOW), window=WINDOW)
+    threshold = at_most_median(
+        window_median(3.0, window=WINDOW), window=WINDOW, warmup=1
+    )
     _, states = run(threshold, [1.0, 2.0, 3.0, 4.0])
     last = jax.tree.map(lambda x: x[-1], states)
     rebased = threshold.rebase(5.0, last)
