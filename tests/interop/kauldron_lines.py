@@ -3,7 +3,8 @@
 # [imports]
 import dataclasses
 
-import jax.numpy as jnp
+import flax
+import numpy as np
 import optax
 from kauldron import kd
 
@@ -22,12 +23,23 @@ def make_optimizer(learning_rate):
 class GuardMetrics(kd.metrics.Metric):
     opt_state: kd.kontext.Key = "opt_state"
 
-    State = kd.metrics.TreeMap.State
+    @flax.struct.dataclass
+    class State(kd.metrics.State):
+        numbers: dict
+
+        @classmethod
+        def empty(cls):
+            return cls({})
+
+        def merge(self, other):
+            return self.replace(numbers=self.numbers | other.numbers)
+
+        def compute(self):
+            return {name: x for name, x in self.numbers.items() if np.isfinite(x)}
 
     def get_state(self, opt_state):
-        mean = kd.metrics.AverageState.from_values
         found = ost.metrics(opt_state).items()
-        return self.State({k: mean(jnp.float32(x)) for k, x in found if not x.ndim})
+        return self.State({name: x for name, x in found if x.ndim == 0})
 
 
 # [history]
