@@ -113,6 +113,14 @@ def test_levanter_passes_the_loss(levanter_lines):
     )
     levanter_lines.log_guard(info)
     assert logged[0][1]["skip/total"] == 2.0
+    # After one step the limit is ∞, of which tensorboardX would warn.
+    _, opt_state = tx.update(PARAMS, tx.init(PARAMS), params=PARAMS, loss=1.0)
+    assert ost.metrics(opt_state)["skip/value_limit"] == np.inf
+    info.state.opt_state = opt_state
+    levanter_lines.log_guard(info)
+    assert "skip/value_limit" in logged[0][1]
+    assert "skip/value" in logged[1][1]
+    assert "skip/value_limit" not in logged[1][1]
 
 
 # --- MaxText, main of 2026-11 ----------------------------------------------------
