@@ -1,6 +1,8 @@
 """The code in docs/trainers is what tests/interop runs, line by line."""
 
+import builtins
 import re
+import symtable
 import textwrap
 from pathlib import Path
 
@@ -10,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "trainers"
 LINES = ROOT / "tests" / "interop"
 BLOCK = re.compile(r"<!-- code: (\S+) (\S+) -->\n```python\n(.*?)```", re.DOTALL)
+ANY_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 TRAINERS = [
     "brax",
     "equinox",
@@ -64,6 +67,29 @@ def test_no_block_is_longer_than_a_glance(trainer):
     for file, name, code in blocks(trainer):
         lines = [line for line in code.splitlines() if line.strip()]
         assert len(lines) <= 16, (file, name)
+
+
+def tables(table):
+    """The scopes of a program, the outermost first."""
+    yield table
+    for inner in table.get_children():
+        yield from tables(inner)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_page_imports_what_its_code_uses_and_nothing_else(trainer):
+    page = (PAGES / f"{trainer}.md").read_text()
+    code = "\n".join(ANY_BLOCK.findall(page))
+    module, *inner = tables(symtable.symtable(code, trainer, "exec"))
+    imported = {each.get_name() for each in module.get_symbols() if each.is_imported()}
+    used = {each.get_name() for each in module.get_symbols() if each.is_referenced()}
+    for table in inner:
+        names = table.get_symbols()
+        used |= {each.get_name() for each in names if each.is_global()}
+        assert all(each.is_referenced() for each in names if each.is_imported()), table
+    assert imported <= used
+    defined = {each.get_name() for each in module.get_symbols() if each.is_assigned()}
+    assert used - imported - defined <= set(dir(builtins))
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

@@ -199,6 +199,21 @@ ADVICE = {
             "lower ε, for example `optax.adamw(eps=1e-15)`",
         ),
     ),
+    "guard_loss_constant": Advice(
+        (
+            "a loss probe in the optimizer, and a loss function that was not given to "
+            "`probed`: the guard then sees 0",
+            "a constant passed as `value=`, or a part of the loss that is masked out",
+            "an objective that is constant by design, such as that of a policy "
+            "gradient on its own samples",
+        ),
+        (
+            "give the trainer `probed` of the loss function, beside "
+            "`with_loss_probe(tx)`",
+            "pass the loss of the step where the call of update is yours: value=loss",
+            "watch gradient norms alone with `spike_guard(inner, loss=False)`",
+        ),
+    ),
     "frequent_skips": Advice(
         (
             "part of the data is corrupted, or comes from another distribution",

@@ -34,6 +34,7 @@ _COLUMNS = {
     "distribution of the update": ("update/bimodality",),
     "noise scale": ("noise_scale/low",),
     "clip limit": ("clip/limit", "clip/fraction"),
+    "loss that a guard is given": ("skip/value_limit",),
     "skipped steps": ("skip/skipped", "skip/total"),
     "spikes that no skip was left for": ("skip/declined_total",),
     "step": ("step",),
@@ -58,6 +59,7 @@ _NEEDS: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "vanishing_gradient": ((NORM,),),
     "overfitting": ((HELD_OUT,), (LOSS,)),
     "eps_dominated": (("share of ε in Adam's denominator",),),
+    "guard_loss_constant": (("loss that a guard is given",),),
     "frequent_skips": ((_SKIPS,),),
     "skip_budget_spent": (("spikes that no skip was left for",),),
     "clustered_skips": ((_SKIPS,),),
@@ -73,6 +75,7 @@ _NEEDS: dict[Kind, tuple[tuple[str, ...], ...]] = {
 }
 # Rows that a check needs, where it is more than a few.
 _ROWS: dict[Kind, int] = {
+    "guard_loss_constant": limits.WARMUP_VALUES,
     "vanishing_gradient": limits.WARMUP_VALUES,
     "clipping_too_often": limits.CLIPPED_WINDOW,
     "plateau": 4 * limits.CENTRE,

@@ -7,6 +7,7 @@ from optax_stability._diagnosis import (
     _decisions,
     _dominance,
     _exploding,
+    _guarded_loss,
     _held_out,
     _learning_rate,
     _loss,
@@ -40,6 +41,7 @@ _RULES = (
     _vanishing.vanishing_gradient,
     _held_out.overfitting,
     _precision.eps_dominated,
+    _guarded_loss.guard_loss_constant,
     _decisions.frequent_skips,
     _decisions.skip_budget_spent,
     _decisions.clustered_skips,
@@ -139,6 +141,7 @@ def diagnose(history: dict[str, np.ndarray]) -> list[Finding]:
     ``vanishing_gradient``      ÷100 since the early descent, far more than the loss
     ``overfitting``             the held-out loss rises, and the training loss falls
     ``eps_dominated``           Adam's ε above √v̂
+    ``guard_loss_constant``     a guard is given the same number in place of the loss
     ``frequent_skips``          more than 1 in 16 steps are skipped
     ``skip_budget_spent``       a spike was taken because no skip was left
     ``clustered_skips``         skips at the same position of every epoch

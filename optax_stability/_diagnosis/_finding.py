@@ -19,6 +19,7 @@ Kind = Literal[
     "vanishing_gradient",
     "overfitting",
     "eps_dominated",
+    "guard_loss_constant",
     "frequent_skips",
     "skip_budget_spent",
     "clustered_skips",

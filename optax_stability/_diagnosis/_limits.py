@@ -128,6 +128,15 @@ SKIPPED_SHARE, SKIPPED_WINDOW, SKIPPED_MIN = 1 / 16, 100, 8
 # runs up to 0.5 % of the steps (benchmarks/real_logs.py).
 SCALED_SHARE = 0.01
 
+# A guard's loss that never changes is no loss if the gradient norm changes by so much
+# from row to row. Choice: other batches, and so another loss (of one batch again and
+# again, both follow the slow change of the weights).
+NORM_VARIES = 0.01
+# A loss of 0 has no such gradient. Theory: in float32 the cross-entropy is exactly 0
+# when all other tokens together have less than 2⁻²⁴, which is the size of the gradient
+# of the logits; the level is a choice.
+NORM_AT_ZERO_LOSS = 1e-4
+
 # --- Plateau --------------------------------------------------------------------------
 # Measurements after the warm-up; a fall within so many standard errors does not count.
 PLATEAU_WINDOW, PLATEAU_ERRORS = 200, 2.0

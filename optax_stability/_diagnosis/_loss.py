@@ -7,6 +7,7 @@ import numpy as np
 from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._advice import finding
 from optax_stability._diagnosis._finding import Finding
+from optax_stability._diagnosis._guarded_loss import stands_for_the_loss
 from optax_stability._diagnosis._location import first_affected, gradient_norm
 from optax_stability._diagnosis._normal import (
     Base,
@@ -21,8 +22,9 @@ from optax_stability._diagnosis._windows import stretches
 
 
 def loss_of(history: History) -> Series | None:
-    """The training loss."""
-    return history.first_unprefixed("loss") or history.first("skip/value")
+    """The training loss; not a number that never changes, given in its place."""
+    loss = history.first_unprefixed("loss") or history.first("skip/value")
+    return None if loss and stands_for_the_loss(history, loss) else loss
 
 
 def loss_floor(level: np.ndarray) -> np.ndarray:

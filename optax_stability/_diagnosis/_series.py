@@ -67,6 +67,14 @@ def log_of(values: np.ndarray) -> np.ndarray:
     return np.log(np.where(values > 0, values, np.nan))
 
 
+def resolution(values: np.ndarray) -> float:
+    """The unit of the last decimal place that is used; 0 for more than six places."""
+    for places in range(7):
+        if np.allclose(values, np.round(values, places), rtol=0, atol=1e-9):
+            return 10.0**-places
+    return 0.0
+
+
 def is_embedding(layer: str) -> bool:
     """Whether a layer is an embedding, by its name: most rows have no gradient."""
     return bool(_EMBEDDING.search(layer))

@@ -6,7 +6,7 @@ from optax_stability._diagnosis import _limits as limits
 from optax_stability._diagnosis._advice import Advice, finding
 from optax_stability._diagnosis._finding import Finding
 from optax_stability._diagnosis._loss import loss_of
-from optax_stability._diagnosis._series import History
+from optax_stability._diagnosis._series import History, resolution
 from optax_stability._diagnosis._windows import median, smooth
 
 # √(π/2): standard error of a median of normal values, relative to that of a mean.
@@ -67,7 +67,7 @@ def loss_stuck(history: History) -> Finding | None:
     if count < min(share, limits.STUCK_ALWAYS):
         return None
     value = values[-1]
-    if value and start and _resolution(values) > abs(value) / limits.STUCK_RESOLUTION:
+    if value and start and resolution(values) > abs(value) / limits.STUCK_RESOLUTION:
         return None
     row = int(rows[start])
     evidence = (
@@ -75,14 +75,6 @@ def loss_stuck(history: History) -> Finding | None:
         f"from step {history.steps[row]:.0f} on"
     )
     return finding("loss_stuck", history, row, loss.key, None, evidence)
-
-
-def _resolution(values: np.ndarray) -> float:
-    """The unit of the last decimal place that is used; 0 for more than six places."""
-    for places in range(7):
-        if np.allclose(values, np.round(values, places), rtol=0, atol=1e-9):
-            return 10.0**-places
-    return 0.0
 
 
 def plateau_far_above(history: History) -> Finding | None:

@@ -58,6 +58,9 @@ WORDS: dict[Kind, tuple[str, ...]] = {
         "use more data, fewer passes, dropout or weight decay",
     ),
     "eps_dominated": ("lower the ε of Adam, for example to 1e-15",),
+    "guard_loss_constant": (
+        "print the loss that the skip rule gets: it must change from step to step",
+    ),
     "frequent_skips": (
         "inspect the batches of the skipped steps",
         "raise the limit above which a step is skipped",

@@ -164,8 +164,10 @@ def with_loss_probe(
 
     **Edge cases**
 
-    * If ``loss_fn`` was not given to :func:`probed`, ``value`` is always 0; look at
-      ``skip/value``. A gradient that is rounded to float16 loses the probe as well.
+    * If ``loss_fn`` was not given to :func:`probed`, ``value`` is always 0, and the run
+      looks healthy; :func:`diagnose` finds it from step 24 on
+      (``guard_loss_constant``). A gradient that is rounded to float16 loses the probe
+      as well.
     * Checkpoints of the *parameters* hold two numbers more. Delete the probe before an
       export: ``del model.loss_probe``.
     * A loss that the caller passes as ``value=`` wins.

@@ -26,6 +26,7 @@ TITLES = {
     "vanishing_gradient": "A gradient vanished",
     "overfitting": "The model overfits",
     "eps_dominated": "ε outweighs the gradient in Adam",
+    "guard_loss_constant": "The guard is given the same loss at every step",
     "frequent_skips": "Steps are skipped too often",
     "skip_budget_spent": "No skip is left",
     "clustered_skips": "Skips come at the same place of the data",

@@ -341,6 +341,23 @@ def loss_stuck():
     return "loss_stuck", FAULT, None, history
 
 
+def guard_loss_constant():
+    """Of a probe that nothing feeds: the loss is logged, and the guard is given 0."""
+    history = healthy()
+    limit = np.where(np.arange(ROWS) < 24, np.inf, 0.5)
+    given = {"skip/value": np.zeros(ROWS), "skip/value_limit": limit}
+    history |= given | {"skip/norm": history["grad/norm"]}
+    return "guard_loss_constant", 0, None, history
+
+
+def guard_loss_constant_and_nothing_else():
+    """A history of the guard alone; its loss is a constant that somebody passed."""
+    _, _, _, history = guard_loss_constant()
+    ones = np.ones(ROWS)
+    history |= {"loss": ones, "skip/value": ones}
+    return "guard_loss_constant", 0, None, history
+
+
 def learning_rate_zero():
     history = healthy()
     put(history, "learning_rate", 0.0)
@@ -462,6 +479,8 @@ def nan_throughout():
 
 FAULTS = (
     loss_stuck,
+    guard_loss_constant,
+    guard_loss_constant_and_nothing_else,
     learning_rate_zero,
     overfitting,
     skip_budget_spent,

@@ -2,6 +2,7 @@
 
 # [guard]
 import dataclasses
+import math
 
 import optax
 from levanter.optim import AdamConfig, OptimizerConfig
@@ -29,7 +30,8 @@ def log_guard(step_info):
 
     metrics = ost.metrics(step_info.state.opt_state)
     values = {name: float(x) for name, x in metrics.items() if x.ndim == 0}
-    levanter.tracker.log(values, step=step_info.step)
+    finite = {name: x for name, x in values.items() if math.isfinite(x)}
+    levanter.tracker.log(finite, step=step_info.step)
 
 
 # [end]

@@ -1,4 +1,4 @@
-"""Trainers that do not install here: their call of ``update``, argument by argument.
+"""Trainers too heavy for CI: their call of ``update``, argument by argument.
 
 Each test names the release whose source was read. What is run are the lines of the
 trainer's page.
@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import sys
 import types
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,14 @@ def test_levanter_passes_the_loss(levanter_lines):
     )
     levanter_lines.log_guard(info)
     assert logged[0][1]["skip/total"] == 2.0
+    # After one step the limit is ∞, of which tensorboardX would warn.
+    _, opt_state = tx.update(PARAMS, tx.init(PARAMS), params=PARAMS, loss=1.0)
+    assert ost.metrics(opt_state)["skip/value_limit"] == np.inf
+    info.state.opt_state = opt_state
+    levanter_lines.log_guard(info)
+    assert "skip/value_limit" in logged[0][1]
+    assert "skip/value" in logged[1][1]
+    assert "skip/value_limit" not in logged[1][1]
 
 
 # --- MaxText, main of 2026-11 ----------------------------------------------------
@@ -168,26 +176,126 @@ def test_maxtext_off_the_flag_is_unchanged():
 # --- Kauldron 1.4.2 --------------------------------------------------------------
 
 
-def test_kauldron_gives_three_arguments(tmp_path):
-    """``optimizer.update(params_grads, state.opt_state, state.params)`` in _step."""
-    import kauldron_lines
+class Metric:
+    """Fields are keys of the context, and arguments of ``get_state``."""
 
-    tx = kauldron_lines.make_optimizer(1e-2)
-    # Its TrainState is a struct of params and opt_state, as Flax's.
-    start = train_state.TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
+    def get_state_from_context(self, context):
+        keys = dataclasses.asdict(self).items()
+        return self.get_state(**{name: getattr(context, key) for name, key in keys})
+
+
+@pytest.fixture
+def kauldron_lines(monkeypatch):
+    if importlib.util.find_spec("kauldron") is None:
+        metrics = types.SimpleNamespace(Metric=Metric, State=object)
+        kontext = types.SimpleNamespace(Key=Any)
+        package = types.ModuleType("kauldron")
+        package.kd = types.SimpleNamespace(metrics=metrics, kontext=kontext)
+        monkeypatch.setitem(sys.modules, "kauldron", package)
+    monkeypatch.delitem(sys.modules, "kauldron_lines", raising=False)
+    return importlib.import_module("kauldron_lines")
+
+
+def kauldron_step(tx, metric):
+    """As ``TrainStep._step``: the metrics see the optimizer's state before the step."""
 
     def step(state, x, factor):
         grads = jax.grad(loss_fn)(state.params, x, factor)
+        # optimizer.update(params_grads, state.opt_state, state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return state.replace(params=params, opt_state=opt_state)
+        context = types.SimpleNamespace(opt_state=state.opt_state)
+        seen = metric.get_state_from_context(context)
+        return state.replace(params=params, opt_state=opt_state), seen
 
-    skipped, state = train(step, start)
+    return step
+
+
+def kauldron_state(tx):
+    """Its TrainState is a struct of params and opt_state, as Flax's."""
+    return train_state.TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
+
+
+def test_kauldron_gives_three_arguments(kauldron_lines, tmp_path):
+    tx = kauldron_lines.make_optimizer(1e-2)
+    step = kauldron_step(tx, kauldron_lines.GuardMetrics())
+    skipped, state = train(lambda *each: step(*each)[0], kauldron_state(tx))
     # The spike is scaled to its limit: norms alone skip one step in a thousand.
     assert skipped == [NAN]
     assert ost.metrics(state)["skip/declined_total"] == 1
     kauldron_lines.write_report(state, tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_kauldron_logs_the_metrics_of_the_step_before(kauldron_lines):
+    tx = kauldron_lines.make_optimizer(1e-2)
+    step = jax.jit(kauldron_step(tx, kauldron_lines.GuardMetrics()))
+    state, rows = kauldron_state(tx), []
+    for x, factor in batches():
+        state, seen = step(state, x, factor)
+        # An evaluation merges the states of its batches; AuxiliariesState.compute.
+        assert seen.empty().merge(seen) == seen
+        rows.append(seen.merge(seen).compute())
+    assert np.flatnonzero([row["skip/skipped"] for row in rows]).tolist() == [NAN + 1]
+    assert rows[-1]["skip/total"] == 1
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    assert "skip/norm_limit" in rows[-1]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.skipif(
+    importlib.util.find_spec("kauldron") is None, reason="needs kauldron"
+)
+def test_kauldron_itself(kauldron_lines, tmp_path):
+    """Its trainer, with its checkpoints, evaluations and what its writer gets."""
+    from flax import linen as nn
+    from kauldron import kd
+
+    class Model(nn.Module):
+        x: kd.kontext.Key = "batch.x"
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(1)(x)
+
+    written = {}
+
+    class Writer(kd.train.KDMetricWriter):
+        def write_scalars(self, step, scalars):
+            written.setdefault(self.collection, {})[int(step)] = scalars
+
+    def data(epochs):
+        x = np.random.default_rng(0).standard_normal((STEPS * 16, 4), np.float32)
+        y = x.sum(1, keepdims=True)
+        y[NAN * 16] = np.nan
+        return kd.data.InMemoryPipeline(
+            loader=lambda: {"x": x, "y": y}, batch_size=16, num_epochs=epochs
+        )
+
+    state, _ = kd.train.Trainer(
+        workdir=str(tmp_path),
+        seed=0,
+        num_train_steps=STEPS - 1,
+        model=Model(),
+        train_ds=data(None),
+        train_losses={"mse": kd.losses.L2(preds="preds", targets="batch.y")},
+        train_metrics={"guard": kauldron_lines.GuardMetrics()},
+        optimizer=kauldron_lines.make_optimizer(1e-2),
+        schedules={},
+        writer=Writer(),
+        log_metrics_every=1,
+        checkpointer=kd.ckpts.Checkpointer(save_interval_steps=20),
+        evals={
+            "eval": kd.evals.Evaluator(
+                run=kd.evals.EveryNSteps(20), ds=data(1), num_batches=2
+            )
+        },
+    ).train()
+    rows, name = written["train"], "metrics/guard/skip/skipped"
+    assert [step for step, row in rows.items() if row[name]] == [NAN + 1]
+    assert written["eval"][20]["metrics/guard/skip/total"] == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert np.flatnonzero(ost.history(state)["skip/skipped"]).tolist() == [NAN]
 
 
 # --- brax 0.14.2 -----------------------------------------------------------------

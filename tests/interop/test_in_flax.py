@@ -11,6 +11,7 @@ import optax_stability as ost
 if importlib.util.find_spec("flax") is None:
     pytest.skip("needs flax", allow_module_level=True)
 
+import flax_model as toy
 import flax_run as run
 from flax import nnx
 
@@ -23,7 +24,7 @@ def arrays(tree):
 
 
 def start(seed=0, tx=None):
-    model = run.Model(nnx.Rngs(seed))
+    model = toy.Model(nnx.Rngs(seed))
     tx = run.make_tx(1e-2) if tx is None else tx
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
@@ -31,8 +32,8 @@ def start(seed=0, tx=None):
 @pytest.fixture(scope="module")
 def guarded():
     (model, optimizer), rows = start(), []
-    data = run.batches(STEPS, BAD)
-    run.train(model, optimizer, data, run.mean_square, rows.append)
+    data = toy.batches(STEPS, BAD)
+    run.train(model, optimizer, data, toy.mean_square, rows.append)
     return model, optimizer, rows
 
 
@@ -45,12 +46,12 @@ def test_both_bad_batches_are_skipped_and_no_other(guarded):
 
 def test_a_restart_ends_with_the_same_bits(guarded, tmp_path):
     model, optimizer = start()
-    data = list(run.batches(STEPS, BAD))
-    run.train(model, optimizer, data[:30], run.mean_square, lambda row: None)
+    data = list(toy.batches(STEPS, BAD))
+    run.train(model, optimizer, data[:30], toy.mean_square, lambda row: None)
     run.save(tmp_path / "run", model, optimizer)
     model, optimizer = start(seed=1)
     run.restore(tmp_path / "run", model, optimizer)
-    run.train(model, optimizer, data[30:], run.mean_square, lambda row: None)
+    run.train(model, optimizer, data[30:], toy.mean_square, lambda row: None)
     whole = arrays(nnx.state(guarded[:2]))
     for a, b in zip(whole, arrays(nnx.state((model, optimizer))), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -58,14 +59,14 @@ def test_a_restart_ends_with_the_same_bits(guarded, tmp_path):
 
 def test_without_the_guard_the_nan_ends_the_run():
     model, optimizer = start(tx=run.optax.adamw(1e-2))
-    for batch in run.batches(NAN + 2, BAD):
-        run.step_before(model, optimizer, batch, run.mean_square)
+    for batch in toy.batches(NAN + 2, BAD):
+        run.step_before(model, optimizer, batch, toy.mean_square)
     assert not all(np.isfinite(leaf).all() for leaf in arrays(nnx.state(model)))
 
 
 def test_linen_skips_as_well():
-    data = list(run.batches(STEPS, BAD))
-    state = run.make_state(run.Linen(), jax.random.key(0), data[0][0])
+    data = list(toy.batches(STEPS, BAD))
+    state = run.make_state(toy.Linen(), jax.random.key(0), data[0][0])
     skipped = []
     for x, y in data:
         state, _ = run.linen_step(state, x, y)
@@ -76,6 +77,6 @@ def test_linen_skips_as_well():
 def test_the_learning_rate_can_be_read():
     schedule = run.optax.schedules.linear_schedule(1e-2, 0.0, 10)
     model, optimizer = start(tx=run.make_tx_with_its_rate(schedule))
-    data = run.batches(5)
-    run.train(model, optimizer, data, run.mean_square, lambda row: None)
+    data = toy.batches(5)
+    run.train(model, optimizer, data, toy.mean_square, lambda row: None)
     assert run.rate_of(optimizer) == pytest.approx(0.6e-2)

@@ -12,6 +12,7 @@ import optax_stability as ost
 if importlib.util.find_spec("tunix") is None:
     pytest.skip("needs google-tunix", allow_module_level=True)
 
+import tunix_model as toy
 import tunix_run as run
 
 # Steps counted from 0: a batch that is NaN, and one of ten times the loss.
@@ -28,10 +29,10 @@ def arrays(node, kind=nnx.Param):
 
 
 def train(make, steps=STEPS, folder=None, *, seed=0, lora=False, **options):
-    model = run.Model(nnx.Rngs(seed), lora=lora)
-    config = run.make_config(steps, folder, **options)
-    trainer = make(model, run.next_token_loss, config)
-    trainer.train(run.batches(100, BAD))
+    model = toy.Model(nnx.Rngs(seed), lora=lora)
+    config = toy.make_config(steps, folder, **options)
+    trainer = make(model, toy.next_token_loss, config)
+    trainer.train(toy.batches(100, BAD))
     return trainer
 
 
