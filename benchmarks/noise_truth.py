@@ -17,7 +17,7 @@ after the first fifty without an upper end; *back after* how many steps after a 
 change within 30 steps the truth is in the interval again, the longest time.
 
     python benchmarks/noise_truth.py             # from the recordings, a minute
-    python benchmarks/noise_truth.py --record    # records again first, hours
+    python benchmarks/noise_truth.py --record    # first records what is missing
     python benchmarks/noise_truth.py --quick     # a short run of its own, no JSON
 """
 
@@ -359,7 +359,7 @@ def main() -> None:
     """Records if asked to, and compares the rules."""
     arguments = parser(__doc__)
     arguments.add_argument(
-        "--record", action="store_true", help="record all runs again"
+        "--record", action="store_true", help="record the runs that are missing"
     )
     given = arguments.parse_args()
     if given.record:

@@ -14,7 +14,7 @@ where microbatches have different numbers of tokens.
 arXiv:1812.06162, App. A.1.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,25 @@ def _squared_norms(moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName)
     return _mesh_axes.sum_shards(jnp.square(norms), leaves, axis_name)
 
 
+def _observe_signs(moments: Moments) -> Observed:
+    """Σσᵢ and ΣGᵢ²/σᵢ of each leaf, from one step; ∞ with fewer than two microbatches."""
+    if moments.l1 is None:
+        raise ValueError(
+            "estimate_noise_scale(norm='l1') needs moments.l1, which is None; compute "
+            "the moments with microbatch_gradients(..., l1=True) or "
+            "accumulate_moments(..., l1=True), or take norm='l2'."
+        )
+    k = moments.num_microbatches.astype(jnp.float32)
+    several, earlier = k > 1, jnp.maximum(k - 1, 1)
+    deviation, agreement = (x.astype(jnp.float32) for x in moments.l1)
+    return Observed(
+        trace=jnp.where(several, deviation / earlier, jnp.inf),
+        grad_sq=jnp.where(several, 2 * agreement / (k * earlier), jnp.inf),
+        weight=moments.weight,
+        parts=k,
+    )
+
+
 def _observe(moments: Moments, squared_norms) -> Observed:
     """S and G² of each leaf, from one step; ±∞ with fewer than two microbatches."""
     k = moments.num_microbatches.astype(jnp.float32)
@@ -127,6 +146,7 @@ def _observe_pair(state: EstimateNoiseScaleState, grads, moments: Moments, axis_
 
 def estimate_noise_scale(
     *,
+    norm: Literal["l2", "l1"] = "l2",
     decay: float | jax.Array = 0.99,
     half_life: float | jax.Array | None = None,
     confidence: float | jax.Array = 0.95,
@@ -278,12 +298,24 @@ def estimate_noise_scale(
         _validate.check_interval("half_life", half_life, "(0, inf)", remedy)
     _validate.check_interval("confidence", confidence, "(0, 1)", "0.95 is usual")
     _validate.check_flags(difference=difference)
+    _validate.check_choice("norm", norm, ("l2", "l1"))
+    if difference and norm == "l1":
+        raise ValueError(
+            "difference=True compares two gradients, which norm='l1' cannot do; give "
+            "two microbatches or more per step, or take norm='l2'."
+        )
     _validate.check_axis_name("axis_name", axis_name)
     if not callable(scope):
         _validate.check_choice("scope", scope, ("global", "leaf"))
 
     def init_fn(params):
-        return init_state(_tree.pure(params), scope, confidence, difference=difference)
+        return init_state(
+            _tree.pure(params),
+            scope,
+            confidence,
+            difference=difference,
+            signs=norm == "l1",
+        )
 
     def decay_for(weight):
         if half_life is None:
@@ -293,7 +325,8 @@ def estimate_noise_scale(
     def update_fn(updates, state, params=None, *, moments=None, **extra_args):
         moments = _moments.visible(_require_moments(moments), updates)
         norms = _squared_norms(moments, updates, axis_name)
-        observed = _observe(moments, norms)
+        l2 = norm == "l2"
+        observed = _observe(moments, norms) if l2 else _observe_signs(moments)
         if difference:
             state, pair, use_pair = _observe_pair(state, updates, moments, axis_name)
             observed = jax.tree.map(
