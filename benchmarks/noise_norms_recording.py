@@ -1,4 +1,4 @@
-"""Records the noise of a run in two norms, and what a batch of each size achieves there.
+"""Records the noise of a run in two norms, and what batches of each size achieve.
 
 A small GPT is trained by Adam, and frozen at some steps: the gradients of
 ``PARTS_OF_TRUTH`` microbatches of other windows tell the noise scale in both norms, and
@@ -22,17 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from noise_recording import PART, PARTS, data, next_token_loss, u_statistics
-from noise_recording import SIZES as MODELS
-from model import GPT
+from noise_recording import PART, PARTS, data, gpt, u_statistics
 from scipy import special
 
 import optax_stability as ost
 
-MODEL = dataclasses.replace(MODELS["tiny"], layers=2, width=64, context=64)
+MODEL = dataclasses.replace(gpt.SIZES["tiny"], layers=2, width=64, context=64)
 BATCH, RATE, WARMUP = 8, 3e-3, 50
 SEEDS = (0, 1, 2)
-FROZEN = (20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 500, 600)
+AT = (20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 500, 600)
 BRANCHED = (60, 150, 300, 600)
 BATCHES, STEPS = (2, 4, 8, 16, 32, 64), 50
 HELD_OUT, PARTS_OF_TRUTH, FOLDS = 256, 96, 4
@@ -41,11 +39,10 @@ ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
 FIRST_RATE, MOST_RATES = 1e-3, 8
 
 
-class Checkpoint(NamedTuple):
+class Frozen(NamedTuple):
     """What was measured at one step.
 
     Attributes:
-      at: the step.
       start: held-out loss before the branches.
       rates: float64[batches, tried] – learning rates; NaN where fewer were tried; empty
         without branches.
@@ -55,8 +52,7 @@ class Checkpoint(NamedTuple):
       progress: float64[n, 2] – windows B, and ΣGᵢ·E sign(ḡᵢ) of a batch of B.
     """
 
-    at: int
-    start: float
+    start: np.ndarray
     rates: np.ndarray
     losses: np.ndarray
     l2: np.ndarray
@@ -110,13 +106,13 @@ class Trainer:
         """Creates the model and the compiled functions."""
         self._corpus = data.load(None, MODEL.context, None)
         self._seed = seed
-        model = GPT(MODEL, MODEL.vocabulary, jnp.dtype("float32"), nnx.Rngs(seed))
+        model = gpt.GPT(MODEL, MODEL.vocabulary, jnp.dtype("float32"), nnx.Rngs(seed))
         graph, params, rest = nnx.split(model, nnx.Param, ...)
         self._params = nnx.pure(params)
         self._state = ADAM.init(self._params)
 
         def loss(params, windows):
-            return next_token_loss(nnx.merge(graph, params, rest), windows)
+            return gpt.next_token_loss(nnx.merge(graph, params, rest), windows)
 
         def move(params, state, grads, rate):
             updates, state = ADAM.update(grads, state)
@@ -149,16 +145,16 @@ class Trainer:
             np.mean([self._loss(params, drawn(i)) for i in range(HELD_OUT // 64)])
         )
 
-    def _branch(self, batch: int, at: int, rate: float) -> float:
+    def _branch(self, batch: int, at: int, steps: int, rate: float) -> float:
         """The held-out loss after a branch."""
         params, state = self._params, ADAM.init(self._params)
         drawn = self._windows(batch, 5000 + 1000 * self._seed + at)
-        for i in range(STEPS):
+        for i in range(steps):
             params, state = self._branch_step(params, state, drawn(i), rate)
         return self._held_out_loss(params)
 
-    def _checkpoint(self, at: int) -> Checkpoint:
-        """Noise and branches of the present parameters."""
+    def _checkpoint(self, at: int, steps: int) -> Frozen:
+        """Noise of the present parameters, and branches of so many steps, if any."""
         drawn = self._windows(PART, 9000 + 1000 * self._seed + at)
         found = [self._gradient(self._params, drawn(i)) for i in range(PARTS_OF_TRUTH)]
         parts = np.stack([np.asarray(each, np.float64) for each in found])
@@ -167,12 +163,11 @@ class Trainer:
         counts = (1, 2, 4, 8, 16, 32, 48)
         losses: dict[int, dict[float, float]] = {}
         rate = FIRST_RATE
-        for batch in BATCHES if at in BRANCHED else ():
-            tried = best_rate(functools.partial(self._branch, batch, at), rate)
+        for batch in BATCHES if steps else ():
+            tried = best_rate(functools.partial(self._branch, batch, at, steps), rate)
             losses[batch], rate = tried, min(tried, key=tried.__getitem__)
-        return Checkpoint(
-            at=at,
-            start=self._held_out_loss(self._params),
+        return Frozen(
+            start=np.array(self._held_out_loss(self._params)),
             rates=_rows([list(each) for each in losses.values()]),
             losses=_rows([list(each.values()) for each in losses.values()]),
             l2=u_statistics((parts @ parts.T)[None])[0],
@@ -180,22 +175,33 @@ class Trainer:
             progress=np.array([[PART * n, progress(parts, n)] for n in counts]),
         )
 
-    def run(self) -> tuple[np.ndarray, list[Checkpoint]]:
-        """Trains to the last frozen step; the noise of every step, and checkpoints."""
-        batches, series, found = self._windows(BATCH, self._seed), [], []
-        for at in range(1, FROZEN[-1] + 1):
-            if at in FROZEN:
-                found.append(self._checkpoint(at))
+    def run(
+        self, frozen: tuple[int, ...], branched: tuple[int, ...], steps: int
+    ) -> dict[str, np.ndarray]:
+        """Trains to the last frozen step; the noise of every step, and checkpoints.
+
+        Args:
+          frozen: the steps at which the truth is measured.
+          branched: those of them from which branches are trained.
+          steps: of each branch.
+        """
+        batches, series, found = self._windows(BATCH, self._seed), [], {}
+        for at in range(1, frozen[-1] + 1):
+            if at in frozen:
+                seen = self._checkpoint(at, steps if at in branched else 0)
+                for key, value in seen._asdict().items():
+                    found[f"{self._seed}/{at}/{key}"] = value
             rate = RATE * min(1, at / WARMUP)
             self._params, self._state, seen = self._step(
                 self._params, self._state, batches(at - 1), rate
             )
             series.append(seen)
-        return np.array(jax.device_get(series)), found
+        found[f"{self._seed}/series"] = np.array(jax.device_get(series))
+        return found
 
 
 def _statistics(grads, moments: ost.Moments) -> jax.Array:
-    """S and G² of the whole gradient, and both in the ℓ1 norm; and ‖ḡ‖₁."""
+    """S and G² of the whole gradient, and both in the L1 norm; and ‖ḡ‖₁."""
     trace = moments.deviation.sum() / (PARTS - 1)
     grad_sq = jnp.square(moments.norm).sum() - trace / moments.weight
     sigma = moments.l1.deviation.sum() / (PARTS - 1)
@@ -213,11 +219,13 @@ def _rows(rows: list[list[float]]) -> np.ndarray:
 
 def record(path: Path) -> None:
     """Records a run for each seed."""
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for seed in SEEDS:
-        series, found = Trainer(seed).run()
-        arrays[f"{seed}/series"] = series
-        for each in found:
-            for key, value in each._asdict().items():
-                arrays[f"{seed}/{each.at}/{key}"] = value
-        np.savez_compressed(path, **arrays)
+        arrays |= Trainer(seed).run(AT, BRANCHED, STEPS)
+        with path.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def short_run() -> dict[str, np.ndarray]:
+    """A run of a few steps, whose branches are shorter still."""
+    return Trainer(0).run((4, 8), (8,), 2)

@@ -17,7 +17,7 @@ Run by ``python benchmarks/noise_truth.py --record``.
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,9 @@ import optax_stability as ost
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "gpt"))
 import data
+import model as gpt
 import training
 from config import Config
-from model import SIZES, next_token_loss
 
 # The first steps are seen often: there the noise scale changes most.
 FROZEN = (20, 30, 40, 50, 60, 70, 80, 90, 100, 120, 150, 180, 210, 250, 300)
@@ -181,7 +181,7 @@ class Recorder:
 
     def __init__(self, config: Config):
         """Creates the model, its optimizer and the compiled functions."""
-        size = SIZES[config.size]
+        size = gpt.SIZES[config.size]
         self._corpus = data.load(config.data, size.context, config.tokenizer)
         self._shape = size.context, config.batch_size
         self._config = config
@@ -210,7 +210,7 @@ class Recorder:
         def gradient(leaves, windows):
             state = jax.tree.unflatten(self._structure, leaves)
             model, _ = nnx.merge(graphdef, state.arrays)
-            found = nnx.grad(next_token_loss)(model, windows)
+            found = nnx.grad(gpt.next_token_loss)(model, windows)
             return [jnp.ravel(leaf) for leaf in jax.tree.leaves(found)]
 
         self._step = jax.jit(step, donate_argnums=0)

@@ -306,10 +306,10 @@ def microbatch_gradients(
         without padding; the unit of the noise scale. None: its number of rows.
       mean_square: also keep Σnₖ·mₖ², for
         ``scale_by_safe_adam(second_moment="microbatch")``; costs one buffer.
-      l1: also keep what ``estimate_noise_scale(norm="l1")`` needs, ``moments.l1``; costs
+      l1: also keep :class:`SignMoments`, for ``estimate_noise_scale(norm="l1")``; costs
         two reductions over each microbatch gradient and two numbers per leaf. With
-        ``vmap_size=1`` a microbatch is compared with the earlier ones, else with all:
-        other numbers of the same mean.
+        ``vmap_size=1`` each microbatch is compared with the earlier ones, with None
+        with all others: their numbers differ, and have the same mean.
       reject_nonfinite: False keeps every microbatch, finite or not.
       spmd_axis_name: mesh axis that shards the batch; every device then gets its own
         microbatches. This measures the noise between devices, at the cost of one

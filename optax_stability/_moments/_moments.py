@@ -284,7 +284,7 @@ def merge(
         l1 = _signs.between(a, b, axis_name)
         read = [l1.deviation, jnp.abs(l1.agreement)]
         l1 = jax.tree.map(
-            lambda *x: sum(x).astype(x[0].dtype), a.moments.l1, b.moments.l1, l1
+            lambda x, y, z: (x + y + z).astype(x.dtype), a.moments.l1, b.moments.l1, l1
         )
     weight = a.moments.weight + b.moments.weight
 

@@ -1,8 +1,8 @@
-"""What microbatches say of the noise in the ℓ1 norm, the norm of sign-like updates.
+"""What microbatches say of the noise in the L1 norm, the norm of sign-like updates.
 
 *Problem*: Σσᵢ and ‖G‖₁ cannot be told from the mean gradient: where the noise of an
 entry is larger than its mean, the mean of |ḡᵢ| is that of the noise. Standard
-deviations of single entries need a buffer, and are poorly known from a few microbatches.
+deviations of single entries need a buffer, and are poorly known from few microbatches.
 
 *Rule*: two sums, each linear in |·|, to which every microbatch is added once. A new
 microbatch of weight n and mean x meets the mean y of the earlier ones, of weight N::
@@ -35,7 +35,7 @@ _TO_DEVIATION = math.sqrt(math.pi / 2)
 
 
 class SignMoments(NamedTuple):
-    """Statistics in the ℓ1 norm of K microbatch gradients.
+    """Statistics in the L1 norm of K microbatch gradients.
 
     Attributes:
       deviation: real[n_leaves] – (K − 1)·Σσᵢ in the mean, σᵢ the standard deviation of
@@ -57,9 +57,11 @@ def no_signs(like: Any) -> SignMoments:
     return SignMoments(zeros(), zeros())
 
 
-def _parts(x):
-    """The real numbers of an array: a complex entry is two of them."""
-    return (x.real, x.imag) if _numerics.is_complex(x) else (x,)
+def _over_parts(function, *x):
+    """``function`` of real arrays; of complex ones the sum over both components."""
+    if not _numerics.is_complex(x[0]):
+        return function(*x)
+    return function(*map(jnp.real, x)) + function(*map(jnp.imag, x))
 
 
 def between(a: Any, b: Any, axis_name: _mesh_axes.AxisName = None) -> SignMoments:
@@ -74,16 +76,17 @@ def between(a: Any, b: Any, axis_name: _mesh_axes.AxisName = None) -> SignMoment
 
     def terms(y, x):
         wide = wide_dtype(y)
-        parts = zip(_parts(x.astype(wide)), _parts(y.astype(wide)), strict=True)
-        pairs = [(jnp.abs(p - q), jnp.sign(p) * q) for p, q in parts]
-        return tuple(sum(each).astype(dtype) for each in zip(*pairs, strict=True))
+        x, y = x.astype(wide), y.astype(wide)
+        distance = _over_parts(lambda p, q: jnp.abs(p - q), x, y)
+        agreement = _over_parts(lambda p, q: jnp.sign(p) * q, x, y)
+        return distance.astype(dtype), agreement.astype(dtype)
 
     olds, news = jax.tree.leaves(a.mean), jax.tree.leaves(b.mean)
     sums = leafwise_sums(terms, olds, news, outputs=2)
     distance, agreement = (_mesh_axes.sum_shards(x, news, axis_name) for x in sums)
     n, others = b.moments.weight, a.moments.weight
     counts = (n > 0) & (others > 0)
-    pairs = a.moments.num_microbatches * b.moments.num_microbatches
+    pairs = (a.moments.num_microbatches * b.moments.num_microbatches).astype(n.dtype)
     spread = _TO_DEVIATION * jnp.sqrt(n * _numerics.ratio(others, n + others))
     size = _TO_DEVIATION / jnp.sqrt(jnp.where(n > 0, n, 1.0))
 
@@ -111,18 +114,19 @@ def stacked_signs(
     others = jnp.where(counts, total - weights, 1.0)
     safe = jnp.where(counts, weights, 1.0)
 
-    def per_entry(vector, leaf):
-        return vector.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
+    def per_entry(vector, mean):
+        return vector.reshape(-1, *[1] * mean.ndim).astype(real_dtype(mean))
 
     def sums(leaf, mean):
-        distance = agreement = 0.0
-        for x, y in zip(_parts(leaf), _parts(mean), strict=True):
-            n, rest = per_entry(safe, x), per_entry(others, x)
-            # Of the mean of the others, ȳ: x − ȳ is (x − ḡ)·N/(N − n).
-            from_mean = x - y[None]
-            other = y[None] - n / rest * from_mean
-            distance += jnp.abs(from_mean)
-            agreement += jnp.sign(x) * other
+        # The mean of the others is ḡ − (x − ḡ)·n/(N − n).
+        share = per_entry(safe / others, mean)
+
+        def agreeing(x, y):
+            return jnp.sign(x) * (y - share * (x - y))
+
+        y = mean[None]
+        distance = _over_parts(lambda x, y: jnp.abs(x - y), leaf, y)
+        agreement = _over_parts(agreeing, leaf, y)
         axes = tuple(range(1, leaf.ndim))
         return [jnp.sum(each, axis=axes, dtype=dtype) for each in (distance, agreement)]
 

@@ -1,4 +1,4 @@
-"""The noise scale in the ℓ1 norm, where a microbatch is not small beside it.
+"""The noise scale in the L1 norm, where a microbatch is not small beside it.
 
 *Problem*: the sign of a microbatch gradient of n examples agrees with the gradient G in
 Σ|Gᵢ|·erf(|Gᵢ|·√(n/2)/σᵢ). While n is far below the noise scale, this is in proportion

@@ -103,7 +103,7 @@ def which_known(
 
 
 def _noise_of_entry(trace, state: EstimateNoiseScaleState):
-    """√var_g, or the mean σᵢ of a microbatch gradient if the norm is ℓ1."""
+    """√var_g, or the mean σᵢ of a microbatch gradient if the norm is L1."""
     if state.signs is None:
         return jnp.sqrt(_numerics.ratio(trace, state.microbatch * state.size))
     return _numerics.ratio(trace, jnp.sqrt(state.microbatch) * state.size)
