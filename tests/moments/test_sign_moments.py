@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
+from meshes import place
 from scipy import special
 from tiers import full
 
@@ -146,6 +148,32 @@ def test_a_complex_entry_is_two_real_ones(vmap_size):
     fn = ost.microbatch_gradients(loss, 4, vmap_size=vmap_size, l1=True)
     moments = jax.jit(fn)(jnp.zeros(D, jnp.complex64), rows)[2]
     expected = REFERENCES[vmap_size](rows, [1.0] * 4)
+    chex.assert_trees_all_close(
+        [x[0] for x in moments.l1], [np.float32(x) for x in expected], rtol=ROUNDING
+    )
+
+
+@pytest.mark.parametrize("vmap_size", [1, None])
+@full
+def test_on_a_mesh_they_are_those_of_one_device(vmap_size):
+    """Parameters over one axis, the rows of the batch over the other."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rows = np.random.default_rng(0).standard_normal((16, 8)).astype("f4")
+    params = {"w": jnp.zeros(8)}
+    fn = jax.jit(ost.microbatch_gradients(linear, 4, vmap_size=vmap_size, l1=True))
+    expected = fn(params, rows)[2].l1
+    found = fn(place(params, mesh, "model"), place(rows, mesh, "data"))[2].l1
+    chex.assert_trees_all_close(found, expected, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("vmap_size", [1, None])
+def test_gradients_in_half_precision_are_summed_in_float32(vmap_size):
+    rows = np.random.default_rng(0).standard_normal((4, D)).astype(jnp.bfloat16)
+    params = {"w": jnp.zeros(D, jnp.bfloat16)}
+    fn = ost.microbatch_gradients(linear, 4, vmap_size=vmap_size, l1=True)
+    moments = jax.jit(fn)(params, rows)[2]
+    expected = REFERENCES[vmap_size](rows.astype("f4"), [1.0] * 4)
+    assert moments.l1.deviation.dtype == np.float32
     chex.assert_trees_all_close(
         [x[0] for x in moments.l1], [np.float32(x) for x in expected], rtol=ROUNDING
     )
