@@ -200,8 +200,11 @@ def make_report(checkpoints: list[Checkpoint]) -> Report:
     """Both questions, for every noise scale."""
     branched = [each for each in checkpoints if len(each.fell)]
     names = ("l2", "l1", "published")
+    microbatch = BATCH / PARTS
+    above = [each for each in checkpoints if each.truth["l1"] > microbatch]
     return {
-        "own_truth": {name: own_truth(checkpoints, name) for name in names},
+        "own_truth": {name: own_truth(checkpoints, name) for name in names}
+        | {f"{name}, above": own_truth(above, name) for name in names if above},
         "worth": {
             f"{name}, {kind}": worth(
                 branched,
@@ -231,7 +234,8 @@ def truth_table(rows: dict[str, dict[str, Any]]) -> str:
     head = ["", "within", "off by", "bias", "width"]
     lines = [
         [
-            LABELS[name],
+            LABELS[name.removesuffix(", above")]
+            + (", above a microbatch" if name.endswith(", above") else ""),
             "–" if row["within"] is None else share(row["within"]),
             f"×{row['off_by']:.2f}",
             f"{row['bias']:+.2f}",

@@ -39,7 +39,7 @@ FROZEN = (20, 30, 40, 50, 60, 70, 80, 90, 100, 120, 150, 180, 210, 250, 300)
 FROZEN += (350, 400, 450, 500, 600)
 # Windows per microbatch; added at a time, and in all, by the size of the model.
 PART = 8
-WINDOWS = {"tiny": (192, 384), "small": (48, 96)}
+WINDOWS = {"tiny": (192, 384), "small": (48, 48)}
 ERROR = 0.12
 # The whole gradient, and the groups of leaves that make it up.
 GROUPS = ("whole gradient", "embeddings", "norms", "attention", "perceptrons")
@@ -66,7 +66,7 @@ class Run(NamedTuple):
     def frozen(self) -> tuple[int, ...]:
         """The steps at which the truth is measured."""
         if self.size == "small":
-            return tuple(range(6, self.steps + 1, 6))
+            return tuple(range(4, self.steps + 1, 4))
         return tuple(step for step in FROZEN if step <= self.steps)
 
     @property
@@ -91,7 +91,7 @@ RUNS = (
     Run(8, False, 1, 600),
     Run(32, True, 2, 300),
     Run(8, False, 2, 600),
-    Run(8, True, 0, 60, "small"),
+    Run(8, True, 0, 40, "small"),
 )
 
 

@@ -307,9 +307,10 @@ def microbatch_gradients(
       mean_square: also keep Σnₖ·mₖ², for
         ``scale_by_safe_adam(second_moment="microbatch")``; costs one buffer.
       l1: also keep :class:`SignMoments`, for ``estimate_noise_scale(norm="l1")``; costs
-        two reductions over each microbatch gradient and two numbers per leaf. With
-        ``vmap_size=1`` each microbatch is compared with the earlier ones, with None
-        with all others: their numbers differ, and have the same mean.
+        two reductions over each microbatch gradient and two numbers per leaf, and with
+        a ``vmap_size`` above 1, on a CPU, a temporary array like the gradients that are
+        evaluated together. One by one, each microbatch is compared with the earlier
+        ones; together, with all others: the numbers differ, and have the same mean.
       reject_nonfinite: False keeps every microbatch, finite or not.
       spmd_axis_name: mesh axis that shards the batch; every device then gets its own
         microbatches. This measures the noise between devices, at the cost of one

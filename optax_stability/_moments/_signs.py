@@ -14,7 +14,8 @@ for Gaussian microbatch gradients, whose entries have the variance σᵢ²/n; x 
 independent, so that no square of a noise remains in the agreement. For any n its mean
 is √(π/(2n)) · Σ|Gᵢ|·erf(|Gᵢ|·√(n/2)/σᵢ).
 
-*Cost*: two reductions over each microbatch gradient and two scalars per leaf.
+*Cost*: two reductions over each microbatch gradient and two scalars per leaf. Stacked
+microbatches cost, on a CPU, a temporary array of their size.
 
 *Source*: the norm is that of "Adaptive Batch Sizes Using Non-Euclidean Gradient Noise
 Scales", 2026, arXiv:2602.03001; the sums are ours.
@@ -113,36 +114,38 @@ def stacked_signs(
     counts = kept & (count > 1)
     others = jnp.where(counts, total - weights, 1.0)
     safe = jnp.where(counts, weights, 1.0)
-
-    def per_entry(vector, mean):
-        return vector.reshape(-1, *[1] * mean.ndim).astype(real_dtype(mean))
-
-    def sums(leaf, mean):
-        # The mean of the others is ḡ − (x − ḡ)·n/(N − n).
-        share = per_entry(safe / others, mean)
-
-        def agreeing(x, y):
-            return jnp.sign(x) * (y - share * (x - y))
-
-        y = mean[None]
-        distance = _over_parts(lambda x, y: jnp.abs(x - y), leaf, y)
-        agreement = _over_parts(agreeing, leaf, y)
-        axes = tuple(range(1, leaf.ndim))
-        return [jnp.sum(each, axis=axes, dtype=dtype) for each in (distance, agreement)]
-
-    found = [
-        sums(leaf, y) for leaf, y in zip(jax.tree.leaves(grads), leaves, strict=True)
-    ]
-    if not found:
-        return no_signs(mean)
-    distance, agreement = (jnp.stack(each) for each in zip(*found, strict=True))
     spread = _TO_DEVIATION * jnp.sqrt(safe * _numerics.ratio(total, others))
+    spread = (count - 1) / jnp.maximum(count, 1) * spread
+    size = (count - 1) / 2 * _TO_DEVIATION / jnp.sqrt(safe)
 
-    def summed(factors, values):
-        chosen = jnp.where(counts[None], factors.astype(dtype)[None] * values, 0.0)
-        return _mesh_axes.sum_shards(jnp.sum(chosen, axis=1), leaves, axis_name)
+    def summed(function, factors):
+        """The weighted sum over the microbatches, of each leaf."""
 
+        def of_leaf(leaf, y):
+            def per_entry(vector):
+                return vector.reshape(-1, *[1] * y.ndim)
+
+            terms = _over_parts(
+                lambda x, y: function(x, y, per_entry(safe / others).astype(x.dtype)),
+                leaf,
+                y[None],
+            )
+            terms = per_entry(factors).astype(terms.dtype) * terms
+            terms = jnp.where(per_entry(counts), terms, 0)
+            return jnp.sum(terms, dtype=dtype)
+
+        sums = [
+            of_leaf(leaf, y)
+            for leaf, y in zip(jax.tree.leaves(grads), leaves, strict=True)
+        ]
+        stacked = jnp.stack(sums) if sums else jnp.zeros((0,), dtype)
+        return _mesh_axes.sum_shards(stacked, leaves, axis_name)
+
+    # The mean of the others is ḡ − (x − ḡ)·n/(N − n). No difference is written as it is
+    # elsewhere: XLA would store it for both, once more like all the gradients.
     return SignMoments(
-        deviation=summed((count - 1) / jnp.maximum(count, 1) * spread, distance),
-        agreement=summed((count - 1) / 2 * _TO_DEVIATION / jnp.sqrt(safe), agreement),
+        deviation=summed(lambda x, y, _: jnp.abs(y - x), spread),
+        agreement=summed(
+            lambda x, y, share: jnp.sign(x) * (y + share * y - share * x), size
+        ),
     )

@@ -251,7 +251,9 @@ def estimate_noise_scale(
 
     Args:
       norm: ``"l2"``, or ``"l1"`` for sign-like updates; its moments are those of
-        :func:`microbatch_gradients` or :func:`accumulate_moments` with ``l1=True``.
+        :func:`microbatch_gradients` or :func:`accumulate_moments` with ``l1=True``. In
+        branches of Adam it predicted no better than ``"l2"`` which batch is worth its
+        examples (``benchmarks/noise_norms.py``).
       decay: weight of a step relative to the next while nothing changes, in [0, 1);
         the averages are then worth at most (1 + decay)/(1 − decay) steps of equal
         weight, 199 by default. The smaller it is, the faster the changes that are
