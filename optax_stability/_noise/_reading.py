@@ -8,7 +8,7 @@ arXiv:1812.06162, §2.
 
 import dataclasses
 import math
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -60,7 +60,7 @@ class NoiseScale:
     confidence: float
     biased: bool
     unit: str = "examples"
-    norm: Literal["l2", "l1"] = "l2"
+    norm: str = "l2"
     per_leaf: dict[str, "NoiseScale"] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
