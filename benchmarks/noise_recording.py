@@ -39,7 +39,7 @@ FROZEN = (20, 30, 40, 50, 60, 70, 80, 90, 100, 120, 150, 180, 210, 250, 300)
 FROZEN += (350, 400, 450, 500, 600)
 # Windows per microbatch; added at a time, and in all, by the size of the model.
 PART = 8
-WINDOWS = {"tiny": (192, 384), "small": (48, 48)}
+WINDOWS = {"tiny": (192, 384), "small": (48, 144)}
 ERROR = 0.12
 # The whole gradient, and the groups of leaves that make it up.
 GROUPS = ("whole gradient", "embeddings", "norms", "attention", "perceptrons")

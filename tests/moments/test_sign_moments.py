@@ -130,6 +130,16 @@ def test_accumulated_across_calls_they_are_those_of_one_call():
         )
 
 
+def test_a_clip_before_the_accumulation_scales_them_as_it_scales_the_gradient():
+    rows = np.random.default_rng(0).standard_normal((8, D)).astype("f4")
+    _, grads, moments = compiled(4, 1)(PARAMS, rows)
+    tx = ost.accumulate_moments(optax.identity(), 2, mean_square=False, l1=True)
+    half = jax.tree.map(lambda g: g / 2, grads)
+    _, state = tx.update(half, tx.init(PARAMS), PARAMS, moments=moments)
+    expected = jax.tree.map(lambda x: x / 2, moments.l1)
+    chex.assert_trees_all_close(state.moments.l1, expected, rtol=ROUNDING)
+
+
 def test_moments_without_them_cannot_be_accumulated_with_them():
     moments = compiled(2, None, l1=False)(PARAMS, np.ones((2, D), "f4"))[2]
     tx = ost.accumulate_moments(optax.identity(), 2, mean_square=False, l1=True)
