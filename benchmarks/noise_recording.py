@@ -17,7 +17,7 @@ Run by ``python benchmarks/noise_truth.py --record``.
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +30,16 @@ import optax_stability as ost
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "gpt"))
 import data
+import model as gpt
 import training
 from config import Config
-from model import SIZES, next_token_loss
 
 # The first steps are seen often: there the noise scale changes most.
 FROZEN = (20, 30, 40, 50, 60, 70, 80, 90, 100, 120, 150, 180, 210, 250, 300)
 FROZEN += (350, 400, 450, 500, 600)
-# Windows per microbatch, added at a time, and in all.
-PART, MORE, MOST = 8, 192, 384
+# Windows per microbatch; added at a time, and in all, by the size of the model.
+PART = 8
+WINDOWS = {"tiny": (192, 384), "small": (48, 144)}
 ERROR = 0.12
 # The whole gradient, and the groups of leaves that make it up.
 GROUPS = ("whole gradient", "embeddings", "norms", "attention", "perceptrons")
@@ -52,17 +53,28 @@ class Run(NamedTuple):
     decaying: bool
     seed: int
     steps: int
+    size: Literal["tiny", "small"] = "tiny"
 
     @property
     def name(self) -> str:
         """What the run is called in tables."""
+        size = "" if self.size == "tiny" else f"{self.size}, "
         rate = "decaying" if self.decaying else "constant"
-        return f"batch {self.batch_size}, {rate} rate, seed {self.seed}"
+        return f"{size}batch {self.batch_size}, {rate} rate, seed {self.seed}"
+
+    @property
+    def frozen(self) -> tuple[int, ...]:
+        """The steps at which the truth is measured."""
+        if self.size == "small":
+            return tuple(range(4, self.steps + 1, 4))
+        return tuple(step for step in FROZEN if step <= self.steps)
 
     @property
     def config(self) -> Config:
         """The settings of the trainer."""
-        config = Config(batch_size=self.batch_size, steps=600, seed=self.seed)
+        config = Config(
+            size=self.size, batch_size=self.batch_size, steps=600, seed=self.seed
+        )
         if self.decaying:
             return config
         rate = config.value("learning_rate")
@@ -75,6 +87,11 @@ RUNS = (
     Run(8, False, 0, 600),
     Run(8, True, 2, 600),
     Run(32, True, 0, 300),
+    Run(32, True, 1, 300),
+    Run(8, False, 1, 600),
+    Run(32, True, 2, 300),
+    Run(8, False, 2, 600),
+    Run(8, True, 0, 40, "small"),
 )
 
 
@@ -164,7 +181,7 @@ class Recorder:
 
     def __init__(self, config: Config):
         """Creates the model, its optimizer and the compiled functions."""
-        size = SIZES[config.size]
+        size = gpt.SIZES[config.size]
         self._corpus = data.load(config.data, size.context, config.tokenizer)
         self._shape = size.context, config.batch_size
         self._config = config
@@ -176,6 +193,7 @@ class Recorder:
 
         model, optimizer = nnx.jit(create)()
         graphdef, arrays = nnx.split((model, optimizer))
+        self._graphdef = graphdef
         state = training.TrainState(arrays, None)
         self._leaves, self._structure = jax.tree.flatten(state)
         names = ost.leaf_names(nnx.state(model, nnx.Param))
@@ -192,7 +210,7 @@ class Recorder:
         def gradient(leaves, windows):
             state = jax.tree.unflatten(self._structure, leaves)
             model, _ = nnx.merge(graphdef, state.arrays)
-            found = nnx.grad(next_token_loss)(model, windows)
+            found = nnx.grad(gpt.next_token_loss)(model, windows)
             return [jnp.ravel(leaf) for leaf in jax.tree.leaves(found)]
 
         self._step = jax.jit(step, donate_argnums=0)
@@ -206,28 +224,34 @@ class Recorder:
             )
         )
 
-    def truth(self, at: int, most: int) -> np.ndarray:
+    def truth(self, at: int, more: int, most: int) -> np.ndarray:
         """The noise scale of the present parameters, from windows of another order."""
         seed = 1000 * (1 + self._config.seed) + at
         drawn = data.Windows(self._corpus.train, self._shape[0], PART, seed)
         gradients: list[list[jax.Array]] = []
         while True:
             start = len(gradients)
-            more = range(start, start + MORE // PART)
-            gradients += [self._gradient(self._leaves, drawn(i)) for i in more]
+            added = range(start, start + more // PART)
+            gradients += [self._gradient(self._leaves, drawn(i)) for i in added]
             gram = np.asarray(self._gram(gradients), np.float64)
             found = u_statistics(sum_by_group(self._groups, gram))
             if found[0, 2] <= ERROR or PART * len(gradients) >= most:
                 return found
 
-    def run(self, frozen: tuple[int, ...], most: int = MOST) -> Recording:
-        """Trains to the last frozen step."""
+    def run(self, frozen: tuple[int, ...], more: int, most: int) -> Recording:
+        """Trains to the last frozen step.
+
+        Args:
+          frozen: the steps at which the truth is measured.
+          more: windows that are added at a time, until the truth is known.
+          most: windows after which no more are added.
+        """
         batches = data.Windows(self._corpus.train, *self._shape, self._config.seed)
         series, skipped, truths = [], [], []
         for at in range(1, frozen[-1] + 1):
             if at in frozen:
                 # Of the parameters whose gradient this step takes.
-                truths.append(self.truth(at, most))
+                truths.append(self.truth(at, more, most))
             self._leaves, seen = self._step(self._leaves, batches(at - 1))
             trace, grad_sq, skip = jax.device_get(seen)
             series.append(sum_by_group(self._groups, np.array([trace, grad_sq]).T)[1:])
@@ -242,12 +266,17 @@ class Recorder:
 
 
 def record(path: Path, runs: tuple[Run, ...]) -> None:
-    """Records runs, and writes each into the file as soon as it is done."""
-    arrays: dict[str, Any] = {}
+    """Records the runs that the file lacks, and writes each as soon as it is done."""
+    known = load(path) if path.exists() else {}
     for run in runs:
-        frozen = tuple(step for step in FROZEN if step <= run.steps)
-        recording = Recorder(run.config).run(frozen)
-        arrays |= {f"{run.name}/{key}": x for key, x in recording._asdict().items()}
+        if run.name in known:
+            continue
+        known[run.name] = Recorder(run.config).run(run.frozen, *WINDOWS[run.size])
+        arrays = {
+            f"{name}/{key}": x
+            for name, recording in known.items()
+            for key, x in recording._asdict().items()
+        }
         path.parent.mkdir(exist_ok=True)
         np.savez_compressed(path, **arrays)
 
@@ -265,4 +294,4 @@ def load(path: Path) -> dict[str, Recording]:
 def short_run() -> dict[str, Recording]:
     """A run of forty steps, with a truth that is hardly known."""
     run = Run(8, True, 0, 40)
-    return {run.name: Recorder(run.config).run((10, 20, 40), most=1)}
+    return {run.name: Recorder(run.config).run((10, 20, 40), 192, 192)}

@@ -17,7 +17,7 @@ after the first fifty without an upper end; *back after* how many steps after a 
 change within 30 steps the truth is in the interval again, the longest time.
 
     python benchmarks/noise_truth.py             # from the recordings, a minute
-    python benchmarks/noise_truth.py --record    # records again first, hours
+    python benchmarks/noise_truth.py --record    # first records what is missing
     python benchmarks/noise_truth.py --quick     # a short run of its own, no JSON
 """
 
@@ -180,6 +180,12 @@ class Judged(NamedTuple):
         return found
 
 
+def open_after_fifty(high: np.ndarray) -> float:
+    """The share of later steps without an upper end; 0 if there are none."""
+    later = high[50:]
+    return float(np.mean(~np.isfinite(later))) if len(later) else 0.0
+
+
 def judge_run(rule: Rule, recording: Recording) -> list[Judged]:
     """The rule on the whole gradient and on every group, in the order of GROUPS."""
     kept = recording.series[~recording.skipped].astype(np.float64)
@@ -202,7 +208,7 @@ def judge_run(rule: Rule, recording: Recording) -> list[Judged]:
                 scale[here],
                 low[here],
                 high[here],
-                float(np.mean(~np.isfinite(high[50:]))),
+                open_after_fifty(high),
             )
         )
     return judged
@@ -249,7 +255,7 @@ def judge_regression(rule: Rule, steps: int, runs: int) -> list[Judged]:
             found.scale[at - 1, i],
             found.low[at - 1, i],
             found.high[at - 1, i],
-            float(np.mean(~np.isfinite(found.high[50:, i]))),
+            open_after_fifty(found.high[:, i]),
         )
         for i in range(runs)
     ]
@@ -359,7 +365,7 @@ def main() -> None:
     """Records if asked to, and compares the rules."""
     arguments = parser(__doc__)
     arguments.add_argument(
-        "--record", action="store_true", help="record all runs again"
+        "--record", action="store_true", help="record the runs that are missing"
     )
     given = arguments.parse_args()
     if given.record:

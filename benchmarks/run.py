@@ -40,6 +40,7 @@ ANYWHERE = (
     "early_warning",
     "attention_saturation",
     "noise_truth",
+    "noise_norms",
     "clean_cost",
     "reliability",
     "mutations",

@@ -23,6 +23,7 @@ import fault_table
 import growth
 import low_precision
 import many_devices
+import noise_norms
 import noise_scale
 import noise_truth
 import norm_taps
@@ -78,6 +79,8 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "accumulation": ("accumulation", accumulation.readme_table),
     "noise_scale": ("noise_scale", noise_scale.readme_table),
     "noise_truth": ("noise_truth", noise_truth.evidence_table),
+    "noise_norms_truth": ("noise_norms", noise_norms.truth_evidence),
+    "noise_norms_worth": ("noise_norms", noise_norms.worth_evidence),
     "norm_taps": ("noise_scale", norm_taps.readme_table),
     "trainer_step": ("trainer_step", trainer_step.readme_table),
     "accelerators": ("accelerator_programs", accelerator_programs.readme_table),

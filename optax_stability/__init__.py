@@ -63,6 +63,7 @@ from optax_stability._moments._microbatching import (
     microbatch_gradients,
 )
 from optax_stability._moments._moments import Moments
+from optax_stability._moments._signs import SignMoments
 from optax_stability._noise._batch_size import (
     BatchSizeSchedule,
     batch_size_schedule,
@@ -130,6 +131,7 @@ __all__ = [
     "RunLog",
     "SafeAdamState",
     "ScaleByNoiseScaleState",
+    "SignMoments",
     "SkipSpikesState",
     "StopRequest",
     "WhenNoisyState",

@@ -62,10 +62,11 @@ def with_moments(tx):
 
     def update(updates, state, params=None, **extra_args):
         given = as_arrays("microbatch_gradients: the gradient", updates)
-        moments = single(given, 0.0, 2.0, mean_square=True).moments
+        moments = single(given, 0.0, 2.0, mean_square=True, l1=True).moments
         moments = moments._replace(
             num_microbatches=jnp.int32(2),
             deviation=jnp.full_like(moments.deviation, 0.01),
+            l1=jax.tree.map(lambda x: jnp.full_like(x, 0.01), moments.l1),
         )
         return tx.update(updates, state, params, moments=moments, **extra_args)
 
@@ -294,6 +295,13 @@ CASES = {
     "estimate_noise_scale": Case(
         ost.estimate_noise_scale,
         lambda **kw: with_moments(ost.estimate_noise_scale(**kw)),
+        passes_nonfinite=True,
+        hyperparameters={"decay": 0.9, "confidence": 0.9},
+        needs_moments=True,
+    ),
+    "estimate_noise_scale l1": Case(
+        ost.estimate_noise_scale,
+        lambda **kw: with_moments(ost.estimate_noise_scale(norm="l1", **kw)),
         passes_nonfinite=True,
         hyperparameters={"decay": 0.9, "confidence": 0.9},
         needs_moments=True,

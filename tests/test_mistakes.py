@@ -309,6 +309,14 @@ OTHERS = {
         ost.accumulate_moments(INNER, 2),
         ost.accumulate_moments(INNER, 2, mean_square=False),
     ),
+    "norm": (
+        ost.estimate_noise_scale(),
+        ost.estimate_noise_scale(norm="l1"),
+    ),
+    "l1": (
+        ost.accumulate_moments(INNER, 2),
+        ost.accumulate_moments(INNER, 2, l1=True),
+    ),
     "keep": (
         ost.branch_on_spike(ost.safe_adamw(0.1), keep="all"),
         ost.branch_on_spike(ost.safe_adamw(0.1)),

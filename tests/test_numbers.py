@@ -131,6 +131,7 @@ SPLITTABLE = (
     "when_noisy",
     "scale_by_noise_scale",
     "estimate_noise_scale",
+    "estimate_noise_scale l1",
     "record",
     "record_history",
 )

@@ -35,7 +35,7 @@ PUBLIC_NAMES = {
         Decision EstimateNoiseScaleState Finding FindingAlert Moments NoiseScale
         RecordExtraState RecordHistoryState RecordLogitBoundState RecordState
         RestartMomentsState RewindPolicy RunLog SafeAdamState
-        ScaleByNoiseScaleState SkipSpikesState StopRequest WhenNoisyState
+        ScaleByNoiseScaleState SignMoments SkipSpikesState StopRequest WhenNoisyState
         accumulate_moments adopt_state attention_logit_bound batch_efficiency
         batch_size_schedule branch_on_spike check clip_attention_logits
         clip_by_leaf_history clip_by_quantile clip_by_threshold clip_by_zscore

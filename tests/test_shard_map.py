@@ -188,11 +188,11 @@ def test_parameters_that_were_made_local_keep_their_noise():
 
 @full
 def test_accumulation_takes_microbatches_of_shards():
-    tx = ost.accumulate_moments(optax.sgd(1.0), 2)
-    sharded = ost.accumulate_moments(optax.sgd(1.0), 2, axis_name=AXES)
+    tx = ost.accumulate_moments(optax.sgd(1.0), 2, l1=True)
+    sharded = ost.accumulate_moments(optax.sgd(1.0), 2, l1=True, axis_name=AXES)
 
     def step(tx, loss, params, state, x):
-        gradients = gradients_of(loss, mean_square=True)
+        gradients = gradients_of(loss, mean_square=True, l1=True)
         loss, grads, moments = gradients(params, x)
         return tx.update(grads, state, params, value=loss, moments=moments)
 
@@ -213,6 +213,7 @@ def test_accumulation_takes_microbatches_of_shards():
         updates, expected = alone(params, expected, as_on_devices(batch(seed)))
         CLOSE(found, updates)
     CLOSE(state.moments.deviation, expected.moments.deviation)
+    CLOSE(state.moments.l1, expected.moments.l1)
     CLOSE(state.value, expected.value)
 
 

@@ -41,7 +41,7 @@ class ChoosesMicrobatches(Protocol):
         ...
 
 
-def _check_moments(moments: Moments, weight: Any, mean_square: bool) -> None:
+def _check_moments(moments: Moments, weight: Any, mean_square: bool, l1: bool) -> None:
     if weight is not None:
         raise ValueError(
             "weight= and moments= were both given; leave weight= out, because moments= "
@@ -53,19 +53,25 @@ def _check_moments(moments: Moments, weight: Any, mean_square: bool) -> None:
             "microbatch_gradients(..., mean_square=True), or use "
             "accumulate_moments(..., mean_square=False)."
         )
+    if l1 and moments.l1 is None:
+        raise ValueError(
+            "moments.l1 is None; compute the moments with microbatch_gradients(..., "
+            "l1=True), or use accumulate_moments(..., l1=False)."
+        )
 
 
 def _incoming(
-    updates, loss, weight, moments, *, mean_square: bool, axis_name
+    updates, loss, weight, moments, *, mean_square: bool, l1: bool, axis_name
 ) -> Aggregate:
     """The aggregate of one call: one microbatch or, with moments, several."""
     if moments is None:
         weight = 1.0 if weight is None else weight
         _validate.check_number("weight", weight)
-        return _moments.single(updates, loss, weight, mean_square=mean_square)
+        return _moments.single(updates, loss, weight, mean_square=mean_square, l1=l1)
     moments = _moments.visible(moments, updates)
-    _check_moments(moments, weight, mean_square)
+    _check_moments(moments, weight, mean_square, l1)
     moments = moments if mean_square else moments._replace(mean_square=None)
+    moments = moments if l1 else moments._replace(l1=None)
     return Aggregate(
         mean=updates,
         value=jnp.asarray(loss, _numerics.real_dtype(updates)),
@@ -138,6 +144,7 @@ def accumulate_moments(
     every_k: int | jax.Array | optax.Schedule | ChoosesMicrobatches,
     *,
     mean_square: bool = True,
+    l1: bool = False,
     reject_nonfinite: bool = True,
     accumulator_dtype: Any = None,
     axis_name: _mesh_axes.AxisName = None,
@@ -190,6 +197,8 @@ def accumulate_moments(
         number; or a :func:`batch_size_schedule`, which follows the noise scale.
       mean_square: also keep Σnₖ·mₖ², for
         ``scale_by_safe_adam(second_moment="microbatch")``; costs one buffer.
+      l1: also keep what ``estimate_noise_scale(norm="l1")`` needs; costs two reductions
+        over each gradient and two numbers per leaf.
       reject_nonfinite: False keeps every microbatch, finite or not.
       accumulator_dtype: dtype of the mean. None for that of each parameter, but at
         least float32; the mean of a complex parameter is complex with any dtype. A
@@ -211,7 +220,7 @@ def accumulate_moments(
     Raises:
       TypeError: ``inner`` is not a transformation, or ``every_k`` is not a number.
       ValueError: ``every_k`` is below 1, ``accumulator_dtype`` is not a float dtype, or
-        ``moments=`` has no mean square although ``mean_square`` is True.
+        ``moments=`` lacks a mean square or ``l1`` that is to be kept.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -231,7 +240,9 @@ def accumulate_moments(
     _validate.check_transformation("inner", inner)
     if not (callable(every_k) or isinstance(every_k, ChoosesMicrobatches)):
         _validate.check_count("every_k", every_k, 1, "1 takes a step on every call")
-    _validate.check_flags(mean_square=mean_square, reject_nonfinite=reject_nonfinite)
+    _validate.check_flags(
+        mean_square=mean_square, l1=l1, reject_nonfinite=reject_nonfinite
+    )
     _validate.check_float_dtype("accumulator_dtype", accumulator_dtype, optional=True)
     _validate.check_axis_name("axis_name", axis_name)
     inner = optax.with_extra_args_support(inner)
@@ -241,6 +252,7 @@ def accumulate_moments(
             inner.init(params),
             params,
             mean_square=mean_square,
+            l1=l1,
             dtype=accumulator_dtype,
         )
 
@@ -253,6 +265,7 @@ def accumulate_moments(
             weight,
             moments,
             mean_square=mean_square,
+            l1=l1,
             axis_name=axis_name,
         )
         window = window_of(state)
@@ -267,7 +280,7 @@ def accumulate_moments(
             )
         keep = _mesh_axes.everywhere(keep, axis_name)
         incoming = _moments.if_kept(incoming, keep)
-        window = _moments.merge(window, incoming, sq_distances)
+        window = _moments.merge(window, incoming, sq_distances, axis_name)
 
         rejected = jnp.where(keep, 0, 1)
         state = state._replace(

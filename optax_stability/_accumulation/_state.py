@@ -57,10 +57,10 @@ class AccumulateMomentsState(NamedTuple):
 
 
 def init_state(
-    inner_opt_state: Any, params: Any, *, mean_square: bool, dtype: Any
+    inner_opt_state: Any, params: Any, *, mean_square: bool, l1: bool, dtype: Any
 ) -> AccumulateMomentsState:
     """The state before the first microbatch; ``dtype`` is the dtype of the mean."""
-    empty = _moments.empty(params, mean_square=mean_square, dtype=dtype)
+    empty = _moments.empty(params, mean_square=mean_square, l1=l1, dtype=dtype)
     return AccumulateMomentsState(
         mini_step=jnp.zeros((), jnp.int32),
         gradient_step=jnp.zeros((), jnp.int32),
@@ -80,11 +80,14 @@ def window_of(state: AccumulateMomentsState) -> Aggregate:
         state.moments.num_microbatches,
         state.moments.weight,
         state.moments.deviation,
+        state.moments.l1,
     )
-    count, weight, deviation = (jnp.where(started, each, 0) for each in scalars)
+    count, weight, deviation, l1 = jax.tree.map(
+        lambda each: jnp.where(started, each, 0), scalars
+    )
     # At the start the buffers still hold the last update; weight 0 excludes it.
     moments = state.moments._replace(
-        num_microbatches=count, weight=weight, deviation=deviation
+        num_microbatches=count, weight=weight, deviation=deviation, l1=l1
     )
     return Aggregate(mean=state.acc_grads, value=state.value, moments=moments)
 

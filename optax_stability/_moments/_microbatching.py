@@ -239,6 +239,7 @@ def microbatch_gradients(
     has_aux: bool = False,
     weight_fn: Callable[[Batch], Any] | None = None,
     mean_square: bool = False,
+    l1: bool = False,
     reject_nonfinite: bool = True,
     spmd_axis_name: Any = None,
 ) -> ValueAndGrad[Params, Batch, Value, Params]:
@@ -305,6 +306,11 @@ def microbatch_gradients(
         without padding; the unit of the noise scale. None: its number of rows.
       mean_square: also keep Σnₖ·mₖ², for
         ``scale_by_safe_adam(second_moment="microbatch")``; costs one buffer.
+      l1: also keep :class:`SignMoments`, for ``estimate_noise_scale(norm="l1")``; costs
+        two reductions over each microbatch gradient and two numbers per leaf, and with
+        a ``vmap_size`` above 1, on a CPU, a temporary array like the gradients that are
+        evaluated together. One by one, each microbatch is compared with the earlier
+        ones; together, with all others: the numbers differ, and have the same mean.
       reject_nonfinite: False keeps every microbatch, finite or not.
       spmd_axis_name: mesh axis that shards the batch; every device then gets its own
         microbatches. This measures the noise between devices, at the cost of one
@@ -352,6 +358,7 @@ def microbatch_gradients(
         spmd_axis_name,
         has_aux=has_aux,
         mean_square=mean_square,
+        l1=l1,
         reject_nonfinite=reject_nonfinite,
     )
     vmap_size = num_microbatches if vmap_size is None else vmap_size
@@ -390,9 +397,10 @@ def microbatch_gradients(
             grads, loss, sq_distances=sq_distances, axis_name=axes
         )
         weight = kept(weight, finite)
-        part = _moments.single(grads, loss, weight, mean_square=mean_square)
-        total = part if total is None else _moments.merge(total, part, sq_distances)
-        return total, jax.tree.map(lambda leaf: leaf[None], aux)
+        part = _moments.single(grads, loss, weight, mean_square=mean_square, l1=l1)
+        if total is not None:
+            part = _moments.merge(total, part, sq_distances, axes)
+        return part, jax.tree.map(lambda leaf: leaf[None], aux)
 
     def add_group(join, total, params, microbatches, loss_scale):
         grads, losses, weights, aux = jax.vmap(
@@ -403,19 +411,19 @@ def microbatch_gradients(
         axes = sharding_axes(grads, losses)
         weights = kept(weights, _moments.each_finite(grads, losses, axes))
         part = _moments.stacked(
-            grads, losses, weights, mean_square=mean_square, axis_name=axes
+            grads, losses, weights, mean_square=mean_square, l1=l1, axis_name=axes
         )
         if total is None:
             return part, aux
         sq_distances = _moments.squared_distances(total, part.mean, axes)
-        return _moments.merge(total, part, sq_distances), aux
+        return _moments.merge(total, part, sq_distances, axes), aux
 
     def evaluate_all(join, params, batch, loss_scale) -> tuple[Aggregate, Any]:
         add = functools.partial(add_one if vmap_size == 1 else add_group, join)
         if groups == 1:
             group = jax.tree.map(lambda leaf: leaf[0], batch)
             return add(None, params, group, loss_scale)
-        empty = _moments.empty(params, mean_square=mean_square)
+        empty = _moments.empty(params, mean_square=mean_square, l1=l1)
         empty = empty._replace(mean=_not_constant(empty.mean))
         if all_varying_axes((params, batch)):
             first = jax.tree.map(lambda leaf: leaf[0], batch)

@@ -30,6 +30,7 @@ from optax_stability._core._numerics import (
     wide_dtype,
 )
 from optax_stability._core._platform import by_platform
+from optax_stability._moments import _signs
 
 # Weights are float32: the difference of two below this limit does not overflow.
 _LARGEST_WEIGHT = _numerics.HUGE / 4
@@ -57,6 +58,7 @@ class Moments(NamedTuple):
         ``shard_map`` ‖ḡ‖ of the local shard. It shows by what factor a later clip
         scaled the leaf. None if unknown.
       leaves: leaf marks that name the entries of ``deviation`` and ``norm``, or None.
+      l1: :class:`SignMoments`, for ``estimate_noise_scale(norm="l1")``, or None.
     """
 
     num_microbatches: jax.Array
@@ -65,6 +67,7 @@ class Moments(NamedTuple):
     mean_square: Any
     norm: Any = None
     leaves: Any = None
+    l1: Any = None
 
 
 class Aggregate(NamedTuple):
@@ -100,7 +103,9 @@ def _square(leaf):
     return _numerics.capped(_numerics.abs_sq(leaf))
 
 
-def empty(like: Any, *, mean_square: bool, dtype: Any = None) -> Aggregate:
+def empty(
+    like: Any, *, mean_square: bool, l1: bool = False, dtype: Any = None
+) -> Aggregate:
     """The aggregate of no microbatches.
 
     ``dtype`` is the dtype of the mean, or None for that of each leaf, but at least
@@ -128,6 +133,7 @@ def empty(like: Any, *, mean_square: bool, dtype: Any = None) -> Aggregate:
             deviation=jnp.zeros((len(jax.tree.leaves(like)),), real_dtype(like)),
             mean_square=squares if mean_square else None,
             leaves=_tree.mark_leaves(like),
+            l1=_signs.no_signs(like) if l1 else None,
         ),
     )
 
@@ -204,7 +210,7 @@ def usable_weight(weight) -> jax.Array:
     return (weight > 0) & (weight <= _LARGEST_WEIGHT)
 
 
-def single(grads, value, weight, *, mean_square: bool) -> Aggregate:
+def single(grads, value, weight, *, mean_square: bool, l1: bool = False) -> Aggregate:
     """The aggregate of one microbatch; weight 0 excludes the microbatch."""
     weight = jnp.asarray(weight, jnp.float32)
     return Aggregate(
@@ -216,6 +222,7 @@ def single(grads, value, weight, *, mean_square: bool) -> Aggregate:
             deviation=jnp.zeros((len(jax.tree.leaves(grads)),), real_dtype(grads)),
             mean_square=jax.tree.map(_square, widen(grads)) if mean_square else None,
             leaves=_tree.mark_leaves(grads),
+            l1=_signs.no_signs(grads) if l1 else None,
         ),
     )
 
@@ -228,6 +235,7 @@ def if_kept(given: Aggregate, keep) -> Aggregate:
             num_microbatches=jnp.where(keep, moments.num_microbatches, 0),
             weight=jnp.where(keep, moments.weight, 0),
             deviation=jnp.where(keep, moments.deviation, 0),
+            l1=jax.tree.map(lambda x: jnp.where(keep, x, 0), moments.l1),
         )
     )
 
@@ -253,18 +261,31 @@ def squared_distances(
     return _mesh_axes.sum_shards(squares, news, axis_name)
 
 
-def merge(a: Aggregate, b: Aggregate, sq_distances: Any = None) -> Aggregate:
+def merge(
+    a: Aggregate,
+    b: Aggregate,
+    sq_distances: Any = None,
+    axis_name: _mesh_axes.AxisName = None,
+) -> Aggregate:
     """Merges two aggregates, with the dtypes of the first.
 
     An aggregate of weight 0 is ignored, whatever its arrays hold.
 
     Args:
       a: an aggregate, for example of the earlier microbatches.
-      b: another aggregate.
+      b: another aggregate, with sign moments if the first has them.
       sq_distances: the :func:`squared_distances` between both means, if known.
+      axis_name: under ``shard_map``, the mesh axes that shard the means.
     """
     if sq_distances is None:
-        sq_distances = squared_distances(a, b.mean)
+        sq_distances = squared_distances(a, b.mean, axis_name)
+    l1, read = None, []
+    if a.moments.l1 is not None:
+        l1 = _signs.between(a, b, axis_name)
+        read = [l1.deviation, jnp.abs(l1.agreement)]
+        l1 = jax.tree.map(
+            lambda x, y, z: (x + y + z).astype(x.dtype), a.moments.l1, b.moments.l1, l1
+        )
     weight = a.moments.weight + b.moments.weight
 
     def weighted_mean(x, y, distance=()):
@@ -281,7 +302,7 @@ def merge(a: Aggregate, b: Aggregate, sq_distances: Any = None) -> Aggregate:
     between = jnp.where(factor > 0, factor * sq_distances, 0.0)
     olds, treedef = jax.tree.flatten(a.mean)
     means = [
-        weighted_mean(x, y, [sq_distances[i]])
+        weighted_mean(x, y, [each[i] for each in (sq_distances, *read)])
         for i, (x, y) in enumerate(zip(olds, jax.tree.leaves(b.mean), strict=True))
     ]
     return Aggregate(
@@ -297,6 +318,7 @@ def merge(a: Aggregate, b: Aggregate, sq_distances: Any = None) -> Aggregate:
                 weighted_mean, a.moments.mean_square, b.moments.mean_square
             ),
             leaves=a.moments.leaves,
+            l1=l1,
         ),
     )
 
@@ -307,6 +329,7 @@ def stacked(
     weights,
     *,
     mean_square: bool,
+    l1: bool = False,
     axis_name: _mesh_axes.AxisName = None,
 ) -> Aggregate:
     """The aggregate of microbatches that are stacked along axis 0 of every array.
@@ -345,6 +368,7 @@ def stacked(
             deviation=_mesh_axes.sum_shards(deviations, leaves, axis_name),
             mean_square=squares if mean_square else None,
             leaves=_tree.mark_leaves(mean),
+            l1=_signs.stacked_signs(grads, mean, weights, axis_name) if l1 else None,
         ),
     )
 
@@ -425,6 +449,7 @@ def visible(moments: Moments, updates: Any) -> Moments:
         deviation=moments.deviation[places],
         norm=None if moments.norm is None else moments.norm[places],
         leaves=_tree.mark_leaves(updates),
+        l1=jax.tree.map(lambda x: x[places], moments.l1),
     )
 
 
@@ -447,7 +472,8 @@ def rescaled(
     """Scales the moments as ḡ was scaled after its computation."""
     if moments.norm is None:
         return moments
-    squared_factors = jnp.square(_scale_factors(moments, grads, axis_name))
+    factors = _scale_factors(moments, grads, axis_name)
+    squared_factors = jnp.square(factors)
     leaves, treedef = jax.tree.flatten(moments.mean_square)
     scaled = [
         _numerics.scale(leaf, squared_factors[i]) for i, leaf in enumerate(leaves)
@@ -455,6 +481,7 @@ def rescaled(
     return moments._replace(
         deviation=moments.deviation * squared_factors,
         mean_square=jax.tree.unflatten(treedef, scaled),
+        l1=jax.tree.map(lambda x: x * factors, moments.l1),
     )
 
 

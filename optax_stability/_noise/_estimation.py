@@ -14,7 +14,7 @@ where microbatches have different numbers of tokens.
 arXiv:1812.06162, App. A.1.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,25 @@ def _squared_norms(moments: Moments, grads: Any, axis_name: _mesh_axes.AxisName)
     return _mesh_axes.sum_shards(jnp.square(norms), leaves, axis_name)
 
 
+def _observe_signs(moments: Moments) -> Observed:
+    """Σσᵢ and ΣGᵢ²/σᵢ of each leaf, of one step; ∞ with fewer than two microbatches."""
+    if moments.l1 is None:
+        raise ValueError(
+            "estimate_noise_scale(norm='l1') needs moments.l1, which is None; compute "
+            "the moments with microbatch_gradients(..., l1=True) or "
+            "accumulate_moments(..., l1=True), or take norm='l2'."
+        )
+    k = moments.num_microbatches.astype(jnp.float32)
+    several, earlier = k > 1, jnp.maximum(k - 1, 1)
+    deviation, agreement = (x.astype(jnp.float32) for x in moments.l1)
+    return Observed(
+        trace=jnp.where(several, deviation / earlier, jnp.inf),
+        grad_sq=jnp.where(several, 2 * agreement / (k * earlier), jnp.inf),
+        weight=moments.weight,
+        parts=k,
+    )
+
+
 def _observe(moments: Moments, squared_norms) -> Observed:
     """S and G² of each leaf, from one step; ±∞ with fewer than two microbatches."""
     k = moments.num_microbatches.astype(jnp.float32)
@@ -127,6 +146,7 @@ def _observe_pair(state: EstimateNoiseScaleState, grads, moments: Moments, axis_
 
 def estimate_noise_scale(
     *,
+    norm: Literal["l2", "l1"] = "l2",
     decay: float | jax.Array = 0.99,
     half_life: float | jax.Array | None = None,
     confidence: float | jax.Array = 0.95,
@@ -164,6 +184,18 @@ def estimate_noise_scale(
     a microbatch gradient and var_p is the current mean square of a parameter, or with
     ``look=False`` (see :func:`record`) the last one that was measured.
 
+    **Rule with** ``norm="l1"``, for updates that are nearly signs, such as Adam's: all
+    batches make steps of one length, and a larger one makes them agree better with G.
+    From the :class:`SignMoments` of a step, with σᵢ² the variance of one example's
+    gradient in its entry i::
+
+      S  = deviation/(K − 1)              E S  = Σσᵢ, for Gaussian noise
+      G² = agreement/(K(K − 1)/2)         E G² = ΣGᵢ²/σᵢ, for small microbatches
+
+    All else is as above: ``b_simple`` is B_l1 = Σσᵢ/Σ(Gᵢ²/σᵢ), corrected for
+    microbatches that are not small beside it, ``trace`` is Σσᵢ and ``grad_sq``
+    ΣGᵢ²/σᵢ; var_g is the square of the mean σᵢ of a microbatch gradient.
+
     **Guarantees**
 
     * Updates pass bit for bit.
@@ -176,6 +208,11 @@ def estimate_noise_scale(
     * After a tenfold change within 30 steps, it contains the new value within 30 steps.
     * One step decides nothing: a G² far from what is known moves the estimate little.
     * Multiplying the loss by a constant does not change the noise scale.
+    * B_l1 is (‖σ‖₁/‖G‖₁)², for microbatches of every size, if |Gᵢ|/σᵢ is the same in
+      all entries; else it is below that, and between both where it is smaller than a
+      microbatch. ‖G‖₁ itself cannot be had from a few microbatches, in which |ḡᵢ| is
+      nearly all noise; in G² the noises of different microbatches are multiplied, and
+      their mean is 0.
     * Non-finite values do not enter the averages; neither do steps with fewer than two
       microbatches.
 
@@ -213,6 +250,10 @@ def estimate_noise_scale(
     * 0/0 is 0 in ``noise_to_weight``, and x/0 is ∞ (zero-initialised parameters).
 
     Args:
+      norm: ``"l2"``, or ``"l1"`` for sign-like updates; its moments are those of
+        :func:`microbatch_gradients` or :func:`accumulate_moments` with ``l1=True``. In
+        branches of Adam it predicted no better than ``"l2"`` which batch is worth its
+        examples (``benchmarks/noise_norms.py``).
       decay: weight of a step relative to the next while nothing changes, in [0, 1);
         the averages are then worth at most (1 + decay)/(1 − decay) steps of equal
         weight, 199 by default. The smaller it is, the faster the changes that are
@@ -243,8 +284,8 @@ def estimate_noise_scale(
 
     Raises:
       TypeError: an argument is not a number.
-      ValueError: an argument is outside its range; or ``moments=`` is missing at
-        ``update``.
+      ValueError: an argument is outside its range; ``difference=True`` with
+        ``norm="l1"``; or, at ``update``, ``moments=`` is missing, or its ``l1`` is.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -270,7 +311,10 @@ def estimate_noise_scale(
       by their weights, only as long as nothing changes; no clamp. Fieller, 1954, for
       the interval. Magill, 1965, IEEE Trans. Autom. Control 10(4), for the hypotheses.
       AdaptDL (Qiao et al., "Pollux", 2021, arXiv:2008.12260) for pairs; deviation:
-      pairs do not overlap, so that they are independent.
+      pairs do not overlap, so that they are independent. Naganuma et al., "Adaptive
+      Batch Sizes Using Non-Euclidean Gradient Noise Scales", 2026, arXiv:2602.03001,
+      for the L1 norm; deviation: Σ(Gᵢ²/σᵢ) in place of ‖G‖₁², which they take from the
+      noisy ḡ, see above.
     """
     _validate.check_interval("decay", decay, "[0, 1)", "0.99 is the default")
     if half_life is not None:
@@ -278,12 +322,24 @@ def estimate_noise_scale(
         _validate.check_interval("half_life", half_life, "(0, inf)", remedy)
     _validate.check_interval("confidence", confidence, "(0, 1)", "0.95 is usual")
     _validate.check_flags(difference=difference)
+    _validate.check_choice("norm", norm, ("l2", "l1"))
+    if difference and norm == "l1":
+        raise ValueError(
+            "difference=True compares two gradients, which norm='l1' cannot do; give "
+            "two microbatches or more per step, or take norm='l2'."
+        )
     _validate.check_axis_name("axis_name", axis_name)
     if not callable(scope):
         _validate.check_choice("scope", scope, ("global", "leaf"))
 
     def init_fn(params):
-        return init_state(_tree.pure(params), scope, confidence, difference=difference)
+        return init_state(
+            _tree.pure(params),
+            scope,
+            confidence,
+            difference=difference,
+            signs=norm == "l1",
+        )
 
     def decay_for(weight):
         if half_life is None:
@@ -293,7 +349,8 @@ def estimate_noise_scale(
     def update_fn(updates, state, params=None, *, moments=None, **extra_args):
         moments = _moments.visible(_require_moments(moments), updates)
         norms = _squared_norms(moments, updates, axis_name)
-        observed = _observe(moments, norms)
+        l2 = norm == "l2"
+        observed = _observe(moments, norms) if l2 else _observe_signs(moments)
         if difference:
             state, pair, use_pair = _observe_pair(state, updates, moments, axis_name)
             observed = jax.tree.map(

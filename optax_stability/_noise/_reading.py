@@ -44,6 +44,8 @@ class NoiseScale:
       confidence: of the interval.
       biased: whether the estimate is from pairs of successive gradients.
       unit: what the weights of the microbatches count.
+      norm: "l2" or "l1"; with "l1", ``b_simple`` is B_l1, ``trace`` Σσᵢ and ``grad_sq``
+        ΣGᵢ²/σᵢ, see :func:`estimate_noise_scale`.
       per_leaf: the same for every leaf, or every label, by name.
     """
 
@@ -58,19 +60,21 @@ class NoiseScale:
     confidence: float
     biased: bool
     unit: str = "examples"
+    norm: str = "l2"
     per_leaf: dict[str, "NoiseScale"] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line: the estimate, its interval, and how many steps it is worth."""
         confidence = f"{100 * self.confidence:g} %"
+        name = {"l2": "B_simple", "l1": "B_l1"}[self.norm]
         if self.valid:
             low, high = _digits(self.low), _digits(self.high)
-            text = f"B_simple now = {_digits(self.b_simple)} {self.unit} "
+            text = f"{name} now = {_digits(self.b_simple)} {self.unit} "
             text += f"({confidence}: {low}–{high})"
         elif self.low > 0:
-            text = f"B_simple now ≥ {_digits(self.low)} {self.unit} ({confidence})"
+            text = f"{name} now ≥ {_digits(self.low)} {self.unit} ({confidence})"
         else:
-            text = "B_simple unknown"
+            text = f"{name} unknown"
         text += f", worth {self.steps:.0f} steps"
         return text + (", biased: from successive steps" if self.biased else "")
 
@@ -113,6 +117,7 @@ def noise_scale(state: Any, *, unit: str = "examples") -> NoiseScale:
         "confidence": float(found.confidence),
         "biased": bool(found.biased),
         "unit": unit,
+        "norm": "l2" if found.signs is None else "l1",
     }
 
     def read(stream: int) -> dict[str, Any]:

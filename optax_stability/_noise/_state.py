@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_stability._core import _numerics, _scopes, _tree
-from optax_stability._noise import _drift, _pairs, _statistics
+from optax_stability._noise import _drift, _pairs, _signs, _statistics
 from optax_stability._noise._drift import Drift
 from optax_stability._noise._statistics import Averages, Observed
 
@@ -30,6 +30,8 @@ class EstimateNoiseScaleState(NamedTuple):
       pairs: the stored gradient for pairs, or None without ``difference``.
       confidence: float32[] – of the intervals.
       stream: int32[n_leaves] – the stream of each leaf; all are in stream 0 too.
+      signs: marks that the averages are of Σσᵢ and ΣGᵢ²/σᵢ, for ``norm="l1"``, or
+        None.
       leaves: marks that name the entries of per-leaf vectors, or None if stream 0 is
         the only stream.
       labels: marks that name the streams from 1 on, or None if they are the leaves.
@@ -45,6 +47,7 @@ class EstimateNoiseScaleState(NamedTuple):
     pairs: Any
     confidence: jax.Array
     stream: jax.Array
+    signs: Any
     leaves: Any
     labels: Any
 
@@ -69,6 +72,8 @@ class EstimateNoiseScaleState(NamedTuple):
 def readings(state: EstimateNoiseScaleState) -> dict[str, jax.Array]:
     """The estimates of all streams, by name, [n_streams] each; 0 where not known."""
     scale = _drift.present(state.drift, state.averages, state.confidence)
+    if state.signs is not None:
+        scale = _signs.unsaturated(scale, state.microbatch)
     trace = scale.trace
     # Without noise the signal is in the unit of the gradient.
     size = jnp.where(trace > 0, trace, 1.0)
@@ -97,9 +102,16 @@ def which_known(
     }
 
 
+def _noise_of_entry(trace, state: EstimateNoiseScaleState):
+    """√var_g, or the mean σᵢ of a microbatch gradient if the norm is L1."""
+    if state.signs is None:
+        return jnp.sqrt(_numerics.ratio(trace, state.microbatch * state.size))
+    return _numerics.ratio(trace, jnp.sqrt(state.microbatch) * state.size)
+
+
 def _noise_to_weight(trace, state: EstimateNoiseScaleState):
     """√(var_g/var_p); ∞ for x/0, and 0 for 0/0 and where the parameters are unknown."""
-    noise = jnp.sqrt(_numerics.ratio(trace, state.microbatch * state.size))
+    noise = _noise_of_entry(trace, state)
     present = (noise > 0) & (state.param_rms >= 0)
     return jnp.where(present, noise / jnp.where(present, state.param_rms, 1.0), 0.0)
 
@@ -129,7 +141,12 @@ def sum_by_stream(values, state: EstimateNoiseScaleState):
 
 
 def init_state(
-    params: Any, scope: _scopes.Scope, confidence: Any, *, difference: bool
+    params: Any,
+    scope: _scopes.Scope,
+    confidence: Any,
+    *,
+    difference: bool,
+    signs: bool = False,
 ) -> EstimateNoiseScaleState:
     """The state before the first step."""
     stream, leaves, labels = _streams(params, scope)
@@ -145,6 +162,7 @@ def init_state(
         pairs=_pairs.init_pairs(params) if difference else None,
         confidence=jnp.asarray(confidence, jnp.float32),
         stream=jnp.array(stream, jnp.int32),
+        signs=_tree.Leaf() if signs else None,
         leaves=leaves,
         labels=labels,
     )

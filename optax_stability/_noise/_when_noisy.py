@@ -77,6 +77,11 @@ def when_noisy(
     **Guarantees**
 
     * While off, updates pass bit for bit.
+    * It switches only where the whole interval is beyond the level. While a constant
+      noise scale is at the level itself, chance puts the interval above it in 2.5 % of
+      the steps, with a confidence of 95 %: in steps that follow each other, so that
+      about a third of runs of 400 steps switch on once. At half the level less than
+      one run in 30 does.
     * ``inner`` sees every gradient: an adaptive clip has current statistics when it is
       switched on. While off, only its updates are discarded, so that its own metrics,
       such as ``clip/fraction``, report what it would have done.

@@ -73,6 +73,7 @@ def microbatch_gradients(
     has_aux: bool = False,
     weight_fn: Callable[[Batch], Any] | None = None,
     mean_square: bool = False,
+    l1: bool = False,
     reject_nonfinite: bool = True,
     spmd_axis_name: Any = None,
 ) -> ValueAndGrad[Module, Batch, Value, nnx.State[Any, Any]]:
@@ -98,8 +99,9 @@ def microbatch_gradients(
       weight_fn: from a microbatch to its weight, by default its number of rows.
       mean_square: keep the mean square as well, for
         ``scale_by_safe_adam(second_moment="microbatch")``.
+      l1: keep what ``estimate_noise_scale(norm="l1")`` needs as well.
       reject_nonfinite: False keeps every microbatch, even a non-finite one.
-      spmd_axis_name: mesh axis that shards the batch; this and the four arguments
+      spmd_axis_name: mesh axis that shards the batch; this and the five arguments
         before it as in :func:`optax_stability.microbatch_gradients`.
 
     Returns:
@@ -129,6 +131,7 @@ def microbatch_gradients(
         spmd_axis_name,
         has_aux=has_aux,
         mean_square=mean_square,
+        l1=l1,
         reject_nonfinite=reject_nonfinite,
     )
     weigh = _microbatching.count_examples if weight_fn is None else weight_fn
@@ -156,6 +159,7 @@ def microbatch_gradients(
             has_aux=True,
             weight_fn=lambda part: weigh(part[1]),
             mean_square=mean_square,
+            l1=l1,
             reject_nonfinite=reject_nonfinite,
             spmd_axis_name=spmd_axis_name,
         )(params, (keys, batch), loss_scale=loss_scale)

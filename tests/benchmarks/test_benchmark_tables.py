@@ -73,7 +73,7 @@ def test_every_suite_is_a_script_whose_help_says_what_it_does():
     modules |= {path.parent.name for path in BENCHMARKS.glob("*/__main__.py")}
     helpers = {"run", "tables", "reporting", "corpus", "peers", "norm_taps"}
     helpers |= {"faulty_streams", "contenders", "grids", "plain_step"}
-    helpers |= {"noise_recording"}
+    helpers |= {"noise_recording", "noise_norms_recording"}
     # It needs compilers for accelerators, which are an extra.
     helpers |= {"accelerator_programs", "hlo_counts", "targets"}
     helpers |= {"real_logs"}  # It needs logs that are not in the repository.

@@ -117,6 +117,7 @@ def summary(result):
     value, grads, moments = result
     named = moments._asdict()
     named.pop("leaves")
+    assert named.pop("l1") is None
     return {"loss": value, "grads": grads, **named}
 
 

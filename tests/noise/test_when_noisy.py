@@ -1,11 +1,14 @@
 """Switching on and off with the noise scale."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_noise_drift import gaussian
 from test_noise_scale import synthetic
 from tiers import full
 
@@ -42,17 +45,62 @@ def test_it_switches_with_the_noise_and_not_between_the_levels():
     assert not blocks[4].any()
 
 
+def test_it_switches_only_where_the_whole_interval_is_beyond_the_level():
+    """By the rule at every step, also where S jumps by a factor of 15."""
+    tx = ost.when_noisy(HALF, above=10.0, below=8.0)
+    state, update, on = tx.init(PARAMS), jax.jit(tx.update), False
+    for trace in [2.0, 25.0, 4.0, 18.0, 2.0, 30.0] * 10 + [3.0] * 30:
+        _, state = update(PARAMS, state, PARAMS, moments=synthetic(trace, 1.0))
+        found = ost.metrics(state)
+        low, high = found["noise_scale/low"], found["noise_scale/high"]
+        on = bool((low > 10) | (on & ~(high < 8)))
+        assert bool(found["when_noisy/active"]) == on
+    assert not on
+
+
+STEPS, RUNS = 400, 300
+
+
+@functools.cache
+def switched(dimensions, b_simple, margin):
+    """Whether each of many runs is on, [steps, runs]; the level is margin·b_simple."""
+    tx = ost.when_noisy(HALF, above=margin * b_simple)
+    constant = np.full(STEPS, b_simple)
+    observed = gaussian(1, constant, constant, dimensions, 4, 8, RUNS)
+
+    def step(state, both):
+        trace, grad_sq = both
+        moments = synthetic(0.0, 1.0)._replace(
+            deviation=3 * trace[None],
+            norm=jnp.sqrt(jnp.maximum(grad_sq + trace / 8, 0))[None],
+        )
+        state = tx.update(PARAMS, state, moments=moments)[1]
+        found = ost.metrics(state)
+        beyond = found["noise_scale/low"] > margin * b_simple
+        return state, (found["when_noisy/active"], beyond)
+
+    def run(both):
+        return jax.lax.scan(step, tx.init(PARAMS), both)[1]
+
+    both = [jnp.asarray(x, jnp.float32) for x in observed]
+    return map(np.asarray, jax.jit(jax.vmap(run, 1, 1))(both))
+
+
+@pytest.mark.parametrize("setting", [(100, 5.0), (100, 50.0), (1000, 50.0), (20, 5.0)])
 @full
-def test_chance_does_not_switch():
-    """The estimate is above the level, its interval holds it."""
-    tx = ost.when_noisy(HALF, above=10.0, estimator=ost.estimate_noise_scale())
-    acted, state = run(tx, [6.0, 21.0, 8.0, 17.0, 6.0, 24.0])
-    found = ost.noise_scale(state)
-    assert found.valid
-    assert found.low < 10 < found.b_simple
-    assert not any(acted)
-    # More of the same is no chance any more.
-    assert run(tx, [6.0, 21.0, 8.0, 17.0, 6.0, 24.0] * 20)[0][-1]
+def test_chance_switches_as_seldom_as_the_interval_says(setting):
+    """A constant noise scale. At the level, a step is a reason to switch on in 2.5 %.
+
+    Those steps come in rows, so that runs count: their share of such steps has a
+    standard error, and the mean is within four of them. Half the level is so far away
+    that a run of 400 steps is on at any time in 2.5 % at most, within four standard
+    errors of so many runs.
+    """
+    _, beyond = switched(*setting, 1.0)
+    shares = beyond.mean(0)
+    assert shares.mean() <= 0.025 + 4 * shares.std() / RUNS**0.5
+    on, _ = switched(*setting, 2.0)
+    assert on.any(0).mean() <= 0.025 + 4 * (0.025 * 0.975 / RUNS) ** 0.5
 
 
 @full

@@ -63,6 +63,7 @@ def unknown_choices(tx: Tx) -> None:
     ost.branch_on_spike(tx, keep_in="cpu")  # reportArgumentType
     ost.clip_by_threshold(thresholds.constant(1.0), scope="leafs")  # reportArgumentType
     ost.estimate_noise_scale(scope="leaves")  # reportArgumentType
+    ost.estimate_noise_scale(norm="L1")  # reportArgumentType
 
 
 def numbers_for_thresholds(tx: Tx) -> None:

@@ -149,7 +149,7 @@ def branching_chain() -> optax.GradientTransformationExtraArgs:
 
 def noise_chain(batch_size: int) -> optax.GradientTransformationExtraArgs:
     """Clips while it is noisy; the learning rate falls with the noise."""
-    noise = ost.estimate_noise_scale(scope="leaf", difference=True)
+    noise = ost.estimate_noise_scale(norm="l2", scope="leaf", difference=True)
     clip = ost.clip_by_threshold(thresholds.constant(1.0))
     return optax.chain(
         ost.when_noisy(
@@ -169,6 +169,20 @@ def accumulating_chain() -> optax.GradientTransformationExtraArgs:
     )
     every_k: ost.BatchSizeSchedule = ost.batch_size_schedule(max_k=64)
     return ost.accumulate_moments(inner, every_k)
+
+
+def noise_of_signs(moments: ost.Moments) -> jax.Array:
+    """The noise in the L1 norm of one step."""
+    signs: ost.SignMoments = moments.l1
+    return jnp.sum(signs.deviation) / (moments.num_microbatches - 1)
+
+
+def sign_chain(params: Params, batch: Batch) -> ost.NoiseScale:
+    """The noise scale of sign-like updates."""
+    gradients = ost.microbatch_gradients(loss_fn, 8, l1=True)
+    tx = ost.accumulate_moments(ost.estimate_noise_scale(norm="l1"), 2, l1=True)
+    _, grads, moments = gradients(params, batch)
+    return ost.noise_scale(tx.update(grads, tx.init(params), moments=moments)[1])
 
 
 def rate_for_growing_batches(rate: optax.Schedule) -> optax.Schedule:
