@@ -111,7 +111,8 @@ def test_one_command_trains_and_leaves_a_log_and_a_picture(tmp_path, text):
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows[0]["loss"] == pytest.approx(math.log(256), abs=1e-4)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
-    assert rows[0]["clip/limit"] is None  # Infinite until the clip is armed.
+    # A share of the first norm.
+    assert rows[0]["clip/limit"] == pytest.approx(rows[0]["grad/norm"] / 32)
     assert evaluations[0]["eval/bits"] == pytest.approx(8, abs=1e-4)
     assert evaluations[-1]["eval/bits"] < 8
     assert rows[1]["noise_scale/b_simple"] == 0  # Two steps have no variance.
