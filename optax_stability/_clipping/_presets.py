@@ -47,7 +47,8 @@ def clip_by_zscore(
 
     Guarantees and edge cases are those of :func:`clip_by_threshold`,
     :func:`thresholds.zscore`, :func:`thresholds.relearn` and
-    :func:`thresholds.at_most_median`.
+    :func:`thresholds.at_most_median`. What the arguments say of steps that are clipped
+    is said of outliers; ``at_most_median`` comes on top.
 
     Args:
       z_max: limit of normal norms in standard deviations above the mean, > 0.

@@ -16,6 +16,7 @@ def guard_loss_constant(history: History) -> Finding | None:
             continue
         rows = np.flatnonzero(~np.isnan(value.values))
         norm = history.columns[_beside(value, "norm")][rows]
+        norm = norm[np.isfinite(norm)]
         evidence = (
             f"the guard was given the loss {value.values[rows[0]]:.6g} in all "
             f"{len(rows)} rows, while the gradient norm went from {norm.min():.3g} to "

@@ -132,6 +132,14 @@ def test_a_log_that_rounds_is_no_finding():
     assert KIND not in kinds(history)
 
 
+def test_a_gradient_that_is_not_finite_is_not_among_the_evidence():
+    history = zero()
+    history["skip/norm"][[30, 40]] = np.nan, np.inf
+    (found,) = (each for each in ost.diagnose(history) if each.kind == KIND)
+    assert "nan" not in found.evidence
+    assert "inf" not in found.evidence
+
+
 def test_a_number_other_than_0_must_be_there_from_the_beginning():
     """A run that has converged may repeat its loss for long."""
     history = one()
