@@ -63,6 +63,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "clean_small": ("clean_cost_small", only(clean_cost.tables)),
     "clean_english": ("clean_cost_english", only(clean_cost.tables)),
     "clean_long": ("clean_cost_long", only(clean_cost.tables)),
+    "clean_large": ("clean_cost_large", only(clean_cost.tables)),
     "branching_cost": ("branching", branching.cost_table),
     "branching_exactness": ("branching", branching.exactness_table),
     "reliability": ("reliability", only(reliability.tables)),
