@@ -12,6 +12,8 @@ buffer is where parameters change places.
 gradients of the microbatches up, then optax's clip and AdamW. An *ordinary* step has
 ``look=False``; every tenth has ``look=True``.
 
+*The notebooks*: their steps as they stand, which leave it to the program when to look.
+
 It needs ``pip install -e ".[accelerators]"`` and no accelerator.
 
     python benchmarks/accelerator_programs.py            # tables and JSON
@@ -29,6 +31,7 @@ from typing import Any
 import hlo_counts
 import jax
 import jax.numpy as jnp
+import notebook_steps
 import optax
 from flax import nnx
 from hlo_counts import COLLECTIVES
@@ -57,6 +60,12 @@ CONFIGS = {
     "gpt2": Config(size="gpt2", dtype="bfloat16", batch_size=16),
 }
 ACCELERATORS = ("H100", "TPU v5e", "TPU v6e")
+TPUS = ACCELERATORS[1:]
+NOTEBOOKS = {
+    "quickstart, plain optax": lambda: notebook_steps.quickstart("plain_step", "plain"),
+    "quickstart, ours": lambda: notebook_steps.quickstart("our_step", "ours"),
+    "noise_scale, batches of 8": lambda: notebook_steps.noise_scale(8),
+}
 
 
 def chain() -> optax.GradientTransformation:
@@ -205,14 +214,18 @@ def trainer_programs(target: Target, config: Config) -> dict[str, Row]:
 
 
 def mesh_program(
-    target: Target, step: Callable, shapes: tuple, matrices: set[tuple[int, ...]]
+    target: Target,
+    step: Callable,
+    shapes: tuple,
+    matrices: set[tuple[int, ...]],
+    batch_axis: int = 0,
 ) -> Row:
     """A step on four chips, 2 by 2: the largest array of each kind that they send.
 
     Every matrix is split along its first axis, every batch along both axes of the mesh.
     """
     mesh = target.mesh((2, 2), ("data", "fsdp"))
-    leaves, windows = shapes
+    leaves, windows, *others = shapes
 
     def place(leaf, *spec):
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
@@ -223,7 +236,8 @@ def mesh_program(
 
     arguments = (
         [place(leaf, *spec_of(leaf)) for leaf in leaves],
-        place(windows, ("data", "fsdp")),
+        place(windows, *[None] * batch_axis, ("data", "fsdp")),
+        *map(place, others),
     )
     with jax.set_mesh(mesh):
         compiled = compile_for(target, step, arguments, (0,))
@@ -238,6 +252,27 @@ def mesh_programs(target: Target, config: Config) -> dict[str, Row]:
         PLAIN: mesh_program(target, *plain_step(config), matrices),
         ORDINARY: mesh_program(target, *trainer_step(config, False), matrices),
     }
+
+
+def notebook_programs(target: Target) -> dict[str, Row]:
+    """The steps of the notebooks, on one device."""
+    found = {}
+    for name, make in NOTEBOOKS.items():
+        step, shapes, _ = make()
+        arguments = on_one_device(target, shapes)
+        program = compile_for(target, step, arguments, (0,)).program
+        counts = hlo_counts.count(program.as_text())
+        found[name] = {"kernels": counts.kernels, "asks": counts.asks}
+    return found
+
+
+def notebook_mesh_programs(target: Target) -> dict[str, Row]:
+    """The same on a mesh, with the same parameters on all chips."""
+    found = {}
+    for name, make in NOTEBOOKS.items():
+        step, shapes, batch_axis = make()
+        found[name] = mesh_program(target, step, shapes, set(), batch_axis)
+    return found
 
 
 def compile_times(target: Target, leaves: int) -> Row:
@@ -287,9 +322,14 @@ def make_report(*, quick: bool, check: bool) -> Report:
     if not (quick or check):
         found["mesh"] = {
             f"{name}, {size}": mesh_programs(TARGETS[name], CONFIGS[size])
-            for name in ("TPU v5e", "TPU v6e")
+            for name in TPUS
             for size in sizes
         }
+        found["notebooks"] = {
+            name: notebook_programs(TARGETS[name]) for name in ACCELERATORS
+        }
+        for name in TPUS:
+            found["mesh"][f"{name}, notebooks"] = notebook_mesh_programs(TARGETS[name])
         found["compile"] = {
             name: [compile_times(TARGETS[name], leaves) for leaves in (76, 1000)]
             for name in ("H100", "TPU v5e", "CPU")
@@ -322,6 +362,13 @@ def tables(report: Report) -> dict[str, str]:
     for kind in ("optimizer", "branch", "accumulation", "step"):
         for title, rows in report[kind].items():
             found[f"{kind}: {title}"] = table(rows)
+    if "notebooks" in report:
+        lines = [
+            [f"{target}: {name}", f"{row['kernels']:,}", f"{row['asks']}"]
+            for target, rows in report["notebooks"].items()
+            for name, row in rows.items()
+        ]
+        found["notebooks"] = markdown(["steps of notebooks", "kernels", "asks"], lines)
     if "mesh" in report:
         lines = [
             [f"{title}: {name}", *(f"{sent.get(kind, 0):,}" for kind in COLLECTIVES)]

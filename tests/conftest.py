@@ -1,6 +1,7 @@
 """Eight CPU devices, two tiers of tests, and one cache of compiled programs."""
 
 import collections
+import gc
 import inspect
 import os
 import time
@@ -23,16 +24,17 @@ CACHE_OPTIONS = {
 DAYS_KEPT = 30
 WHOLE_PROGRAMS = {"examples", "interop"}
 # A worker of the full tier would hold the programs of a thousand tests: 12 GB and more.
-TESTS_BETWEEN_CLEARINGS = 100
+TESTS_BETWEEN_CLEARINGS = 300
 TESTS_RUN = pytest.StashKey[int]()
-# Code generation takes XLA most of its time on a CPU. In the quick tier it is the
-# simplest: slower code, whose last bit may differ. XLA ends the process at a flag that
-# it does not know.
+# Code generation takes XLA most of its time on a CPU. It is made simple: slower code,
+# whose last bit may differ. XLA ends the process at a flag that it does not know.
 SIMPLE_CODE = (
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 KNOWN_TO = (0, 9), (0, 11)
+# And not optimized, but for the runs of the gallery, which take longer than to compile.
+UNOPTIMIZED = "jax_disable_most_optimizations"
+LONG_RUNS = {"test_examples.py", "test_notebooks.py"}
 
 jax.config.update("jax_num_cpu_devices", 8)
 for name, value in CACHE_OPTIONS.items():
@@ -51,8 +53,7 @@ def pytest_configure(config):
         config.addinivalue_line("markers", marker)
     if not hasattr(config, "workerinput"):  # Its workers have its environment.
         forget_old_programs()
-        if not config.getoption("full"):
-            compile_simply()
+        compile_simply()
 
 
 def compile_simply():
@@ -79,6 +80,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = filter(tiers.is_quick, items)
 
 
+def pytest_collection_finish():
+    """Tracing makes many objects and little garbage: looking for it took a quarter."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
     """Every test of the library runs as the strictest users do.
@@ -86,12 +94,25 @@ def pytest_pyfunc_call(pyfuncitem):
     Trainers do not: they need optax's schedules, which convert, and no test of a run in
     a folder can be repeated there.
     """
-    if WHOLE_PROGRAMS & set(pyfuncitem.path.relative_to(CACHE.parents[1]).parts):
+    if is_whole_program(pyfuncitem.path):
         return None
     names = inspect.signature(pyfuncitem.obj).parameters
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
     promotion.call(pyfuncitem.obj, arguments)
     return True
+
+
+def is_whole_program(path):
+    """Whether a test runs a program of the examples or of other people."""
+    return not WHOLE_PROGRAMS.isdisjoint(path.relative_to(CACHE.parents[1]).parts)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """How well code is optimized, here and in the processes that a test starts."""
+    simple = item.path.name not in LONG_RUNS
+    jax.config.update(UNOPTIMIZED, simple)
+    os.environ[UNOPTIMIZED.upper()] = str(simple)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -254,6 +254,7 @@ def write_if(
     Returns:
       The update, and the state.
     """
+    inner_update = jax.jit(inner_update)  # Traced once, and not where it is repeated.
     outputs, _ = jax.eval_shape(inner_update, buffers, inner_state)
 
     def make_target(buffer, output):

@@ -51,12 +51,10 @@ def _order_statistics(values, count, ranks: list) -> list[jax.Array]:
     if values.shape[0] > _LONG:
         ordered = jnp.sort(padded)
         return [ordered[rank] for rank in ranks]
-    # A rank is the number of smaller values. A sort would be several kernels on a GPU.
-    place = jnp.arange(values.shape[0])
-    x, y = padded[:, None], padded[None, :]
-    smaller = (y < x) | ((y == x) & (place[None, :] < place[:, None]))
-    rank_of = jnp.sum(smaller, axis=1, dtype=jnp.int32)
-    return [jnp.max(padded, where=rank_of == r, initial=-jnp.inf) for r in ranks]
+    # The value of rank r is the smallest with more than r values up to it. A sort would
+    # be several kernels on a GPU.
+    up_to = jnp.sum(padded[None, :] <= padded[:, None], axis=1, dtype=jnp.int32)
+    return [jnp.min(padded, where=up_to > r, initial=jnp.inf) for r in ranks]
 
 
 def quantile(values, count, q):

@@ -75,7 +75,7 @@ def test_every_suite_is_a_script_whose_help_says_what_it_does():
     helpers |= {"faulty_streams", "contenders", "grids", "plain_step"}
     helpers |= {"noise_recording", "noise_norms_recording"}
     # It needs compilers for accelerators, which are an extra.
-    helpers |= {"accelerator_programs", "hlo_counts", "targets"}
+    helpers |= {"accelerator_programs", "hlo_counts", "notebook_steps", "targets"}
     helpers |= {"real_logs"}  # It needs logs that are not in the repository.
     assert modules - helpers == {*run.ON_EVERY_DEVICE, *run.ANYWHERE}
 
