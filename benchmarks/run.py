@@ -11,6 +11,7 @@ do not depend on the device.
 """
 
 import concurrent.futures
+import os
 import subprocess
 import sys
 import time
@@ -29,6 +30,8 @@ ON_EVERY_DEVICE = (
     "trainer_step",
     "stability",
 )
+# Where nothing is kept, code need not be fast, only be there soon.
+SIMPLE_CODE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 # What rules do to the same numbers, wherever these are computed.
 ANYWHERE = (
     "many_devices",
@@ -66,7 +69,10 @@ def run(suite: str, flags: list[str]) -> str:
     """Runs one suite: what went wrong, or nothing."""
     start = time.perf_counter()
     command = [sys.executable, str(script_of(suite)), *flags]
-    ended = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | (SIMPLE_CODE if "--quick" in flags else {})
+    ended = subprocess.run(
+        command, check=False, stdout=subprocess.PIPE, text=True, env=environment
+    )
     seconds = time.perf_counter() - start
     # Whole, or what runs beside it would write in between.
     sys.stdout.write(f"\n== {suite}, {seconds:.0f} s\n{ended.stdout}")

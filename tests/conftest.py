@@ -23,8 +23,8 @@ CACHE_OPTIONS = {
 }
 DAYS_KEPT = 30
 WHOLE_PROGRAMS = {"examples", "interop"}
-# A worker of the full tier would hold the programs of a thousand tests: 12 GB and more.
-TESTS_BETWEEN_CLEARINGS = 300
+# All workers together hold the programs of that many tests: some 5 GB.
+TESTS_HELD = 600
 TESTS_RUN = pytest.StashKey[int]()
 # Code generation takes XLA most of its time on a CPU. It is made simple: slower code,
 # whose last bit may differ. XLA ends the process at a flag that it does not know.
@@ -128,7 +128,8 @@ def pytest_runtest_call(item):
 def pytest_runtest_teardown(item):
     """What was compiled stays in the cache on disk."""
     run = item.config.stash[TESTS_RUN] = item.config.stash.get(TESTS_RUN, 0) + 1
-    if run % TESTS_BETWEEN_CLEARINGS == 0:
+    workers = getattr(item.config, "workerinput", {"workercount": 1})["workercount"]
+    if run % max(TESTS_HELD // workers, 1) == 0:
         jax.clear_caches()
 
 

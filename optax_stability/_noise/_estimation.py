@@ -223,8 +223,8 @@ def estimate_noise_scale(
       scale. ``trace`` and ``grad_sq`` are still reported.
     * With one microbatch per step there is no estimate, unless ``difference=True``.
     * While the noise scale changes, the interval is an approximation; on recorded runs
-      of a small GPT, from the first steps on, more than nine tenths of the 95 %
-      intervals contained the noise scale of that step (``benchmarks/noise_truth.py``).
+      of a small GPT, from the first steps on, nine tenths of the 95 % intervals
+      contained the noise scale of that step (``benchmarks/noise_truth.py``).
       A change that is slow and steady is seen late: for some dozen steps at its start
       the interval may be too low. Of single leaves fewer intervals hold.
     * S that varies by a large factor from step to step while ‖G‖² stays is taken for a
