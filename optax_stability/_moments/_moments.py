@@ -282,7 +282,7 @@ def merge(
     l1, read = None, []
     if a.moments.l1 is not None:
         l1 = _signs.between(a, b, axis_name)
-        read = [l1.deviation, jnp.abs(l1.agreement)]
+        read = [l1.deviation, l1.agreement]
         l1 = jax.tree.map(
             lambda x, y, z: (x + y + z).astype(x.dtype), a.moments.l1, b.moments.l1, l1
         )

@@ -674,6 +674,22 @@ def test_a_norm_jump_with_a_normal_loss_is_shortened_to_the_limit_not_skipped():
     assert int(state.total) == 0
 
 
+@pytest.mark.parametrize("deviation", [0.5, 0.0, -1.0, np.nan, np.inf])
+def test_it_is_shortened_whatever_is_known_of_the_microbatches(deviation):
+    tx = skipping(IDENTITY, grad_norm=AT_FIVE, confirm=thresholds.constant(9.0))
+    moments = ost.Moments(
+        num_microbatches=jnp.int32(4),
+        weight=jnp.float32(4),
+        deviation=jnp.full(3, deviation, jnp.float32),  # −1 if it is unknown.
+        mean_square=None,
+        norm=jnp.full(3, 50, jnp.float32),
+    )
+    update, _ = compiled(tx.update)(
+        grads_of(50.0), tx.init(PARAMS), PARAMS, value=np.float32(1), moments=moments
+    )
+    np.testing.assert_allclose(norm_of(update), 5.0, rtol=ROUNDING)
+
+
 def test_a_negative_loss_confirms_nothing_and_its_rise_does():
     confirm = thresholds.detrended_mad(4.0, floor=0.3, arm=2, log=False)
     tx = skipping(IDENTITY, grad_norm=AT_FIVE, confirm=confirm)
