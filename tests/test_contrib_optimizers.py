@@ -7,6 +7,7 @@ dtypes and shardings.
 """
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -16,7 +17,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax import contrib
-from tiers import full
+from tiers import full, quick_only
 
 import optax_stability as ost
 
@@ -69,8 +70,13 @@ def signature(tree):
     return treedef, [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
 
 
+# In the quick tier every optimizer once, and every wrapper several times.
+SOME_PAIRS = zip(OPTIMIZERS, itertools.cycle(WRAPPERS))
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@quick_only(*map("-".join, SOME_PAIRS))
 def test_the_state_is_fixed_and_extra_arguments_arrive(optimizer, wrapper):
     """Sophia needs ``obj_fn``, momo and reduce_on_plateau need ``value``."""
     tx = WRAPPERS[wrapper](OPTIMIZERS[optimizer]())

@@ -10,6 +10,7 @@ from tiers import full
 import optax_stability as ost
 from optax_stability._core._in_place import (
     apply_if,
+    depends_on,
     exchange_if,
     measure_if,
     run_if,
@@ -176,3 +177,10 @@ def test_a_guard_needs_no_buffer_but_the_gradient_s_own():
     temp = lowered.compile().memory_analysis().temp_size_in_bytes
     gradient = sum(x.nbytes for x in params.values())
     assert temp < 1.25 * gradient
+
+
+@pytest.mark.parametrize("measured", [1.0, 0.0, -1.0, np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("run", [True, False])
+def test_a_dependency_does_not_depend_on_the_values(run, measured):
+    values = jnp.full(3, measured)
+    assert bool(depends_on(jnp.asarray(run), values, values)) == run
