@@ -30,7 +30,7 @@ def definitions(notebook: str, last: str) -> dict[str, Any]:
         if cell.cell_type != "code":
             continue
         lines = ast.parse(without_magic(cell.source)).body
-        kept = [line for line in lines if isinstance(line, _DEFINITIONS)]
+        kept: list[ast.stmt] = [x for x in lines if isinstance(x, _DEFINITIONS)]
         exec(compile(ast.Module(kept, []), notebook, "exec"), found)
         if last in found:
             return found
