@@ -11,9 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import nbformat
 from flax import nnx
-from IPython.core.inputtransformer2 import TransformerManager
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 _DEFINITIONS = ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign
@@ -24,6 +22,10 @@ Program = tuple[Callable[..., Any], tuple, int]
 
 def definitions(notebook: str, last: str) -> dict[str, Any]:
     """What the cells of a notebook define, up to the cell that defines ``last``."""
+    # Of the extra "accelerators"; the tables are made without it.
+    import nbformat
+    from IPython.core.inputtransformer2 import TransformerManager
+
     found: dict[str, Any] = {}
     without_magic = TransformerManager().transform_cell
     for cell in nbformat.read(EXAMPLES / f"{notebook}.ipynb", as_version=4).cells:
