@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """Tracing makes many objects and little garbage: looking for it took a quarter."""
+    """Garbage is looked for less often: it took a quarter of the time of the tests."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
@@ -94,17 +94,12 @@ def pytest_pyfunc_call(pyfuncitem):
     Trainers do not: they need optax's schedules, which convert, and no test of a run in
     a folder can be repeated there.
     """
-    if is_whole_program(pyfuncitem.path):
+    if WHOLE_PROGRAMS & set(pyfuncitem.path.relative_to(CACHE.parents[1]).parts):
         return None
     names = inspect.signature(pyfuncitem.obj).parameters
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
     promotion.call(pyfuncitem.obj, arguments)
     return True
-
-
-def is_whole_program(path):
-    """Whether a test runs a program of the examples or of other people."""
-    return not WHOLE_PROGRAMS.isdisjoint(path.relative_to(CACHE.parents[1]).parts)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -113,6 +108,13 @@ def pytest_runtest_setup(item):
     simple = item.path.name not in LONG_RUNS
     jax.config.update(UNOPTIMIZED, simple)
     os.environ[UNOPTIMIZED.upper()] = str(simple)
+
+
+@pytest.fixture
+def optimized():
+    """Optimized code, for bounds that are those of such code."""
+    jax.clear_caches()
+    jax.config.update(UNOPTIMIZED, False)
 
 
 @pytest.hookimpl(wrapper=True)
