@@ -388,6 +388,7 @@ def test_what_is_not_finite_never_reaches_inner_at_any_step(norm, loss):
 
 
 @pytest.mark.parametrize("watched", [{}, {"grad_norm": None}], ids=["norm", "nothing"])
+@pytest.mark.usefixtures("optimized")
 @full
 def test_steps_that_are_not_finite_are_skipped_however_many_there_are(watched):
     tx = skipping(RICH, max_consecutive=2, budget=1, **watched)
@@ -396,10 +397,8 @@ def test_steps_that_are_not_finite_are_skipped_however_many_there_are(watched):
     assert skips(states) == [False, *[True] * 60, False]
     assert bits(states[60].inner_state) == bits(states[0].inner_state)
     assert not any(np.any(x) for x in jax.tree.leaves(updates[1:-1]))
-    expected, _ = run(tx, [1.0, 1.0], [1.0, 1.0])
+    expected, _ = run(RICH, [1.0, 1.0])
     assert bits([updates[0], updates[-1]]) == bits(expected)
-    alone, _ = run(RICH, [1.0, 1.0])
-    chex.assert_trees_all_close(expected, alone, rtol=ROUNDING)
 
 
 def test_steps_that_are_not_finite_cost_nothing_and_earn_nothing():
@@ -444,16 +443,14 @@ def test_on_a_skipped_step_the_state_of_inner_is_untouched_bit_for_bit(norm, los
     assert bits(update) == bits(jax.tree.map(np.zeros_like, PARAMS))
 
 
+@pytest.mark.usefixtures("optimized")
 @full
 def test_training_goes_on_after_a_skip_as_if_it_had_not_been():
     tx = skipping(RICH, grad_norm=AT_FIVE)
     norms = [1.0, 2.0, 0.5, 1.5]
-    expected, _ = run(tx, norms)
+    expected, _ = run(RICH, norms)
     updates, _ = run(tx, [*norms[:2], 50.0, np.nan, *norms[2:]])
     assert bits(updates[:2] + updates[4:]) == bits(expected)
-    # In another program XLA rounds the small difference 1 − b2ᵗ otherwise.
-    alone, _ = run(RICH, norms)
-    chex.assert_trees_all_close(expected, alone, rtol=1e-4)
 
 
 @full
