@@ -54,6 +54,7 @@ def _below_one(decay):
     return decay if _validate.is_concrete(decay) else jnp.minimum(decay, 1 - 2.0**-24)
 
 
+@jax.jit
 def _limit_spikes(g, rms, limit):
     """Limits |g| to limit·r, except where r = 0: there is no past gradient yet."""
     rms = rms.astype(_real(g))
@@ -77,6 +78,7 @@ def _decay(beta, count, dtype) -> _Decay:
     return _Decay(1 - learned, learned)
 
 
+@jax.jit
 def _next_mu(g, mu, decay: _Decay):
     """Next mean: m ← β₁ᴷ·m + (1 − β₁ᴷ)·g, where g is finite."""
     old = mu.astype(g.dtype)
@@ -86,10 +88,11 @@ def _next_mu(g, mu, decay: _Decay):
     return _numerics.saturating_cast(new, mu.dtype)
 
 
-def _next_rms(g, size, rms, decay: _Decay, step):
+@jax.jit
+def _next_rms(g, size, rms, roots: _Decay, step):
     """Next root: r ← hypot(√β₂ᴷ·r, √(1 − β₂ᴷ)·size), where g is finite."""
     old = rms.astype(_real(g))
-    new = _numerics.hypot(_root(decay.kept) * old, _root(decay.learned) * jnp.abs(size))
+    new = _numerics.hypot(roots.kept * old, roots.learned * jnp.abs(size))
     new = jnp.where(_numerics.is_finite(g), new, old)
     return _numerics.round_stochastically(new, step, rms.dtype)
 
@@ -129,6 +132,36 @@ def _rms_excess(size, rms, eps):
     usable = jnp.isfinite(size) & (divisor > 0)
     ratio = jnp.where(usable, size, 0.0) / jnp.where(usable, divisor, 1.0)
     return _numerics.root(jnp.mean(jnp.square(ratio)))
+
+
+class _Scales(NamedTuple):
+    """Numbers that all leaves share; m̂ and r̂ are used times rms_unit.
+
+    Attributes:
+      mu: rms_unit/mu_unit.
+      rms: rms_unit.
+      eps: ε·rms_unit.
+      bound: greatest possible update.
+      largest_rms: ``update_rms_max``.
+    """
+
+    mu: jax.Array
+    rms: jax.Array
+    eps: jax.Array
+    bound: jax.Array
+    largest_rms: float | jax.Array | None
+
+
+@functools.partial(jax.jit, static_argnames="eps_mode")
+def _direction(size, mu, rms, scales: _Scales, eps_mode: EpsMode):
+    """The update of a leaf, limited to ``update_rms_max``."""
+    rms = rms.astype(scales.rms.dtype)
+    mu = _numerics.times(mu, scales.mu)
+    u = _divide(mu, rms, scales.eps, scales.bound, eps_mode)
+    if scales.largest_rms is None:
+        return u
+    excess = _rms_excess(size * scales.rms, rms, scales.eps) / scales.largest_rms
+    return _numerics.by_component(lambda part: part / jnp.maximum(excess, 1.0), u)
 
 
 def _real(x) -> Any:
@@ -362,8 +395,9 @@ def scale_by_safe_adam(
             sizes = jax.tree.map(clip, sizes, state.rms)
         decay1, decay2 = _decay(b1, count, dtype), _decay(b2, count, dtype)
         mu = jax.tree.map(lambda g, mu: _next_mu(g, mu, decay1), grads, state.mu)
+        roots = _Decay(*map(_root, decay2))
         rms = jax.tree.map(
-            lambda g, size, rms: _next_rms(g, size, rms, decay2, state.step),
+            lambda g, size, rms: _next_rms(g, size, rms, roots, state.step),
             grads,
             sizes,
             state.rms,
@@ -380,16 +414,14 @@ def scale_by_safe_adam(
         b1_now, b2_now = jnp.asarray(b1, dtype), jnp.asarray(b2, dtype)
         bound = update_bound(b1_now, b2_now)
 
-        def direction(size, mu, rms):
-            rms = rms.astype(dtype)
-            mu = _numerics.times(mu, rms_unit / _nonzero(mu_unit))
-            u = _divide(mu, rms, eps_now * rms_unit, bound, eps_mode)
-            if update_rms_max is not None:
-                excess = _rms_excess(size * rms_unit, rms, eps_now * rms_unit)
-                excess = jnp.maximum(excess / update_rms_max, 1.0)
-                u = _numerics.by_component(lambda part: part / excess, u)
-            return u
-
+        scales = _Scales(
+            mu=rms_unit / _nonzero(mu_unit),
+            rms=rms_unit,
+            eps=eps_now * rms_unit,
+            bound=bound,
+            largest_rms=update_rms_max,
+        )
+        direction = functools.partial(_direction, scales=scales, eps_mode=eps_mode)
         directions = jax.tree.map(direction, sizes, mu, rms)
         return _numerics.cast_like(directions, updates), SafeAdamState(
             step=_numerics.increment(state.step),

@@ -68,6 +68,7 @@ def find_heads(heads_of: HeadsOf, params: Any) -> dict[str, AttentionHeads]:
 def bounds(heads: dict[str, AttentionHeads], rotary: bool) -> dict[str, jax.Array]:
     """The bound of each head, [heads], or [layers, heads] of stacked layers."""
 
+    @jax.jit  # One trace for all layers of a shape.
     def bound(each: AttentionHeads) -> jax.Array:
         return attention_logit_bound(**each._asdict(), rotary=rotary)
 

@@ -92,14 +92,16 @@ class ClipByThresholdState(NamedTuple):
         }
 
 
+@jax.jit
+def _scaled_or_zero(leaf, factor, keep):
+    return jnp.where(keep, _numerics.scale(leaf, factor), jnp.zeros((), leaf.dtype))
+
+
 def _scale(updates, factor, finite, parts: Parts):
     """Multiplies every leaf by its factor; zero where its norm is not finite."""
     leaves, treedef = jax.tree.flatten(updates)
     by_leaf = (for_leaves(values, leaves, parts) for values in (factor, finite))
-    scaled = [
-        jnp.where(keep, _numerics.scale(leaf, by), jnp.zeros((), jnp.result_type(leaf)))
-        for leaf, by, keep in zip(leaves, *by_leaf, strict=True)
-    ]
+    scaled = list(map(_scaled_or_zero, leaves, *by_leaf))
     return jax.tree.unflatten(treedef, scaled)
 
 

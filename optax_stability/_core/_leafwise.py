@@ -5,9 +5,11 @@ longer to compile than to run, and on a GPU every leaf is a kernel, or two.
 
 *Cost*: small leaves of equal shape are copied into one array; large ones are not
 copied. On a GPU a large leaf is one kernel, which sums its rows; the sums of equal
-length are then added up together.
+length are then added up together. What is done to every leaf is traced once for all
+leaves of a shape.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,7 +71,7 @@ def leafwise(
     if not leaves:
         return (jnp.zeros((0,), jnp.float32),) * outputs
     layered = (False,) * len(leaves) if layered is None else layered
-    batches = _batches(columns, layered)
+    batches, measure = _batches(columns, layered), jax.jit(measure)
     found = [
         measure(*(_stack([c[i] for i in each], layered[each[0]]) for c in columns))
         for each in batches
@@ -108,23 +110,25 @@ def leafwise_sums(
 
         return leafwise(measure, *columns, outputs=outputs, layered=layered)
 
+    @functools.partial(jax.jit, static_argnums=0)
+    def sums_of(split, *row):
+        return tuple(sum_layers(x, split) for x in terms(*row))
+
     def one_by_one(*columns):
         sums = [
-            tuple(
-                jnp.sum(x, axis=tuple(range(int(split), x.ndim))) for x in terms(*row)
-            )
-            for *row, split in zip(*columns, layered, strict=True)
+            sums_of(split, *row) for split, *row in zip(layered, *columns, strict=True)
         ]
         by_term = list(zip(*sums, strict=True)) or [()] * outputs
         return tuple(map(concatenate, by_term))
 
+    @jax.jit
+    def rows_of(*row):
+        if not _has_rows(row[0]):
+            return terms(*row)
+        return tuple(jnp.sum(x, axis=-1) for x in terms(*row))
+
     def rows_first(*columns):
-        rows = [
-            tuple(jnp.sum(x, axis=-1) for x in terms(*row))
-            if _has_rows(row[0])
-            else terms(*row)
-            for row in zip(*columns, strict=True)
-        ]
+        rows = [rows_of(*row) for row in zip(*columns, strict=True)]
         sums = [list(column) for column in zip(*rows, strict=True)]
         sums = sums or [[]] * outputs
         return leafwise(_sum_parts, *sums, outputs=outputs, layered=layered)
@@ -135,6 +139,11 @@ def leafwise_sums(
         tpu=in_one_stage,
         accelerator=rows_first,
     )
+
+
+def sum_layers(leaf, layered: bool) -> jax.Array:
+    """The sum of a leaf, or of every layer of it."""
+    return jnp.sum(leaf, axis=tuple(range(int(layered), leaf.ndim)))
 
 
 def _has_rows(leaf) -> bool:

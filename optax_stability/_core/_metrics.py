@@ -72,7 +72,8 @@ def _split_vectors(state: Any, values: dict[str, Any]) -> dict[str, Any]:
         stem, _, kind = key.rpartition("/")
         marks = state.leaves if f"/{kind}" == PER_LEAF else state.entries
         names = _tree.names_of_marks(marks)
-        scalars |= {f"{stem}/{name}": value[i] for i, name in enumerate(names)}
+        pairs = zip(names, value, strict=True)
+        scalars |= {f"{stem}/{name}": each for name, each in pairs}
     return scalars
 
 

@@ -8,6 +8,7 @@ float64 or complex128, else float32. "real[]" stands for it. A complex x counts 
 size of a parameter.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from optax_stability._core import _mesh_axes, _numerics
-from optax_stability._core._leafwise import leafwise_sums
+from optax_stability._core._leafwise import leafwise_sums, sum_layers
 from optax_stability._core._mesh_axes import AxisName
 from optax_stability._core._parts import Layered, by_parts, concatenate, count_parts
 from optax_stability._core._platform import by_platform
@@ -65,6 +66,11 @@ def _measure_in_one_pass(leaves: list, scope: _Scope):
     return jnp.where(jnp.isinf(fine), coarse, fine)
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def _sum_of_squares(leaf, scale, layered: bool) -> jax.Array:
+    return sum_layers(_numerics.abs_sq(_numerics.times(leaf, scale)), layered)
+
+
 def _measure_in_two_passes(leaves: list, scope: _Scope):
     """Runs the second pass, at the second scale, only if it is needed."""
     dtype = _numerics.real_dtype(leaves)
@@ -73,14 +79,8 @@ def _measure_in_two_passes(leaves: list, scope: _Scope):
     def sums_at(scales):
         # One scale per leaf, although all scales are equal: if two leaves of the same
         # shape shared a scale, XLA would write the scale to a buffer of that shape.
-        sums = [
-            jnp.sum(
-                _numerics.abs_sq(_numerics.times(leaf, scale)),
-                axis=tuple(range(int(split), leaf.ndim)),
-            )
-            for leaf, scale, split in zip(leaves, scales, scope.layered, strict=True)
-        ]
-        return scope.join(concatenate(sums), leaves)
+        sums = map(_sum_of_squares, leaves, scales, scope.layered)
+        return scope.join(concatenate(list(sums)), leaves)
 
     def measure(carry):
         _, scales, norms = carry
@@ -107,10 +107,12 @@ def _measure_norms(leaves: list, scope: _Scope):
     )
 
 
-_norms = jax.custom_jvp(_measure_norms, nondiff_argnums=(1,))
+_differentiable_norms = jax.custom_jvp(_measure_norms, nondiff_argnums=(1,))
+# One trace for the gradient, the parameters and the updates.
+_norms = jax.jit(_differentiable_norms, static_argnums=1)
 
 
-@_norms.defjvp
+@_differentiable_norms.defjvp
 def _norms_jvp(scope: _Scope, primals, tangents):
     """d‖x‖ = ⟨x/‖x‖, dx⟩, and 0 where x = 0."""
     (leaves,), (tangent_leaves,) = primals, tangents
@@ -208,6 +210,7 @@ def join_shard_norms(norms, leaves: list, axis_name: AxisName) -> jax.Array:
     return largest * jnp.sqrt(_mesh_axes.sum_shards(squares, leaves, axis_name))
 
 
+@jax.jit
 def join_norms(norms) -> jax.Array:
     """Joins the norms of all parts into one norm, real[]."""
     largest = jnp.max(norms, initial=0.0)

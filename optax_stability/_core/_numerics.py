@@ -9,7 +9,9 @@ complex128, else float32. The size of a complex number is its modulus.
 And at β₂ = 0.999 the root of the second moment changes by 0.05 % per step, less than
 half a bfloat16 spacing: rounded to nearest, it would never decay.
 
-*Cost*: element-wise; none if the dtype is as wide as the arithmetic.
+*Cost*: element-wise; none if the dtype is as wide as the arithmetic. What is done to
+every leaf is a ``jax.jit``: one trace, and one function in the program, for all leaves
+of a shape.
 
 *Source*: stochastic rounding, Gupta et al., "Deep Learning with Limited Numerical
 Precision", 2015, arXiv:1502.02551, §3. Deviation: the random bits are a hash of the
@@ -35,6 +37,7 @@ _MANTISSA_BITS = 0x007FFFFF
 _EXPONENT_BITS = 0x7F800000
 
 
+@functools.cache
 def promote(first, second) -> Any:
     """The dtype that holds both dtypes, also under strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
@@ -136,16 +139,16 @@ def increment(count, by: int | jax.Array = 1) -> jax.Array:
     return jnp.minimum(count, jnp.iinfo(jnp.int32).max - by) + by
 
 
+@jax.jit
 def scale(leaf, factor):
     """Multiplies a leaf by a real factor; the result has the dtype of the leaf.
 
-    A plain number has no dtype; with an array the wider of both dtypes is computed in.
+    It computes in the wider of both dtypes; a plain number has none.
     """
-    wide = real_dtype((leaf, factor) if isinstance(factor, jax.Array) else leaf)
-    return times(leaf, jnp.asarray(factor, wide)).astype(jnp.result_type(leaf))
+    wide = real_dtype(leaf if jax.typeof(factor).weak_type else (leaf, factor))
+    return times(leaf, factor.astype(wide)).astype(leaf.dtype)
 
 
-# One trace and one function for all leaves of a shape.
 @functools.partial(jax.jit, static_argnames=("factor", "dtype"))
 def square_at(factor: float, x, dtype=FLOAT32):
     """|factor·x|² in a real dtype, scaled before it is squared.
@@ -197,7 +200,7 @@ def _root_jvp(primals, tangents):
     return result, tangents[0] * 0.5 * _inverse(result)
 
 
-@jax.jit  # One trace and one function for all leaves of a shape.
+@jax.jit
 def hypot(a, b):
     """√(a² + b²) for a, b ≥ 0 of float32 or wider, without forming either square.
 

@@ -12,6 +12,7 @@ buffer like the parameters.
 eq. 2.1, with weights. No difference of large sums is formed.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -138,6 +139,7 @@ def empty(
     )
 
 
+@functools.partial(jax.jit, static_argnames="axis_name")
 def all_finite(
     tree: Any,
     value: Any = 0.0,
@@ -240,6 +242,7 @@ def if_kept(given: Aggregate, keep) -> Aggregate:
     )
 
 
+@functools.partial(jax.jit, static_argnames="axis_name")
 def squared_distances(
     a: Aggregate, mean: Any, axis_name: _mesh_axes.AxisName = None
 ) -> jax.Array:
@@ -259,6 +262,21 @@ def squared_distances(
     olds, news = jax.tree.leaves(a.mean), jax.tree.leaves(mean)
     (squares,) = leafwise_sums(square, olds, news, outputs=1)
     return _mesh_axes.sum_shards(squares, news, axis_name)
+
+
+@jax.jit
+def _weighted_mean(x, y, distance=(), *, weights):
+    """The mean of two means; one of weight 0 is ignored, whatever it holds.
+
+    x is overwritten only after ``distance`` was computed from it.
+    """
+    before, added = weights
+    counts = depends_on(added > 0, *distance)
+    wide, real = wide_dtype(x), real_dtype(x)
+    share = _numerics.ratio(added.astype(real), (before + added).astype(real))
+    old = jnp.where(before > 0, x.astype(wide), 0)
+    new = old + by_component(lambda part: share * part, y.astype(wide) - old)
+    return jnp.where(counts, new, old).astype(x.dtype)
 
 
 def merge(
@@ -288,14 +306,9 @@ def merge(
         )
     weight = a.moments.weight + b.moments.weight
 
-    def weighted_mean(x, y, distance=()):
-        # The mean is overwritten only after its distance was computed from it.
-        counts = depends_on(b.moments.weight > 0, *distance)
-        wide, real = wide_dtype(x), real_dtype(x)
-        share = _numerics.ratio(b.moments.weight.astype(real), weight.astype(real))
-        old = jnp.where(a.moments.weight > 0, x.astype(wide), 0)
-        new = old + by_component(lambda part: share * part, y.astype(wide) - old)
-        return jnp.where(counts, new, old).astype(x.dtype)
+    weighted_mean = functools.partial(
+        _weighted_mean, weights=(a.moments.weight, b.moments.weight)
+    )
 
     factor = b.moments.weight * _numerics.ratio(a.moments.weight, weight)
     factor = factor.astype(sq_distances.dtype)

@@ -69,6 +69,7 @@ class EstimateNoiseScaleState(NamedTuple):
         }
 
 
+@jax.jit  # Outside jit it is one program, and in a step it is traced once.
 def readings(state: EstimateNoiseScaleState) -> dict[str, jax.Array]:
     """The estimates of all streams, by name, [n_streams] each; 0 where not known."""
     scale = _drift.present(state.drift, state.averages, state.confidence)

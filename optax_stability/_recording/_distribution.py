@@ -11,6 +11,8 @@ Molybog et al., "A Theory on Adam Instability in Large-Scale Machine Learning", 
 arXiv:2304.09871.
 """
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -26,7 +28,13 @@ Pair = tuple[jax.Array, jax.Array]
 _SMALLEST_NORM = 2.0**-90
 
 
-class Parts(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["leaves"],
+    meta_fields=["layered", "axis_name"],
+)
+@dataclasses.dataclass(frozen=True)
+class Parts:
     """A tree, split into the parts that are measured: leaves, or layers of leaves.
 
     Attributes:
@@ -82,6 +90,7 @@ class Entries(NamedTuple):
     fourth: jax.Array
 
 
+@jax.jit
 def measure_entries(parts: Parts, scale) -> Entries:
     """Measures the entries in three passes over each part."""
     dtype = scale.dtype
@@ -123,6 +132,7 @@ def share(counts, sizes) -> Pair:
     return total, counts / jnp.maximum(sizes, 1.0)
 
 
+@jax.jit
 def count_nonfinite(parts: Parts, norms) -> jax.Array:
     """The number of NaN and Inf in each part.
 

@@ -102,6 +102,15 @@ def _gradient_measurements(extra_args: dict[str, Any]) -> list:
     return [each for each in known if each is not None]
 
 
+@jax.jit
+def _scaled_if(x, factor, above, take):
+    """A leaf, scaled if it is above its limit.
+
+    A step that is not taken is computed as well: on zeros, not on NaN.
+    """
+    return jnp.where(take, jnp.where(above, scale(x, factor), x), jnp.zeros_like(x))
+
+
 def prepare_step(
     guard: Guard, inner, take, assessment: Assessment, updates, params, extra_args
 ):
@@ -125,9 +134,7 @@ def prepare_step(
         return run_if(due, scaled, updates)
 
     def scale_in_the_step(updates):
-        # A step that is not taken is computed as well: on zeros, not on NaN.
-        updates = optax.tree.where(above, scaled(updates), updates)
-        return optax.tree.where(take, updates, optax.tree.zeros_like(updates))
+        return jax.tree.map(lambda x: _scaled_if(x, factor, above, take), updates)
 
     updates = by_platform(updates, cpu=scale_in_place, accelerator=lambda x: x)
     norms = optax.tree.where(above, optax.tree.scale(factor, norms), norms)

@@ -53,14 +53,19 @@ class Threshold(NamedTuple):
 
 
 def repr_as_call(factory: Callable[P, Threshold]) -> Callable[P, Threshold]:
-    """Decorates a factory: the ``repr`` of its thresholds is the factory call."""
+    """Decorates a factory: the ``repr`` of its thresholds is the factory call.
+
+    What they compute is traced once, not at every call, and outside ``jit`` it is one
+    program.
+    """
 
     @functools.wraps(factory)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Threshold:
         arguments = [repr(value) for value in args]
         arguments += [f"{name}={value!r}" for name, value in kwargs.items()]
-        threshold = factory(*args, **kwargs)
-        return threshold._replace(call=f"{factory.__name__}({', '.join(arguments)})")
+        init, update, rebase, _ = factory(*args, **kwargs)
+        call = f"{factory.__name__}({', '.join(arguments)})"
+        return Threshold(init, jax.jit(update), jax.jit(rebase), call)
 
     return wrapper
 

@@ -22,16 +22,21 @@ from optax_stability._spikes import _exchange, _guarded_step
 
 @pytest.fixture
 def accelerator(monkeypatch):
-    """Takes the other side of every fork between platforms."""
+    """Takes the other side of every fork between platforms, from here on.
+
+    What was traced before, or is traced here, has one side of it.
+    """
 
     def switch():
+        jax.clear_caches()
         monkeypatch.setattr(
             jax.lax,
             "platform_dependent",
             lambda *args, cpu, default, **_: default(*args),
         )
 
-    return switch
+    yield switch
+    jax.clear_caches()
 
 
 def fresh(function):
@@ -242,11 +247,16 @@ def test_an_ordinary_step_asks_nothing_of_the_host(accelerator, name, extra, ask
 
 def chosen_branches(text):
     """Which side of the forks between platforms a lowered program takes."""
-    numbers = dict(
-        re.findall(r"(%\w+) = stablehlo.constant dense<(\d)> : tensor<i32>", text)
-    )
-    forks = re.findall(r'"stablehlo.case"\((%\w+)\)', text)
-    return {numbers[fork] for fork in forks if fork in numbers}
+    found = set()
+    for function in text.split("func.func")[1:]:
+        numbers = dict(
+            re.findall(
+                r"(%\w+) = stablehlo.constant dense<(\d)> : tensor<i32>", function
+            )
+        )
+        forks = re.findall(r'"stablehlo.case"\((%\w+)\)', function)
+        found |= {numbers[fork] for fork in forks if fork in numbers}
+    return found
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
