@@ -32,9 +32,9 @@ SIMPLE_CODE = (
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 KNOWN_TO = (0, 9), (0, 11)
-# And not optimized, but for the runs of the gallery, which take longer than to compile.
+# And not optimized, but in long runs, whose processes compile as those of users do.
 UNOPTIMIZED = "jax_disable_most_optimizations"
-LONG_RUNS = {"test_examples.py", "test_notebooks.py"}
+COMPILES_SIMPLY = pytest.StashKey[bool]()
 
 jax.config.update("jax_num_cpu_devices", 8)
 for name, value in CACHE_OPTIONS.items():
@@ -54,6 +54,7 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # Its workers have its environment.
         forget_old_programs()
         compile_simply()
+    config.stash[COMPILES_SIMPLY] = os.environ.get("XLA_FLAGS") == SIMPLE_CODE
 
 
 def compile_simply():
@@ -105,9 +106,11 @@ def pytest_pyfunc_call(pyfuncitem):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """How well code is optimized, here and in the processes that a test starts."""
-    simple = item.path.name not in LONG_RUNS
+    simple = item.get_closest_marker("long_run") is None
     jax.config.update(UNOPTIMIZED, simple)
     os.environ[UNOPTIMIZED.upper()] = str(simple)
+    if item.config.stash[COMPILES_SIMPLY]:
+        os.environ["XLA_FLAGS"] = SIMPLE_CODE if simple else ""
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import pytest
 
 full = pytest.mark.full
 quick_only = pytest.mark.quick_only
+# Not a tier: what it runs takes longer than to compile, so its code is optimized.
+long_run = pytest.mark.long_run
 
 
 def together(group, cases):
@@ -26,6 +28,7 @@ def together(group, cases):
 MARKERS = (
     "full: only with --full",
     "quick_only(*ids): other cases of this test only with --full",
+    "long_run: takes longer than its compilation; conftest.py optimizes its code",
 )
 
 

@@ -190,7 +190,8 @@ class Run:
         if self._config.baseline:
             return {}
         kept = ost.history(self.optimizer())
-        rates = np.asarray(training.make_schedule(self._config)(kept["step"]))
+        schedule = jax.jit(training.make_schedule(self._config))
+        rates = np.asarray(schedule(kept["step"]))
         # The recorder counts from 0.
         return kept | {"learning_rate": rates, "step": kept["step"] + 1}
 

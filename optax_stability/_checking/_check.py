@@ -62,7 +62,8 @@ def check(tx: Any, params: Any = None) -> list[str]:
 
     **Guarantees**
 
-    * Nothing is run, compiled or changed, and the chain is the same afterwards.
+    * The chain is not run, and is the same afterwards. A schedule is asked for its
+      value at step 1000.
     * A part that is not known is no fault: transformations of your own pass, and what
       they wrap is read if they keep it in a variable or an attribute.
     * Each sentence names the parts, says what goes wrong and where they belong.

@@ -90,6 +90,7 @@ def readings(state: EstimateNoiseScaleState) -> dict[str, jax.Array]:
     }
 
 
+@jax.jit
 def which_known(
     state: EstimateNoiseScaleState, by_name: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 import reporting
-from tiers import full
+from tiers import full, long_run
 
 NOISE, EVEN, SIGNAL = (regime.name for regime in batch_invariance.REGIMES)
 OURS, SQRT, LINEAR = batch_invariance.OPTIMIZERS
@@ -30,6 +30,7 @@ def distance(regime, k):
 
 # One test, because it is one run of ten seconds.
 @full
+@long_run
 def test_ours_goes_as_far_as_with_one_microbatch_per_step_and_plain_adam_does_not():
     rows = batch_invariance.measure(0.999, batch_invariance.QUICK)
     assert batch_invariance.largest_error(rows) < 0.007

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiers import full
+from tiers import full, long_run
 
 ROOT = Path(__file__).parents[2]
 GALLERY = (ROOT / "examples" / "README.md").read_text()
@@ -50,6 +50,7 @@ def test_the_examples_are_short_enough_to_be_read(pattern, limit):
 
 
 @full
+@long_run
 def test_the_gpt_learns_and_can_be_taught_other_text(tmp_path):
     assert "bits/byte" in run(tmp_path, "gpt/train.py")
     *_, last = evaluations(tmp_path / "runs" / "gpt")
@@ -66,6 +67,7 @@ def test_the_gpt_learns_and_can_be_taught_other_text(tmp_path):
 
 
 @full
+@long_run
 def test_the_broken_run_survives_and_plain_optax_does_not(tmp_path):
     printed = run(tmp_path, "compare.py")
     for row in ("held-out loss at the end", "steps skipped", "rewinds"):
@@ -86,6 +88,7 @@ def test_the_broken_run_survives_and_plain_optax_does_not(tmp_path):
 
 
 @full
+@long_run
 def test_a_branch_is_taken_back_and_nothing_is_rewound(tmp_path):
     printed = run(tmp_path, "compare.py", number=1, more=("--sides", "branch"))
     assert re.search(r"branches taken back +│ 1 ", printed)
@@ -96,6 +99,7 @@ def test_a_branch_is_taken_back_and_nothing_is_rewound(tmp_path):
 
 
 @full
+@long_run
 def test_the_linen_example_prints_what_the_gallery_shows(tmp_path):
     printed = run(tmp_path, "linen_train_state.py")
     losses = dict(re.findall(r"step (\d+)  loss (\S+)", printed))

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
-from tiers import full
+from tiers import full, long_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ["quickstart", "noise_scale"]
@@ -71,6 +71,7 @@ def pictures(notebook):
 
 @pytest.mark.parametrize("name", NAMES)
 @full
+@long_run
 def test_a_notebook_runs_and_shows_what_its_text_says(name, tmp_path):
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     stored = len(pictures(notebook))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiers import full
+from tiers import full, long_run
 
 from optax_stability._noise import _drift
 from optax_stability._noise._drift import Drift, Present, init_drift, present
@@ -124,6 +124,7 @@ CHANCE = 4 * (0.95 * 0.05 / RUNS) ** 0.5
 
 @pytest.mark.parametrize("setting", HARD.values(), ids=HARD)
 @full
+@long_run
 def test_the_interval_covers_where_the_delta_method_does_not(setting):
     drift, averages = simulate(*setting)
     share = covered(present(drift, averages, 0.95), setting[3])
@@ -133,6 +134,7 @@ def test_the_interval_covers_where_the_delta_method_does_not(setting):
 
 @pytest.mark.parametrize("setting", HOPELESS.values(), ids=HOPELESS)
 @full
+@long_run
 def test_a_hopeless_case_is_called_so_and_its_bound_holds(setting):
     drift, averages = simulate(*setting)
     found = present(drift, averages, 0.95)
@@ -144,6 +146,7 @@ def test_a_hopeless_case_is_called_so_and_its_bound_holds(setting):
 
 @pytest.mark.parametrize("confidence", [0.5, 0.8, 0.99])
 @full
+@long_run
 def test_the_confidence_is_kept(confidence):
     drift, averages = simulate(100, 8, 32, 50.0, 0.97, 200)
     share = covered(present(drift, averages, confidence), 50)
@@ -154,6 +157,7 @@ def test_the_confidence_is_kept(confidence):
     "setting", [(1000, 8, 32, 200.0, 0.98, 300), (30, 4, 8, 20.0, 0.99, 400)]
 )
 @full
+@long_run
 def test_what_is_constant_is_known_as_well_as_from_its_average_alone(setting):
     drift, averages = simulate(*setting)
     found, alone = present(drift, averages, 0.95), interval(averages, 0.95)

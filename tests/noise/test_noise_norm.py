@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
-from tiers import full
+from tiers import full, long_run
 
 import optax_stability as ost
 from optax_stability._moments._signs import SignMoments
@@ -90,6 +90,7 @@ def test_it_says_which_norm_it_is():
 
 
 @full
+@long_run
 def test_its_interval_holds_the_truth_of_a_constant_noise_scale():
     """200 entries of one ratio, from microbatches of 2 and of 16; ratio² = 1/10."""
     sigma = np.exp(np.random.default_rng(0).standard_normal(200)).astype("f4")

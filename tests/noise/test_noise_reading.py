@@ -122,3 +122,14 @@ def test_critical_batch_range():
     assert ost.critical_batch_range(estimate(**NOT_VALID)) == (350.2, math.inf)
     with pytest.raises(TypeError, match=r"pass noise_scale\(state\)"):
         ost.critical_batch_range(412.0)
+
+
+def test_outside_jit_it_is_two_programs_compiled_once(caplog):
+    params = {f"leaf {i}": jnp.ones(i + 1) for i in range(5)}
+    state = ost.estimate_noise_scale().init(params)
+    with jax.log_compiles():
+        ost.noise_scale(state)
+        first = caplog.text.count("Compiling jit(")
+        ost.noise_scale(state)
+    assert first == 2
+    assert caplog.text.count("Compiling jit(") == first
