@@ -37,6 +37,7 @@ from optax_stability.orbax import Checkpoints
 pytestmark = pytest.mark.xdist_group("gpt")
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "gpt" / "train.py"
+SMALL_GPT = Path(__file__).parent / "small_gpt.py"
 # Eight devices share a batch of eight; few steps, for only the wiring is tested here.
 QUICK = {
     "steps": 4,
@@ -88,8 +89,8 @@ def newest_state(folder):
         return saved.load(saved.available()[0])
 
 
-def command(folder, text, flags):
-    return [sys.executable, SCRIPT, *flags.split(), "--data", text, "--out", folder]
+def command(folder, text, flags, script=SCRIPT):
+    return [sys.executable, script, *flags.split(), "--data", text, "--out", folder]
 
 
 @full
@@ -135,11 +136,20 @@ def test_one_command_trains_and_leaves_a_log_and_a_picture(tmp_path, text):
 def test_a_run_that_is_killed_takes_the_same_course(tmp_path, text):
     flags = "--steps 30 --warmup-steps 2 --eval-batches 1 --sample-tokens 0"
     flags += " --checkpoint-every 4 --eval-every 10 --inject nan@14 scale@20"
-    start = functools.partial(subprocess.Popen, stdout=subprocess.PIPE, text=True)
+
+    def start(folder):
+        line = command(folder, text, flags, SMALL_GPT)
+        paths = os.pathsep.join(sys.path)  # With the examples.
+        return subprocess.Popen(
+            line,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": paths},
+        )
 
     def kill_at(step, folder):
         """Kills the process without a warning as soon as it has logged the step."""
-        process = start(command(folder, text, flags))
+        process = start(folder)
         while not folder.joinpath("log.jsonl").is_file() or not any(
             row["step"] == step for row in read_whole_rows(folder)
         ):
@@ -149,7 +159,7 @@ def test_a_run_that_is_killed_takes_the_same_course(tmp_path, text):
         process.communicate()
 
     def run(folder):
-        process = start(command(folder, text, flags))
+        process = start(folder)
         printed = process.communicate()[0]
         assert process.returncode == 0
         return printed
