@@ -71,7 +71,7 @@ def lines_per_leaf(tx):
     return (lines(20) - lines(10)) / 10
 
 
-def test_a_leaf_more_of_a_known_shape_adds_less_than_in_optax():
+def test_a_leaf_more_of_a_known_shape_adds_half_of_what_it_does_in_optax():
     plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     ours = ost.spike_guard(optax.chain(ost.clip_by_zscore(), ost.safe_adamw(1e-3)))
-    assert lines_per_leaf(ours) < lines_per_leaf(plain)
+    assert lines_per_leaf(ours) < 0.6 * lines_per_leaf(plain)
