@@ -602,6 +602,13 @@ def test_can_be_made_while_something_else_is_traced(case):
 
 
 @every_case
+@quick_only(*FEW)
+def test_nothing_of_a_trace_is_kept(case):
+    with jax.checking_leaks():
+        trace(case.make(), make_params())
+
+
+@every_case
 def test_no_two_leaves_of_a_fresh_state_share_a_buffer(case):
     params = make_params()
     leaves = jax.tree.leaves((params, case.make().init(params)))

@@ -66,10 +66,11 @@ def _with_explicit_inputs(step: Callable[[Carry], Carry], carry: Carry):
     JAX differentiates a function with a rule of its own only by its arguments.
     """
     traced, shapes = jax.make_jaxpr(step, return_shape=True)(carry)
-    structure = jax.tree.structure(shapes)
+    # Not the values, which the function must not outlive.
+    jaxpr, structure = traced.jaxpr, jax.tree.structure(shapes)
 
     def explicit(carry, inputs):
-        closed = core.ClosedJaxpr(traced.jaxpr, inputs)
+        closed = core.ClosedJaxpr(jaxpr, inputs)
         flat = core.jaxpr_as_fun(closed)(*jax.tree.leaves(carry))
         return jax.tree.unflatten(structure, flat)
 
@@ -187,7 +188,8 @@ def measure_if(run, measure, tree, extra, last):
 
     Args:
       run: bool[], or a plain bool, which is decided during tracing.
-      measure: returns the new measurements, with the types of ``last``.
+      measure: returns the new measurements, with the types of ``last``; it closes over
+        no arrays, which a function with a derivative of its own must not.
       tree: the arrays to measure and to return.
       extra: other inputs of ``measure``.
       last: the previous measurements.

@@ -254,14 +254,14 @@ def record(
             return due if norms is None else due | ~jnp.isfinite(norms.total)
 
         def measure(updates, extra, last):
-            (params, norms), (_, memory) = extra, last
+            (params, norms), (metrics, memory) = extra, last
             parts = parts_of(params if of == "params" else updates)
             norms = _measuring.measure_norms(parts) if norms is None else norms
             measured, memory = _measuring.measure_when_due(
                 parts, norms, parts_of(params), memory, options
             )
             measured |= _measuring.from_norms(parts, norms)
-            return state.metrics | to_metrics(measured, dtype), memory
+            return metrics | to_metrics(measured, dtype), memory
 
         passed, (metrics, memory) = measure_if(
             is_due(extra_args, rule),

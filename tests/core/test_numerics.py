@@ -243,6 +243,17 @@ def test_a_leaf_is_scaled_in_float32_and_keeps_its_dtype(dtype):
     np.testing.assert_array_equal(scaled, wide.astype(dtype))
 
 
+def test_a_leaf_is_scaled_by_a_plain_number_in_its_own_dtype():
+    """Also where the plain number would be a float64."""
+    leaf = np.linspace(1, 2, 999, dtype=np.float32)
+    with jax.enable_x64(True):
+        scaled = _numerics.scale(leaf, 0.1)
+        wide = _numerics.scale(leaf, jnp.float64(0.1))
+    np.testing.assert_array_equal(scaled, leaf * np.float32(0.1))
+    np.testing.assert_array_equal(wide, (leaf * np.float64(0.1)).astype(np.float32))
+    assert np.any(scaled != wide)
+
+
 def test_a_leaf_times_one_is_itself_bit_for_bit():
     leaf = jax.random.normal(jax.random.key(0), (50,), jnp.bfloat16)
     scaled = _numerics.scale(leaf, jnp.float32(1.0))
