@@ -190,10 +190,9 @@ class Run:
         if self._config.baseline:
             return {}
         kept = ost.history(self.optimizer())
-        schedule = jax.jit(training.make_schedule(self._config))
-        rates = np.asarray(schedule(kept["step"]))
+        rates = jax.jit(training.make_schedule(self._config))(kept["step"])
         # The recorder counts from 0.
-        return kept | {"learning_rate": rates, "step": kept["step"] + 1}
+        return kept | {"learning_rate": np.asarray(rates), "step": kept["step"] + 1}
 
 
 def run_training(
