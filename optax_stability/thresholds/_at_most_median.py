@@ -23,7 +23,7 @@ from optax_stability.thresholds._threshold import (
     Threshold,
     check_threshold,
     is_learnable,
-    repr_as_call,
+    threshold_factory,
 )
 from optax_stability.thresholds._windows import (
     WindowState,
@@ -52,7 +52,7 @@ def _share(count, warmup, dtype):
     return jnp.minimum(count, warmup).astype(dtype) / warmup.astype(dtype)
 
 
-@repr_as_call
+@threshold_factory
 def at_most_median(
     threshold: Threshold, *, window: int = 16, warmup: int | jax.Array = 32
 ) -> Threshold:

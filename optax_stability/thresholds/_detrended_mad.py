@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
-from optax_stability.thresholds._threshold import Threshold, is_learnable, repr_as_call
+from optax_stability.thresholds._threshold import (
+    Threshold,
+    is_learnable,
+    threshold_factory,
+)
 from optax_stability.thresholds._windows import median, push
 
 # For normal noise e, the standard deviation is this factor times the median of |e|.
@@ -57,7 +61,7 @@ def _log(factor):
     return math.log(factor) if _validate.is_concrete(factor) else jnp.log(factor)
 
 
-@repr_as_call
+@threshold_factory
 def detrended_mad(
     num_mads: float | jax.Array = 6.0,
     *,

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
-from optax_stability.thresholds._threshold import Threshold, is_learnable, repr_as_call
+from optax_stability.thresholds._threshold import (
+    Threshold,
+    is_learnable,
+    threshold_factory,
+)
 
 
 class EmaRatioState(NamedTuple):
@@ -23,7 +27,7 @@ class EmaRatioState(NamedTuple):
     level: jax.Array
 
 
-@repr_as_call
+@threshold_factory
 def ema_ratio(
     ratio: float | jax.Array = 1.05,
     *,

@@ -10,7 +10,7 @@ from optax_stability._core import _numerics, _validate
 from optax_stability.thresholds._threshold import (
     Threshold,
     check_threshold,
-    repr_as_call,
+    threshold_factory,
 )
 
 
@@ -28,7 +28,7 @@ class RelearnState(NamedTuple):
     inner: Any
 
 
-@repr_as_call
+@threshold_factory
 def relearn(
     threshold: Threshold, *, after: int, max_rise: float | jax.Array = 10.0
 ) -> Threshold:

@@ -52,11 +52,11 @@ class Threshold(NamedTuple):
         return self.call or f"Threshold({functions})"
 
 
-def repr_as_call(factory: Callable[P, Threshold]) -> Callable[P, Threshold]:
-    """Decorates a factory: the ``repr`` of its thresholds is the factory call.
+def threshold_factory(factory: Callable[P, Threshold]) -> Callable[P, Threshold]:
+    """Decorates a factory of thresholds.
 
-    What they compute is traced once, not at every call, and outside ``jit`` it is one
-    program.
+    Their ``repr`` is the call of the factory. What they compute is traced once, not at
+    every call, and outside ``jit`` it is one program.
     """
 
     @functools.wraps(factory)
@@ -70,7 +70,7 @@ def repr_as_call(factory: Callable[P, Threshold]) -> Callable[P, Threshold]:
     return wrapper
 
 
-@repr_as_call
+@threshold_factory
 def constant(limit: float | jax.Array) -> Threshold:
     """A fixed limit, as in ``optax.clip_by_global_norm``.
 

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
-from optax_stability.thresholds._threshold import Threshold, is_learnable, repr_as_call
+from optax_stability.thresholds._threshold import (
+    Threshold,
+    is_learnable,
+    threshold_factory,
+)
 
 # Least standard deviation, as a share of the mean; see zscore.
 _MIN_RELATIVE_STD = 1e-6
@@ -135,7 +139,7 @@ def _window_threshold(window: int, limit_of: Callable) -> Threshold:
     return Threshold(lambda: empty_window(window), update, rebase)
 
 
-@repr_as_call
+@threshold_factory
 def window_zscore(
     num_sigmas: float | jax.Array = 6.0, *, window: int = 128, published: bool = False
 ) -> Threshold:
@@ -197,7 +201,7 @@ def window_zscore(
     return _window_threshold(window, limit_of)
 
 
-@repr_as_call
+@threshold_factory
 def window_quantile(q: float | jax.Array, *, window: int = 128) -> Threshold:
     """A quantile of the last values: AutoClip.
 
@@ -242,7 +246,7 @@ def window_quantile(q: float | jax.Array, *, window: int = 128) -> Threshold:
     return _window_threshold(window, lambda values, count: quantile(values, count, q))
 
 
-@repr_as_call
+@threshold_factory
 def window_median(ratio: float | jax.Array, *, window: int = 128) -> Threshold:
     """A multiple of the median of the last values.
 

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_stability._core import _numerics, _validate
-from optax_stability.thresholds._threshold import Threshold, is_learnable, repr_as_call
+from optax_stability.thresholds._threshold import (
+    Threshold,
+    is_learnable,
+    threshold_factory,
+)
 
 Mode = Literal["adaptive", "mean", "max"]
 
@@ -85,7 +89,7 @@ def _learn(x, state: ZScoreState, share, shrink) -> tuple[jax.Array, jax.Array]:
     return state.mean + share * distance, _numerics.capped(std)
 
 
-@repr_as_call
+@threshold_factory
 def zscore(
     z_max: float | jax.Array = 2.5,
     *,

@@ -553,3 +553,13 @@ def test_the_signature_of_spike_guard_shows_its_thresholds_as_calls():
         "confirm": "detrended_mad(4.0, floor=0.3, log=False)",
     }.items():
         assert re.search(rf", {name}: [^=]* = {re.escape(call)}, ", signature)
+
+
+@pytest.mark.parametrize("what", ["update", "rebase"])
+def test_outside_jit_it_is_one_program_compiled_once(what, caplog):
+    threshold = thresholds.window_median(2.0, window=13)
+    state, x = threshold.init(), jnp.float32(1.0)
+    with jax.log_compiles():
+        for _ in range(2):
+            getattr(threshold, what)(x, state)
+    assert caplog.text.count("Compiling jit(") == 1
